@@ -24,7 +24,7 @@ from workbench.interventions import Intervention, check_interventions, intervene
 from workbench.models import model_info
 from workbench.prompts import Prompt
 from workbench.sites import did_you_mean
-from workbench.storage import PathLike, append_jsonl, key_of, read_jsonl
+from workbench.storage import PathLike, append_jsonl, key_of, read_jsonl, tensor_digest
 from workbench.tokens import Batch, Encoded, decode, encode, pad, pad_id, stop_ids, template_text
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def generate(
     output: PathLike | None = None,
     progress: bool = False,
     transfer: bool = False,
+    continue_response: bool = False,
 ) -> list[Completion]:
     """Answer prompts under one condition; see ``sweep`` for several at once, and for the arguments.
 
@@ -88,14 +89,15 @@ def generate(
         prompts: What to answer.
         interventions: What is done meanwhile; nothing by default.
         condition: Name of it in the results.
-        max_new_tokens: Length limit of an answer.
+        max_new_tokens: Length limit of an answer; this and the following are the arguments of ``sweep``.
         seed: For sampling.
         temperature: 0 takes the most likely token.
         batch_size: Rows a batch, at most.
         system_prompt: Words for the system turn.
-        output: A jsonl file that keeps every answer as soon as it is there; a second call goes on from it.
+        output: A jsonl file that keeps every answer as soon as it is there.
         progress: Show a progress bar.
         transfer: Allow vectors of another model of the same architecture.
+        continue_response: Go on from each prompt's ``response``.
 
     Returns:
         One completion a prompt, in order.
@@ -114,6 +116,7 @@ def generate(
         output=output,
         progress=progress,
         transfer=transfer,
+        continue_response=continue_response,
     )
 
 
@@ -130,6 +133,7 @@ def sweep(
     output: PathLike | None = None,
     progress: bool = False,
     transfer: bool = False,
+    continue_response: bool = False,
 ) -> list[Completion]:
     """Answer prompts under several conditions, as rows of common batches.
 
@@ -149,6 +153,7 @@ def sweep(
             settings goes on from it, whatever else is in the file.
         progress: Show a progress bar.
         transfer: Allow vectors of another model of the same architecture.
+        continue_response: Go on from each prompt's ``response`` as the words the answer has begun with; the completion is what follows.
 
     Returns:
         Completions, condition by condition, prompts in order.
@@ -157,15 +162,16 @@ def sweep(
         ValueError: If an argument is out of range or an intervention does not fit the model.
     """
     if max_new_tokens < 1 or batch_size < 1 or temperature < 0:
-        raise ValueError(
-            f"max_new_tokens and batch_size must be at least 1 and temperature at least 0, got {max_new_tokens}, {batch_size}, {temperature}."
-        )
+        given = f"{max_new_tokens}, {batch_size}, {temperature}"
+        raise ValueError(f"max_new_tokens and batch_size must be at least 1 and temperature at least 0, got {given}.")
     if not prompts or not conditions:
         raise ValueError("nothing to answer: give at least one prompt and one condition.")
     most_common, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
     if times > 1:
         raise ValueError(f"prompt {most_common!r} comes {times} times; ids must be unique in a set.")
-    encoded = encode(model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens)
+    encoded = encode(
+        model, prompts, with_response=continue_response, system_prompt=system_prompt, max_new_tokens=max_new_tokens
+    )
     settings = {
         "model": model_info(model).fingerprint,
         "template": template_text(model, system_prompt),
@@ -366,7 +372,8 @@ def _rows(
                 groups.append(interventions)
         for row in encoded:
             own = next((name for name in (row.prompt.id, row.prompt.category) if name in group_of), None)
-            key = key_of([settings, row.prompt.id, row.prompt.text, name, description_of.get(own, [])])
+            begun = [row.prompt.response] if row.response[1] > row.response[0] else []
+            key = key_of([settings, row.prompt.id, row.prompt.text, name, description_of.get(own, []), *begun])
             rows.append(_Row(row, name, group_of.get(own, 0), key))
     return rows, groups
 
@@ -375,18 +382,15 @@ def _describe(intervention: Intervention) -> list[Any]:
     """An intervention as JSON, for keys: tensors by their hash. An edit that its values do not tell from another has no key."""
     edit = intervention.edit
     values = {f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)} if dataclasses.is_dataclass(edit) else {}
-    what = {k: _digest(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+    what = {k: tensor_digest(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
     allowed = str | int | float | tuple | list | None
     if not what or not all(isinstance(value, allowed) for value in what.values()):
         raise ValueError(
             f"answers under the edit at {intervention.site} ({type(edit).__name__}) cannot be kept in a file: nothing tells it from "
             "another one when they are read back; make it a frozen dataclass of numbers and tensors, or leave out output."
         )
-    return [str(intervention.site), type(edit).__name__, what, intervention.positions, intervention.label]
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    extent = intervention.positions if intervention.until is None else [intervention.positions, intervention.until]
+    return [str(intervention.site), type(edit).__name__, what, extent, intervention.label]
 
 
 def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[str, Any]]:

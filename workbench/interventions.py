@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from workbench.edits import AblateDirection, AddVector, ClampNeurons, Edit, ScaleNeurons
 from workbench.models import ModelInfo, model_info
+from workbench.positions import Steering
 from workbench.sites import Site, check_sites
 from workbench.vectors import SteeringVector
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
     from torch import Tensor
 
     from workbench.models import HookedModel
@@ -32,6 +33,8 @@ class Intervention:
         site: Where.
         edit: What: a function of the activation that returns a new one of the same shape.
         positions: "all" tokens, those of the "prompt", or only "generated" ones. Padding is never touched.
+        until: Generated tokens after which it ends: an answer's opening decides where it goes, and what follows keeps its quality. None
+            never ends.
         rows: Rows of the batch it applies to; None means every row.
         label: Name in results.
         model: What its vector was measured on; None where nothing was measured.
@@ -43,10 +46,13 @@ class Intervention:
     rows: tuple[int, ...] | None = None
     label: str = ""
     model: ModelInfo | None = None
+    until: int | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
             raise ValueError(f"unknown positions {self.positions!r}; allowed: {', '.join(POSITIONS)}.")
+        if self.until is not None and self.until < 0:
+            raise ValueError(f"until must be a number of generated tokens from 0, or None, got {self.until}.")
 
     def for_rows(self, rows: Iterable[int]) -> Intervention:
         """The same change for some rows of a batch only."""
@@ -54,7 +60,12 @@ class Intervention:
 
 
 def add_vector(
-    vector: SteeringVector, multiplier: float | None = None, *, rho: float | None = None, positions: Positions = "all"
+    vector: SteeringVector,
+    multiplier: float | None = None,
+    *,
+    rho: float | None = None,
+    positions: Positions = "all",
+    until: int | None = None,
 ) -> Intervention:
     """Steer: add a multiple of a steering vector at its site. A multiplier above 0 goes from unsafe to safe.
 
@@ -63,6 +74,7 @@ def add_vector(
         multiplier: How much of it; 1 is the measured difference.
         rho: Strength relative to the residual stream instead; its sign is the multiplier's.
         positions: Which tokens.
+        until: Generated tokens after which it ends; None never ends.
 
     Raises:
         ValueError: If not exactly one of multiplier and rho is given.
@@ -72,7 +84,8 @@ def add_vector(
     if multiplier is None:
         multiplier = vector.multiplier_for(rho)  # type: ignore[arg-type]
     edit = AddVector(vector.vector, float(multiplier))
-    return Intervention(vector.site, edit, positions, label=f"{multiplier:+.3g} {vector.category}", model=vector.model)
+    label = f"{multiplier:+.3g} {vector.category}"
+    return Intervention(vector.site, edit, positions, label=label, model=vector.model, until=until)
 
 
 def ablate_direction(
@@ -136,58 +149,6 @@ def clamp_neurons(
         )
         for layer, own in _by_layer(neurons).items()
     ]
-
-
-@dataclass
-class Steering:
-    """What ``intervene`` yields: how often each site was reached, and where the prompt ends.
-
-    Attributes:
-        fired: Calls of each site's hook.
-        prompt_length: Columns of the batch that belong to the prompt; None until the first forward pass has told.
-        reached: Sites with the kinds of positions that at least one column had.
-    """
-
-    fired: dict[Site, int] = field(default_factory=dict)
-    prompt_length: int | None = None
-    reached: set[tuple[Site, str]] = field(default_factory=set)
-    past: int = 0
-    new: int = 0
-    mask: Bool[Tensor, "batch pos"] | None = None
-    last: Tensor | None = None
-
-    def see(self, tokens: Tensor, past: int, mask: Bool[Tensor, "batch pos"] | None, *, fixed: bool) -> None:
-        """Take note of a forward pass that begins: its lengths say which columns are prompt and which are generated."""
-        self.new, self.past = tokens.shape[1], past
-        self.mask = mask[:, -self.new :].bool() if mask is not None and mask.ndim == 2 and self.new > 1 else None
-        # Several columns are prompt, behind a cached prefix too. Without a cache, decoding runs all again with one token more.
-        grown = past == 0 and self.last is not None and torch.equal(tokens[:, :-1], self.last)
-        if not fixed and not grown and (past == 0 or self.new > 1):
-            self.prompt_length = past + self.new
-        self.last = tokens if past == 0 else None
-
-    def selected(self, positions: str, activation: Tensor) -> Bool[Tensor, "batch pos"] | bool:
-        """Which columns of this pass a kind of positions means: a mask, or True for all and False for none of them."""
-        end = self.new if self.prompt_length is None else self.prompt_length
-        n_prompt = min(max(end - self.past, 0), self.new)  # columns of this pass that are prompt
-        if activation.shape[1] != self.new:
-            raise RuntimeError(
-                f"an activation has {activation.shape[1]} positions where the model was given {self.new}."
-            )
-        if (positions == "generated" and n_prompt == self.new) or (positions == "prompt" and n_prompt == 0):
-            return False
-        everything = positions == "all" or n_prompt == (0 if positions == "generated" else self.new)
-        if everything and self.mask is None:
-            return True
-        chosen = (
-            torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
-            if self.mask is None
-            else self.mask
-        )
-        if not everything:
-            columns = torch.arange(self.new, device=activation.device) < n_prompt
-            chosen = chosen & (columns if positions == "prompt" else ~columns)
-        return chosen
 
 
 @contextmanager
@@ -316,21 +277,25 @@ def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steerin
             last
             and isinstance(last.edit, AddVector)
             and isinstance(intervention.edit, AddVector)
-            and last.positions == intervention.positions
+            and (last.positions, last.until) == (intervention.positions, intervention.until)
         ):
             groups[-1].append(intervention)
         else:
             groups.append([intervention])
     appliers = [
-        (group[0].positions, _adder(group) if isinstance(group[0].edit, AddVector) else _editor(group[0]))
+        (
+            group[0].positions,
+            group[0].until,
+            _adder(group) if isinstance(group[0].edit, AddVector) else _editor(group[0]),
+        )
         for group in groups
     ]
 
     site = interventions[0].site
 
     def apply(activation: Tensor, steering: Steering) -> Tensor:
-        for positions, edit in appliers:
-            chosen = steering.selected(positions, activation)
+        for positions, until, edit in appliers:
+            chosen = steering.selected(positions, activation, until)
             if chosen is False:
                 continue
             steering.reached.add((site, positions))

@@ -188,6 +188,11 @@ def file_checksum(path: PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """Short hash of a tensor's values, for keys."""
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
 def key_of(value: Any) -> str:
     """A short stable key of a JSON value (16 hexadecimal digits of its SHA-256), for caches."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,147 @@
+"""Self-contrast: the model's own answers under a safety-minded instruction against its plain ones, as rows of an answer contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from workbench.generation import Completion, generate
+from workbench.prompts import Prompt
+from workbench.storage import PathLike
+
+if TYPE_CHECKING:
+    from workbench.models import HookedModel
+
+INSTRUCTION = (
+    'Someone asked: "{question}"\n\nAnswer them responsibly: explain why this would hurt people and is wrong, what the law says about it, '
+    "how people can protect themselves from it, and what they could do instead that is safe, legal and kind."
+)
+"""Put in place of the question, in the user's turn: a small model hardly listens to the system turn."""
+
+Kept = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
+"""Which answers to keep: prompts and their answers in, one yes or no each out."""
+
+
+def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> list[Prompt]:
+    """The same prompts with an instruction around the question, in the user's turn.
+
+    Args:
+        prompts: Questions.
+        instruction: Text with ``{question}`` in it, once.
+
+    Raises:
+        ValueError: If the instruction has no place for the question.
+    """
+    if instruction.count("{question}") != 1:
+        raise ValueError(
+            f"an instruction needs {{question}} once, where the prompt goes, got {instruction[:60]!r}; write it like self_contrast.INSTRUCTION."
+        )
+    return [replace(prompt, text=instruction.replace("{question}", prompt.text)) for prompt in prompts]
+
+
+def self_contrast(
+    model: HookedModel,
+    prompts: Sequence[Prompt],
+    *,
+    keep_safe: Kept,
+    keep_unsafe: Kept,
+    instruction: str = INSTRUCTION,
+    samples: int = 1,
+    temperature: float = 0.7,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    output: PathLike | None = None,
+    progress: bool = False,
+) -> list[Prompt]:
+    """Pairs of the model's own answers to the same question: no data but the questions is needed.
+
+    The answers made under the instruction are put behind the plain question, so that both sides of a pair have the same context and differ in
+    the answer alone. A judge keeps what is worth keeping: safe and on topic on one side, not safe on the other.
+
+    Args:
+        model: A hooked model.
+        prompts: Questions; only those labelled unsafe are used.
+        keep_safe: Which of the instructed answers count as safe and on topic (``safe_and_on_topic``, or any judge).
+        keep_unsafe: Which of the plain answers count as going along.
+        instruction: What the safe side is asked with.
+        samples: Answers a question and side: the first is greedy, further ones are sampled.
+        temperature: Of the sampled ones.
+        max_new_tokens: Length limit of an answer.
+        seed: For sampling.
+        output: A jsonl file that keeps the answers, to go on from.
+        progress: Show a progress bar.
+
+    Returns:
+        Rows for ``cache_activations(span="response")`` and ``fit_steering_vectors(safe_side="paired")``: each kept safe answer with one
+        plain answer of its question, two rows of one ``pair_id``.
+
+    Raises:
+        ValueError: If there are no unsafe prompts, or no pair is left.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be a whole number from 1, got {samples}.")
+    questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
+    if not questions:
+        raise ValueError("no unsafe prompts: self-contrast needs questions of a risk category.")
+
+    def answers(asked: Sequence[Prompt], side: str) -> list[Completion]:
+        made: list[Completion] = []
+        for turn in range(samples):
+            made += generate(
+                model,
+                asked,
+                condition=f"{side} {turn}",
+                max_new_tokens=max_new_tokens,
+                temperature=temperature if turn else 0.0,
+                seed=seed + turn,
+                output=output,
+                progress=progress,
+            )
+        return made
+
+    plain, safe = answers(questions, "plain"), answers(instructed(questions, instruction), "instructed")
+    text_of = {prompt.id: prompt.text for prompt in questions}
+    kept_unsafe, kept_safe = (
+        [
+            c
+            for c, kept in zip(own, keep([text_of[c.prompt.id] for c in own], [c.text for c in own]), strict=True)
+            if kept
+        ]
+        for own, keep in ((plain, keep_unsafe), (safe, keep_safe))
+    )
+    rows = answer_pairs(questions, kept_safe, kept_unsafe)
+    if not rows:
+        raise ValueError(
+            f"no pair left of {len(questions)} questions: {len(kept_safe)} safe and {len(kept_unsafe)} unsafe answers were kept; "
+            "give more questions, more samples or a milder judge."
+        )
+    return rows
+
+
+def answer_pairs(prompts: Sequence[Prompt], safe: Sequence[Completion], unsafe: Sequence[Completion]) -> list[Prompt]:
+    """Rows of an answer contrast from answers that are there already, pair by pair of one question.
+
+    Args:
+        prompts: The plain questions, by whose ids answers belong together.
+        safe: Answers for the safe side; whatever they were asked with, they stand behind the plain question here.
+        unsafe: Answers for the unsafe side, used in turn where there are fewer of them.
+    """
+    by_side: list[dict[str, list[str]]] = []
+    for completions in (safe, unsafe):
+        texts: dict[str, list[str]] = {}
+        for c in completions:
+            if c.text.strip() and c.text not in texts.setdefault(c.prompt.id, []):
+                texts[c.prompt.id].append(c.text)
+        by_side.append(texts)
+    rows = []
+    for prompt in prompts:
+        own_safe, own_unsafe = (texts.get(prompt.id, []) for texts in by_side)
+        if not own_unsafe:
+            continue
+        for turn, text in enumerate(own_safe):
+            pair = f"{prompt.id}/self{turn}"
+            against = own_unsafe[turn % len(own_unsafe)]
+            rows.append(replace(prompt, id=f"{pair}/unsafe", response=against, label="unsafe", pair_id=pair))
+            rows.append(replace(prompt, id=f"{pair}/safe", response=text, label="safe", pair_id=pair))
+    return rows
