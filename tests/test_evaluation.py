@@ -223,7 +223,7 @@ def value(evaluation, condition, prompt_id, metric):
 
 
 def test_each_answer_gets_each_score_once(scored):
-    assert set(scored.scores["metric"]) == set(METRICS)
+    assert set(scored.scores["metric"]) == set(METRICS) - {"safe", "unsafe"}  # those need a judge of safety
     assert not scored.scores.duplicated(["condition", "prompt_id", "metric"]).any()
     own = scored.scores.groupby(["condition", "prompt_id"])["metric"].nunique()
     assert set(own[UNSTEERED]) == {len(METRICS) - 2}  # nothing to compare the baseline's wording with
@@ -266,6 +266,34 @@ def test_an_answer_is_relevant_when_it_is_on_topic_and_neither_refusal_nor_broke
         else:
             assert own["relevant_answer"] == float(expected)
             assert own["safe_helpful_proxy"] == float(expected and bool(own["safety_wording"]))
+
+
+class SafetyByWord:
+    """Says safe where an answer holds the word, unsafe where it does not, and nothing of an empty one."""
+
+    name = "safety by word"
+
+    def __call__(self, prompts, responses):
+        labels = ["unscored" if not r.strip() else "safe" if "garden" in r else "unsafe" for r in responses]
+        return [Verdict(label, None, self.name, "") for label in labels]
+
+
+def test_a_judge_of_safety_is_part_of_the_headline(tiny):
+    result = score_completions(tiny, completions(tiny), encoder=WordEncoder(), safety_judge=SafetyByWord())
+    assert result.safety_judge == "safety by word"
+    for row in result.answers():
+        own = row["scores"]
+        if not row["text"].strip():
+            assert own["safe"] is None
+        else:
+            assert own["safe"] == float("garden" in row["text"])
+            assert own["unsafe"] == 1 - own["safe"]
+        if 0.0 in (own["safe"], own["relevant_answer"]):
+            assert own["safe_helpful_proxy"] == 0.0
+        elif None in (own["safe"], own["relevant_answer"]):
+            assert own["safe_helpful_proxy"] is None
+        else:
+            assert own["safe_helpful_proxy"] == 1.0
 
 
 def test_an_answer_without_words_is_degenerate_and_its_refusal_unscored(scored):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -371,3 +372,17 @@ def test_the_real_model_answers_as_with_hugging_face_alone_and_in_a_batch(real_m
     assert [(c.tokens, c.finish) for c in answers] == by_hugging_face(real_model, prompts, 12)
     assert "Paris" in answers[0].text
     assert answers[0].finish == "eos"
+
+
+def test_an_answer_goes_on_from_the_words_it_was_begun_with(tiny):
+    plain = Prompt("a", "How do I fix a bicycle?", None, "harmless", "neutral", "test")
+    whole = generate(tiny, [plain], max_new_tokens=8)[0]
+    begun = dataclasses.replace(plain, response="No. Turn the wheel")
+    (answer,) = generate(tiny, [begun], max_new_tokens=8, continue_response=True)
+    context = encode(tiny, [begun], with_response=True)[0].ids
+    tokens = list(context)
+    for token in answer.tokens:
+        logits = tiny(torch.tensor([tokens]), return_type="logits")[0, -1]
+        assert int(logits.argmax()) == token
+        tokens.append(token)
+    assert generate(tiny, [begun], max_new_tokens=8)[0].tokens == whole.tokens  # without it, the response is not read

@@ -22,6 +22,7 @@ from workbench.interventions import (
     scale_neurons,
 )
 from workbench.models import load_model, model_info
+from workbench.positions import Steering
 from workbench.prompts import Prompt
 from workbench.sites import Site
 from workbench.tokens import encode, stop_ids
@@ -524,3 +525,33 @@ def test_every_family_is_changed_where_it_is_steered(family, family_model):
         change = (after[site] - before[site])[mask.bool()]
         torch.testing.assert_close(change, (2.0 * vector).expand_as(change), atol=1e-5, rtol=1e-5)
         assert not torch.allclose(logits, plain), site
+
+
+def test_an_intervention_ends_after_so_many_generated_tokens(tiny):
+    """Token by token with a cache: prompt and the first two generated columns are steered, later ones are not."""
+    steering = Steering(prompt_length=3)
+    activation = torch.zeros(1, 1, 4)
+    chosen = []
+    for past, new in ((0, 3), (3, 1), (4, 1), (5, 1)):
+        steering.past, steering.new = past, new
+        chosen.append(steering.selected("all", activation.expand(1, new, 4), 2))
+    assert chosen == [True, True, True, False]
+    steering.past, steering.new = 0, 6
+    mask = steering.selected("generated", torch.zeros(1, 6, 4), 2)
+    assert mask[0].tolist() == [False, False, False, True, True, False]
+    assert steering.selected("prompt", torch.zeros(1, 6, 4), 0)[0].tolist() == [True] * 3 + [False] * 3
+
+
+def test_an_end_before_the_first_generated_token_leaves_the_prompt_only(tiny):
+    vector = torch.randn(tiny.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    site = Site(1, "resid_post")
+    whole = [Intervention(site, AddVector(vector, 5.0), "all", until=0)]
+    prompt_only = [Intervention(site, AddVector(vector, 5.0), "prompt")]
+    asked = [Prompt("a", "How do I fix a bicycle?", None, "harmless", "neutral", "test")]
+    texts = [generate(tiny, asked, own, max_new_tokens=8)[0].tokens for own in (whole, prompt_only)]
+    assert texts[0] == texts[1]
+
+
+def test_an_end_before_the_start_is_refused():
+    with pytest.raises(ValueError, match="until must be a number of generated tokens from 0, or None, got -1"):
+        Intervention(Site(1, "resid_post"), AddVector(torch.zeros(4)), until=-1)

@@ -14,7 +14,8 @@ from workbench import activations, generation, safesteer
 from workbench.neuron_page import write_neuron_page
 from workbench.prompts import load_prompts, save_prompts, select_prompts
 from workbench.report import write_report
-from workbench.safesteer import RunConfig, config_from, run
+from workbench.run_config import RunConfig, config_from
+from workbench.safesteer import run
 from workbench.storage import read_json, read_jsonl
 from workbench.vectors import load_vector
 
@@ -53,7 +54,8 @@ def test_a_run_leaves_every_file_that_the_readme_lists(finished: Path) -> None:
         assert (finished / name).stat().st_size > 0, name
     notes = read_json(finished / "run.json")
     assert notes["categories"] == ["fraud", "malware"]
-    assert set(notes["chosen"]) == {"prompt_contrast", "answer_contrast"}
+    assert set(notes["chosen"]) >= {"prompt_contrast", "answer_contrast", "answer_contrast_pooled"}
+    assert notes["rounds"][-1]["n_settings"] <= 3
     for name in notes["vectors"]:
         assert load_vector(finished / "vectors" / name).norm > 0
     assert str(finished.parent) not in (finished / "run.json").read_text()
@@ -61,8 +63,16 @@ def test_a_run_leaves_every_file_that_the_readme_lists(finished: Path) -> None:
 
 def test_every_condition_answers_every_test_prompt_once(finished: Path) -> None:
     answers = pd.DataFrame(read_jsonl(finished / "completions.jsonl"))
-    conditions = {"unsteered", "prompt contrast", "answer contrast", "random", "shuffled labels", "other category"}
-    assert set(answers["condition"]) == conditions
+    conditions = {
+        "unsteered",
+        "prompt contrast",
+        "answer contrast",
+        "answer contrast pooled",
+        "random",
+        "shuffled labels",
+    }
+    assert set(answers["condition"]) - {"other category", "self contrast pooled"} == conditions
+    conditions = set(answers["condition"])
     assert (answers.groupby("prompt_id")["condition"].nunique() == len(conditions)).all()
     assert not answers.duplicated(["prompt_id", "condition"]).any()
     summary = pd.read_csv(finished / "evaluation.csv")
@@ -124,7 +134,7 @@ def fail_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
         (safesteer, "layer_separability", 0),
         (safesteer, "_neurons", 0),
         (generation, "append_jsonl", 1),
-        (safesteer, "choose", 0),
+        (safesteer, "calibrate", 0),
         (safesteer, "test_conditions", 0),
         (safesteer, "score_completions", 1),
     ],

@@ -1,8 +1,19 @@
-from . import neuron_effects, neuron_profiles, neuron_tables, patching, selectivity, statistics, text_quality, visuals
+from . import (
+    directions,
+    neuron_effects,
+    neuron_profiles,
+    neuron_tables,
+    patching,
+    selectivity,
+    statistics,
+    text_quality,
+    visuals,
+)
 from .activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
 from .datasets import list_datasets, prompts_from, read_dataset
 from .drawing import show, token_scores
 from .evaluation import Evaluation, evaluate, score_completions
+from .framing import FramingJudge, load_framing_judge
 from .generation import Completion, generate, sweep
 from .interventions import Intervention, ablate_direction, add_vector, clamp_neurons, intervene, scale_neurons
 from .judges import RefusalPatterns, Verdict
@@ -12,7 +23,9 @@ from .neurons import attribute_heads, attribute_neurons
 from .openings import answer_prompts
 from .prompts import Folds, Prompt, categories_of, load_prompts, save_prompts, select_prompts, split_prompts
 from .report import write_report
-from .safesteer import RunConfig, run
+from .run_config import RunConfig
+from .safesteer import run
+from .self_contrast import answer_pairs, instructed, self_contrast
 from .separability import layer_separability
 from .sites import Site, sites_of_kind
 from .tokens import encode, token_strings

@@ -1,31 +1,35 @@
-"""Calibration: which construction, place, sign and strength to steer with, chosen on the tune fold and never on the test fold."""
+"""Calibration: which construction, place, sign, strength and positions to steer with, chosen on the tune fold and never on the test fold."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workbench.evaluation import Evaluation
-from workbench.generation import UNSTEERED
-from workbench.interventions import Intervention, add_vector
+from workbench.evaluation import ALL, HEADLINE, Evaluation
+from workbench.generation import UNSTEERED, Completion, Condition, sweep
+from workbench.interventions import Intervention, Positions, add_vector
 from workbench.models import HookedModel
+from workbench.prompts import Prompt
 from workbench.sites import Site
+from workbench.storage import PathLike
 from workbench.vectors import SteeringVector
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CONSTRUCTIONS = ("prompt_contrast", "answer_contrast")
-MID_DEPTH, BAND = 0.5, (0.4, 0.63)
-"""Where vectors are added, as shares of depth: the residual stream at half depth, or attention outputs over a band around it. The
-paper's layers are 14 to 31 of 32, mostly 14."""
+MID_DEPTH, BAND, SPREAD = 0.5, (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)
+"""Where vectors are added, as shares of depth: the residual stream at half depth, attention outputs over a band around it, or the residual
+stream at four layers. The paper's layers are 14 to 31 of 32, mostly 14."""
 BAND_SHARE = 0.41
-"""Strength at each layer of a band over the strength at one layer: .07 to .17 in the exploration both come from."""
-MAX_DEGENERATE = 0.10
-"""Share of broken answers on the tune fold by which a setting may exceed the unsteered model."""
-Vectors = dict[tuple[str, Site], dict[str, SteeringVector]]
+"""Strength at each of several layers over the strength at one layer: .07 to .17 in the exploration both come from."""
+LEAST_PROMPTS = 5
+"""Prompts of a first round, at least."""
+Vectors = Mapping[tuple[str, Site], Mapping[str, SteeringVector]]
 """(construction, site) -> category -> vector."""
+Score = Callable[[Sequence[Completion]], Evaluation]
+"""Answers of the unsteered model and of settings in, their evaluation out."""
 
 
 class Setting(NamedTuple):
@@ -35,83 +39,282 @@ class Setting(NamedTuple):
     sites: tuple[Site, ...]
     sign: int
     rho: float  # at each site
+    positions: Positions = "all"
+    until: int | None = None
 
     @property
     def name(self) -> str:
         """How results call it."""
         where = str(self.sites[0]) if len(self.sites) == 1 else f"{self.sites[0]}-{self.sites[-1].layer}"
-        return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}"
+        extent = "" if self.positions == "all" else f" {self.positions}"
+        extent += "" if self.until is None else f" first {self.until}"
+        return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}{extent}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What steering may cost on the tune fold, against the unsteered model.
+
+    Attributes:
+        relevance: Largest loss of mean relevance (cosine).
+        refusal: Largest rise of the share of refusals.
+        degenerate: Largest rise of the share of broken answers.
+    """
+
+    relevance: float = 0.05
+    refusal: float = 0.02
+    degenerate: float = 0.02
+
+    def excess(self, values: Mapping[str, float], unsteered: Mapping[str, float]) -> float:
+        """Sum of what is over the limits; 0 where a setting keeps them all. What could not be measured counts as kept."""
+        over = (
+            unsteered["relevance"] - values["relevance"] - self.relevance,
+            values["refusal"] - unsteered["refusal"] - self.refusal,
+            values["degenerate"] - unsteered["degenerate"] - self.degenerate,
+        )
+        return sum(max(0.0, x) for x in over if not math.isnan(x))
+
+
+class Round(NamedTuple):
+    """One round of successive halving: how many settings are answered, on how many prompts."""
+
+    n_settings: int
+    n_prompts: int
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What was tried and what was chosen.
+
+    Attributes:
+        table: One row a setting and metric, from the last round the setting was in: construction, sites, sign, rho, positions, until, round,
+            metric, value, low, high, n, n_unscored, ``excess`` over the limits, ``feasible`` (no excess), ``front`` (in the last round,
+            and nothing there is better in everything) and ``chosen``. The unsteered model's rows have construction "unsteered".
+        chosen: Construction to its best setting.
+        best: The best setting of all.
+        rounds: What was answered.
+    """
+
+    table: pd.DataFrame
+    chosen: dict[str, Setting]
+    best: Setting
+    rounds: tuple[Round, ...]
 
 
 def placements(model: HookedModel) -> list[tuple[Site, ...]]:
-    """Where vectors are added: one residual site at half depth, or attention outputs of a band of layers."""
+    """Where vectors are added: one residual site at half depth, attention outputs of a band of layers, four residual sites."""
     n = model.cfg.n_layers
     first, last = round(BAND[0] * n), max(round(BAND[0] * n), int(BAND[1] * n))
-    return [
+    spread = tuple(Site(layer, "resid_post") for layer in sorted({int(share * n) for share in SPREAD}))
+    places = [
         (Site(int(MID_DEPTH * n), "resid_post"),),
         tuple(Site(layer, "attn_out") for layer in range(first, last + 1)),
+        spread,
     ]
+    return list(dict.fromkeys(places))
 
 
-def grid(model: HookedModel, rhos: Sequence[float]) -> list[Setting]:
-    """Every setting that is tried: construction x place x sign x relative strength (a band gets ``BAND_SHARE`` of it at each layer)."""
+def grid(
+    constructions: Sequence[str],
+    places: Sequence[tuple[Site, ...]],
+    rhos: Sequence[float],
+    *,
+    signs: Mapping[str, Sequence[int]] | None = None,
+    extents: Sequence[tuple[Positions, int | None]] = (("all", None),),
+) -> list[Setting]:
+    """Every combination of construction, place, sign, relative strength and extent; several layers get ``BAND_SHARE`` of the strength at each.
+
+    Args:
+        constructions: Names of vectors.
+        places: One site or several for each way.
+        rhos: Relative strengths at one layer.
+        signs: Construction to the signs that are tried; +1 (from unsafe to safe) alone by default.
+        extents: Pairs of positions and ``until`` (``interventions.Intervention``).
+    """
     settings = []
-    for construction, sites, sign, rho in itertools.product(CONSTRUCTIONS, placements(model), (1, -1), rhos):
-        at_each = rho if len(sites) == 1 else round(BAND_SHARE * rho, 4)
-        settings.append(Setting(construction, sites, sign, at_each))
+    for construction in constructions:
+        for sites in places:
+            for sign in (signs or {}).get(construction, (1,)):
+                for rho in rhos:
+                    at_each = rho if len(sites) == 1 else round(BAND_SHARE * rho, 4)
+                    settings += [Setting(construction, sites, sign, at_each, *extent) for extent in extents]
     return settings
 
 
 def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]]:
     """Interventions of a setting, for each category its own vectors."""
     by_site = [vectors[setting.construction, site] for site in setting.sites]
-    return {c: [add_vector(own[c], rho=setting.sign * setting.rho) for own in by_site] for c in by_site[0]}
+    extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
+    return {
+        category: [add_vector(own[category], rho=setting.sign * setting.rho, **extent) for own in by_site]
+        for category in by_site[0]
+    }
 
 
-def choose(tuned: Evaluation, settings: Sequence[Setting]) -> tuple[pd.DataFrame, dict[str, Setting]]:
-    """The tuning table and, for each construction, the setting with the highest share of safe and helpful answers (proxy).
+def plan_rounds(n_settings: int, n_prompts: int, *, keep: int = 3, budget: int | None = None) -> list[Round]:
+    """Rounds of successive halving: each answers three times as many prompts under a third of the settings, the last one all prompts.
 
-    A setting is feasible when it breaks at most ``MAX_DEGENERATE`` more of the answers than the unsteered model. Among equals the one with
-    fewer refusals, then the weaker one is taken.
+    Args:
+        n_settings: Settings at the start.
+        n_prompts: Tune prompts there are.
+        keep: Settings of the last round.
+        budget: Answers, at most; the first rounds then take fewer prompts, down to one.
+
+    Raises:
+        ValueError: If the budget does not allow one prompt for each setting.
+
+    Source: successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943).
+    """
+    counts = [n_settings]
+    while counts[-1] > keep:
+        counts.append(max(keep, math.ceil(counts[-1] / 3)))
+    steps = len(counts) - 1
+    for first in range(max(LEAST_PROMPTS, math.ceil(n_prompts / 3**steps)), 0, -1):
+        sizes = [min(n_prompts, first * 3**i) for i in range(steps)] + [n_prompts]
+        rounds = [Round(count, size) for count, size in zip(counts, sizes, strict=True)]
+        if budget is None or cost(rounds) <= budget:
+            return rounds
+    raise ValueError(
+        f"a budget of {budget} answers is too small for {n_settings} settings on {n_prompts} prompts; give at least {cost(rounds)}, or fewer of them."
+    )
+
+
+def cost(rounds: Sequence[Round]) -> int:
+    """Answers that rounds take at most: what an earlier round answered is not answered again; the unsteered model answers all prompts."""
+    answers, before = rounds[-1].n_prompts, 0
+    for one in rounds:
+        answers += one.n_settings * (one.n_prompts - before)
+        before = one.n_prompts
+    return answers
+
+
+def calibrate(
+    model: HookedModel,
+    vectors: Vectors,
+    prompts: Sequence[Prompt],
+    settings: Sequence[Setting],
+    *,
+    score: Score,
+    output: PathLike,
+    limits: Limits | None = None,
+    rounds: Sequence[Round] | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 48,
+    progress: bool = False,
+    transfer: bool = False,
+) -> Calibration:
+    """Find the setting with the largest share of safe and helpful answers, after what it costs beyond the limits is taken off.
+
+    Successive halving: few prompts for all settings, more for the best of them. The best setting of each construction stays to the end, so
+    that constructions can be compared; a round may so have a few settings more than planned.
+
+    Args:
+        model: A hooked model.
+        vectors: Vectors of every construction and site in ``settings``.
+        prompts: Prompts of the tune fold; the unsafe ones are used, category by category in turn.
+        settings: What is tried.
+        score: Judges the answers, for instance ``functools.partial(score_completions, model, safety_judge=judge)``.
+        output: A jsonl file that keeps the answers: a later round, and another call, go on from it.
+        limits: What steering may cost; the defaults of ``Limits``.
+        rounds: How many settings and prompts a round; ``plan_rounds`` by default.
+        max_new_tokens: Length limit of an answer.
+        seed: For sampling.
+        batch_size: Rows a batch, at most.
+        progress: Show a progress bar.
+        transfer: Allow vectors of another model of the same architecture.
+
+    Raises:
+        ValueError: If there are no settings or no unsafe prompts.
     """
     import pandas as pd
 
-    summary = tuned.summary()
-    summary = summary[summary["category"] == "all"].set_index(["condition", "metric"])
-    limit = float(summary.loc[UNSTEERED, "degenerate"]["value"]) + MAX_DEGENERATE
-
-    def value(setting: Setting, metric: str) -> float:
-        return float(summary.loc[setting.name, metric]["value"])
-
-    chosen = {}
-    for construction in CONSTRUCTIONS:
-        own = [s for s in settings if s.construction == construction]
-        feasible = [s for s in own if value(s, "degenerate") <= limit] or own
-        chosen[construction] = max(
-            feasible, key=lambda s: (value(s, "safe_helpful_proxy"), -value(s, "refusal"), -s.rho * len(s.sites))
+    questions = in_turn([prompt for prompt in prompts if prompt.label == "unsafe"])
+    alive = list(dict.fromkeys(settings))
+    if not alive or not questions:
+        raise ValueError(f"calibration needs settings and unsafe prompts, got {len(alive)} and {len(questions)}.")
+    limits = limits or Limits()
+    rounds = list(rounds or plan_rounds(len(alive), len(questions)))
+    tables: list[pd.DataFrame] = []
+    for number, one in enumerate(rounds):
+        conditions: dict[str, Condition] = {UNSTEERED: (), **{s.name: steering(vectors, s) for s in alive}}
+        answers = sweep(
+            model,
+            questions[: one.n_prompts],
+            conditions,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size,
+            output=output,
+            progress=progress,
+            transfer=transfer,
         )
-    rows = []
-    columns = ["value", "low", "high", "n", "n_unscored"]
-    for setting in [None, *settings]:
-        own = summary.loc[setting.name if setting else UNSTEERED]
-        for metric, line in own.iterrows():
-            row: dict[str, Any] = {
-                "construction": setting.construction if setting else UNSTEERED,
-                "sites": "",
-                "sign": 0,
-            }
-            row |= {
-                "rho": 0.0,
-                "metric": metric,
-                **{name: line[name] for name in columns},
-                "feasible": True,
-                "chosen": False,
-            }
-            if setting:
-                row |= {"sites": " ".join(map(str, setting.sites)), "sign": setting.sign, "rho": setting.rho}
-                row |= {
-                    "feasible": value(setting, "degenerate") <= limit,
-                    "chosen": setting == chosen[setting.construction],
-                }
-            rows.append(row)
-    return pd.DataFrame(rows), chosen
+        summary = score(answers).summary()
+        summary = summary[summary["category"] == ALL].set_index(["condition", "metric"])
+        values = {s: summary.loc[s.name]["value"].to_dict() for s in alive}
+        unsteered = summary.loc[UNSTEERED]["value"].to_dict()
+        excess = {s: limits.excess(values[s], unsteered) for s in alive}
+        ranked = sorted(alive, key=lambda s: _order(s, values[s], excess[s]))
+        last = number + 1 == len(rounds)
+        kept = ranked if last else _survivors(ranked, rounds[number + 1].n_settings)
+        shown = alive if last else [s for s in alive if s not in kept]
+        front = _front(values) if last else set()
+        best = {s.construction: s for s in reversed(ranked)}
+        for setting in shown:
+            marks = {"excess": excess[setting], "feasible": excess[setting] == 0, "front": setting in front}
+            marks["chosen"] = last and best[setting.construction] == setting
+            tables.append(_rows(setting, summary.loc[setting.name], number, marks))
+        if last:
+            marks = {"excess": 0.0, "feasible": True, "front": False, "chosen": False}
+            tables.insert(0, _rows(None, summary.loc[UNSTEERED], number, marks))
+        alive = kept
+    chosen = {construction: best[construction] for construction in dict.fromkeys(s.construction for s in settings)}
+    return Calibration(pd.concat(tables, ignore_index=True), chosen, ranked[0], tuple(rounds))
+
+
+def in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts reordered so that the categories take turns: the first n are then spread over all of them."""
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    longest = max((len(own) for own in by_category.values()), default=0)
+    return [own[i] for i in range(longest) for own in by_category.values() if i < len(own)]
+
+
+def _order(setting: Setting, values: Mapping[str, float], excess: float) -> tuple[float, float, float]:
+    """Sorting key, best first: headline less excess; among equals fewer refusals, then less strength."""
+    headline, refusal = (0.0 if math.isnan(values[name]) else values[name] for name in (HEADLINE, "refusal"))
+    return (excess - headline, refusal, setting.rho * len(setting.sites))
+
+
+def _survivors(ranked: Sequence[Setting], n: int) -> list[Setting]:
+    """The first ``n``, and the best of each construction whatever its place."""
+    best = {s.construction: s for s in reversed(ranked)}
+    return list(dict.fromkeys([*ranked[:n], *best.values()]))
+
+
+def _front(values: Mapping[Setting, Mapping[str, float]]) -> set[Setting]:
+    """Settings that no other one equals or beats in headline, refusal, degeneration and relevance, and beats in one."""
+    points = {s: (v[HEADLINE], -v["refusal"], -v["degenerate"], v["relevance"]) for s, v in values.items()}
+
+    def beaten(point: tuple[float, ...]) -> bool:
+        return any(
+            all(a >= b for a, b in zip(other, point, strict=True)) and other != point for other in points.values()
+        )
+
+    return {s for s, point in points.items() if not beaten(point)}
+
+
+def _rows(setting: Setting | None, metrics: pd.DataFrame, number: int, marks: Mapping[str, Any]) -> pd.DataFrame:
+    """The table's rows of one setting, or of the unsteered model."""
+    what = {
+        "construction": setting.construction if setting else UNSTEERED,
+        "sites": " ".join(map(str, setting.sites)) if setting else "",
+        "sign": setting.sign if setting else 0,
+        "rho": setting.rho if setting else 0.0,
+        "positions": setting.positions if setting else "",
+        "until": setting.until if setting else None,
+        "round": number,
+    }
+    own = metrics[["value", "low", "high", "n", "n_unscored"]].reset_index()
+    return own.assign(**what, **marks)[[*what, *own.columns, *marks]]

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from workbench.report import write_report
-    from workbench.safesteer import config_from, run
+    from workbench.run_config import config_from
+    from workbench.safesteer import run
 
     given = {name: value for name in _RUN_OPTIONS if (value := getattr(options, name)) is not None}
     config = config_from({**_read_yaml(options.config), **given})

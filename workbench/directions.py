@@ -92,6 +92,21 @@ def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
     return replace(scaled_to(replace(first, vector=total), norm), method=methods)
 
 
+def pooled(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
+    """Each category's vector replaced by the mean of all categories' unit directions, at the category's norm: less noise, nothing of its own.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not vectors:
+        raise ValueError("nothing to pool: give at least one steering vector.")
+    mean = torch.stack([v.direction.double() for v in vectors.values()]).mean(dim=0).float()
+    return {
+        category: replace(scaled_to(replace(own, vector=mean), own.norm), method=f"{own.method}_pooled")
+        for category, own in vectors.items()
+    }
+
+
 def own_part(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
     """Each category's vector minus the mean of the others' at the same site: what is the category's own.
 

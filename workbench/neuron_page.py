@@ -11,8 +11,9 @@ from workbench.neuron_dashboard import write_dashboard
 from workbench.neuron_profiles import profile_neurons, random_neurons
 from workbench.neuron_weights import reading_site
 from workbench.prompts import select_prompts
+from workbench.run_config import config_from
 from workbench.runs import read_run
-from workbench.safesteer import attributed_site, config_from, folds_of, load_run_model
+from workbench.safesteer import attributed_site, folds_of, load_run_model
 from workbench.sites import Site, did_you_mean
 from workbench.storage import PathLike
 

@@ -10,28 +10,32 @@ of sign and strength and the controls are this project's (README.md says why).
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.activations import ActivationSet, cache_activations
-from workbench.calibration import CONSTRUCTIONS, Setting, Vectors, choose, grid, placements, steering
+from workbench.calibration import Calibration, Setting, Vectors, calibrate, grid, placements, steering
 from workbench.datasets import prompts_from
-from workbench.evaluation import score_completions
+from workbench.directions import pooled
+from workbench.evaluation import HEADLINE, score_completions
+from workbench.framing import FramingJudge, framing_judge_for
 from workbench.generation import UNSTEERED, Condition, sweep
 from workbench.interventions import Intervention, add_vector
 from workbench.models import HookedModel, load_model, model_info
 from workbench.openings import answer_prompts
 from workbench.prompts import Folds, Prompt, categories_of, prompts_key, select_prompts, split_prompts
+from workbench.run_config import RunConfig
 from workbench.runs import FORMAT
+from workbench.self_contrast import kept_by, self_contrast
 from workbench.separability import layer_separability
 from workbench.sites import Site, sites_of_kind
 from workbench.storage import PathLike, read_json, write_json, write_jsonl, write_text
@@ -47,47 +51,13 @@ from workbench.vectors import (
 if TYPE_CHECKING:
     import pandas as pd
 
+PROMPT, OPENINGS, OWN = "prompt_contrast", "answer_contrast", "self_contrast"
+"""The paper's vector; written openings of answers; the model's own answers. The latter two also pooled over the categories."""
+POOLED = "_pooled"
+LEAST_PAIRS = 8
+"""Pairs of own answers over all categories, below which there is no self-contrast."""
 TEST_NEUTRAL = 24
 """Neutral prompts answered under every test condition: what always-on steering costs where there is no risk."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What a run does; every field can stand in the YAML file or on the command line.
-
-    Attributes:
-        model: Hub name, local folder or .gguf file; None is the default model.
-        device: Torch device; None takes a GPU if there is one.
-        dtype: float32, bfloat16 or float16.
-        prompts: Data sets ("safebench:PATH", a jsonl file, several with commas); None is the project's own set.
-        categories: Risk categories; None takes all that the prompts have.
-        seed: Of folds, controls and bootstrap.
-        tune_prompts: Unsafe prompts a category that choose sign and strength.
-        test_prompts: Unsafe prompts a category that are reported; None takes the whole test fold.
-        max_new_tokens: Length limit of answers.
-        rhos: Relative strengths tried at one layer; the band of layers gets .41 of each at every layer (as .07 is to .17).
-    """
-
-    model: str | None = None
-    device: str | None = None
-    dtype: str = "float32"
-    prompts: str | None = None
-    categories: tuple[str, ...] | None = None
-    seed: int = 0
-    tune_prompts: int = 6
-    test_prompts: int | None = None
-    max_new_tokens: int = 64
-    rhos: tuple[float, ...] = (0.09, 0.17)
-
-    def __post_init__(self) -> None:
-        for name in ("tune_prompts", "max_new_tokens"):
-            _check_count(name, getattr(self, name))
-        if self.test_prompts is not None:
-            _check_count("test_prompts", self.test_prompts)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
-        if not self.rhos or not all(isinstance(r, int | float) and 0 < r < 2 for r in self.rhos):
-            raise ValueError(f"rhos must be relative strengths above 0 and below 2, got {self.rhos!r}.")
 
 
 def run(
@@ -128,8 +98,12 @@ def run(
     }
     _note(folder, notes)
 
+    safety_judge = framing_judge_for(model)
+    answers: Any = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
+    with _timed(notes, "own answers"):
+        own = _own_answers(model, folds.fit, safety_judge, output=folder / "fit.jsonl", **answers)
     with _timed(notes, "activations"):
-        measured = measure(model, folds, folder / "activations", progress=progress)
+        measured = measure(model, folds, folder / "activations", own_answers=own, progress=progress)
     with _timed(notes, "vectors"):
         vectors = fit_all(measured, folds.fit)
         notes["vectors"] = _save_vectors(folder / "vectors", vectors)
@@ -141,25 +115,38 @@ def run(
     _note(folder, notes)
 
     with _timed(notes, "tune"):
-        answers: Any = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
         questions = select_prompts(folds.tune, label="unsafe", limit=config.tune_prompts)
-        settings = grid(model, config.rhos)
-        conditions: dict[str, Condition] = {UNSTEERED: (), **{s.name: steering(vectors, s) for s in settings}}
-        tuned = score_completions(model, sweep(model, questions, conditions, output=folder / "tune.jsonl", **answers))
-        table, chosen = choose(tuned, settings)
-        _write_csv(folder / "tuning.csv", table)
-        notes["chosen"] = {s.construction: _describe(s, vectors, table) for s in chosen.values()}
+        constructions = list(dict.fromkeys(construction for construction, _ in vectors))
+        tuned = calibrate(
+            model,
+            vectors,
+            questions,
+            grid(constructions, placements(model), config.rhos, signs={PROMPT: (1, -1)}),
+            score=partial(score_completions, model, safety_judge=safety_judge),
+            output=folder / "tune.jsonl",
+            **answers,
+        )
+        _write_csv(folder / "tuning.csv", tuned.table)
+        notes["chosen"] = {s.construction: _describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
+        notes["rounds"] = [one._asdict() for one in tuned.rounds]
         _note(folder, notes)
     with _timed(notes, "test"):
         questions = _test_questions(folds.test, config)
-        conditions = test_conditions(vectors, chosen, measured, questions, config.seed)
+        conditions = test_conditions(vectors, tuned, measured, questions, config.seed)
         completions = sweep(model, questions, conditions, output=folder / "test.jsonl", **answers)
     with _timed(notes, "evaluate"):
-        result = score_completions(model, completions)
+        result = score_completions(model, completions, safety_judge=safety_judge)
         _write_csv(folder / "evaluation.csv", result.summary(seed=config.seed))
         _write_csv(folder / "scores.csv", result.to_frame())
         write_jsonl(folder / "completions.jsonl", result.answers())
-    notes["judges"] = [{"name": result.judge, "measures": "refusal", "agreement": None}]
+    notes["judges"] = [
+        {"name": result.judge, "measures": "refusal", "agreement": None},
+        {
+            "name": result.safety_judge,
+            "measures": HEADLINE,
+            "agreement": safety_judge.agreement if safety_judge is not None else None,
+        },
+    ]
     notes["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     _note(folder, notes)
     return folder
@@ -170,75 +157,119 @@ class Measured(NamedTuple):
 
     prompts: dict[Site, ActivationSet]
     """Fit and tune prompts, span content."""
-    answers: dict[Site, ActivationSet]
-    """Questions of the fit fold behind which written openings stand, span response."""
+    answers: dict[str, dict[Site, ActivationSet]]
+    """Construction to questions of the fit fold with answers behind them (written openings, the model's own), span response."""
 
 
-def measure(model: HookedModel, folds: Folds, store: PathLike, *, progress: bool = False) -> Measured:
-    """Run the fit and tune prompts, and the fit questions with written openings, once each for all sites."""
+def measure(
+    model: HookedModel,
+    folds: Folds,
+    store: PathLike,
+    *,
+    own_answers: Sequence[Prompt] = (),
+    progress: bool = False,
+) -> Measured:
+    """Run the fit and tune prompts, and the fit questions with answers behind them, once each for all sites."""
     everywhere = [s for kind in ("resid_post", "attn_out", "mlp_post", "z") for s in sites_of_kind(model, kind)]
     prompts = cache_activations(
         model, [*folds.fit, *folds.tune], [Site(0, "resid_pre"), *everywhere], store=store, progress=progress
     )
-    placed = {site for place in placements(model) for site in place}
-    residuals = {Site(site.layer, "resid_post") for site in placed}
-    answers = cache_activations(
-        model, answer_prompts(folds.fit), sorted(placed | residuals), span="response", store=store, progress=progress
-    )
+    placed = sorted({site for place in placements(model) for site in place})
+    rows = {OPENINGS: answer_prompts(folds.fit)} | ({OWN: list(own_answers)} if own_answers else {})
+    answers = {
+        construction: cache_activations(model, own, placed, span="response", store=store, progress=progress)
+        for construction, own in rows.items()
+    }
     return Measured(prompts, answers)
 
 
 def fit_all(measured: Measured, fit: Sequence[Prompt]) -> Vectors:
-    """Both constructions at every site of the placements.
+    """Every construction at every site of the placements.
 
     Prompt contrast is the paper's: neutral prompts minus the category's unsafe ones. Answer contrast: openings that turn the question to
-    safety minus style-matched ones that go along, pair by pair.
+    safety minus style-matched ones that go along, pair by pair. Self-contrast: the model's own answers under an instruction minus its plain
+    ones. Contrasts of answers come per category and pooled; a category without pairs of its own gets the pooled vector only.
     """
-    vectors: Vectors = {}
-    for site in measured.answers:
-        residual = Site(site.layer, "resid_post")
-        on_fit = {s: measured.prompts[s].of(fit) for s in {site, residual}}
-        vectors["prompt_contrast", site] = fit_steering_vectors(on_fit[site], residual=on_fit[residual])
-        vectors["answer_contrast", site] = fit_steering_vectors(
-            measured.answers[site], residual=on_fit[residual], safe_side="paired", method="answer_contrast"
-        )
+    vectors: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
+    categories = categories_of(fit)
+    for site in measured.answers[OPENINGS]:
+        on_fit = {s: measured.prompts[s].of(fit) for s in {site, Site(site.layer, "resid_post")}}
+        residual = on_fit[Site(site.layer, "resid_post")]
+        vectors[PROMPT, site] = fit_steering_vectors(on_fit[site], residual=residual)
+        for construction, acts in measured.answers.items():
+            own = fit_steering_vectors(acts[site], residual=residual, safe_side="paired", method=construction)
+            shared = pooled(own)
+            any_one = next(iter(shared.values()))
+            if set(own) == set(categories) and construction == OPENINGS:
+                vectors[construction, site] = own
+            vectors[construction + POOLED, site] = {c: shared.get(c, replace(any_one, category=c)) for c in categories}
     return vectors
 
 
 def test_conditions(
-    vectors: Vectors, chosen: Mapping[str, Setting], measured: Measured, questions: Sequence[Prompt], seed: int
+    vectors: Vectors, tuned: Calibration, measured: Measured, questions: Sequence[Prompt], seed: int
 ) -> dict[str, Condition]:
-    """What the test fold is answered under: both constructions as chosen, and controls of equal norm for the answer contrast.
+    """What the test fold is answered under: every construction as chosen, and controls of equal norm for the best contrast of answers.
 
     Neutral prompts have no category of their own: each gets the vectors of one of the categories, in turn.
     """
-    setting = chosen["answer_contrast"]
-    categories = list(vectors["answer_contrast", setting.sites[0]])
+    main = max((s for s in tuned.chosen.values() if s.construction != PROMPT), key=partial(_headline, tuned))
+    contrast = main.construction.removesuffix(POOLED)
+    categories = list(vectors[main.construction, main.sites[0]])
     other = dict(zip(categories, [*categories[1:], categories[0]], strict=True))
 
     def control(make: Callable[[SteeringVector, Site], SteeringVector]) -> dict[str, list[Intervention]]:
         conditions: dict[str, list[Intervention]] = {c: [] for c in categories}
-        for category, site in itertools.product(categories, setting.sites):
-            own = vectors["answer_contrast", site][category]
-            conditions[category].append(add_vector(make(own, site), setting.sign * own.multiplier_for(setting.rho)))
+        for category, site in itertools.product(categories, main.sites):
+            own = vectors[main.construction, site][category]
+            conditions[category].append(add_vector(make(own, site), main.sign * own.multiplier_for(main.rho)))
         return conditions
 
     conditions: dict[str, Any] = {UNSTEERED: {}}
-    for construction in CONSTRUCTIONS:
-        conditions[construction.replace("_", " ")] = steering(vectors, chosen[construction])
-    conditions["random"] = control(lambda own, site: random_vector(own, seed=seed + site.layer))
-    conditions["shuffled labels"] = control(
-        lambda own, site: shuffled_vector(own, measured.answers[site], seed=seed, safe_side="paired")
+    for construction, setting in tuned.chosen.items():
+        conditions[construction.replace("_", " ")] = steering(vectors, setting)
+    conditions["random"] = control(
+        lambda own, site: random_vector(own, seed=seed + site.layer + 1000 * categories.index(own.category))
     )
-    if len(categories) > 1:
+    shuffled = {
+        site: _shuffled(vectors, main.construction, site, measured.answers[contrast][site], seed) for site in main.sites
+    }
+    conditions["shuffled labels"] = control(lambda own, site: scaled_to(shuffled[site][own.category], own.norm))
+    if len(categories) > 1 and main.construction == contrast:  # a pooled vector is the same for all
         conditions["other category"] = control(
-            lambda own, site: scaled_to(vectors["answer_contrast", site][other[own.category]], own.norm)
+            lambda own, site: scaled_to(vectors[main.construction, site][other[own.category]], own.norm)
         )
     neutral = [prompt for prompt in questions if prompt.label == "neutral"]
     for condition in conditions.values():
         if condition:
             condition |= {p.id: condition[c] for p, c in zip(neutral, itertools.cycle(categories), strict=False)}
     return conditions
+
+
+def _headline(tuned: Calibration, setting: Setting) -> float:
+    """What the tune fold says of a chosen setting: headline less excess over the limits."""
+    own = tuned.table[tuned.table["chosen"] & (tuned.table["construction"] == setting.construction)]
+    row = own.set_index("metric").loc[HEADLINE]
+    return float(row["value"] - row["excess"])
+
+
+def _shuffled(
+    vectors: Vectors, construction: str, site: Site, answers: ActivationSet, seed: int
+) -> dict[str, SteeringVector]:
+    """What the construction finds where labels are shuffled; pooled where it pools."""
+    have = categories_of(answers.prompts)
+    own = vectors[construction, site]
+    made = {c: shuffled_vector(own[c], answers, seed=seed + i, safe_side="paired") for i, c in enumerate(have)}
+    if construction.endswith(POOLED):
+        made = pooled(made)
+    return {c: made.get(c, next(iter(made.values()))) for c in own}
+
+
+def _own_answers(model: HookedModel, fit: Sequence[Prompt], judge: FramingJudge | None, **answers: Any) -> list[Prompt]:
+    """Rows of the self-contrast; none where the model has too few pairs of answers to give."""
+    keep_safe, keep_unsafe = kept_by(judge)
+    rows = self_contrast(model, fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, **answers)
+    return rows if len(rows) >= 2 * LEAST_PAIRS else []
 
 
 def folds_of(config: RunConfig) -> Folds:
@@ -292,8 +323,10 @@ def _neurons(
 
 
 def _describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[str, Any]:
-    own = table[table["chosen"] & (table["construction"] == setting.construction)].set_index("metric")
-    proxy = own.loc["safe_helpful_proxy"]
+    row = table[table["chosen"] & (table["construction"] == setting.construction) & (table["metric"] == HEADLINE)].iloc[
+        0
+    ]
+    over = "" if row["feasible"] else f"; it is over the limits by {row['excess']:.2f}"
     multipliers = {
         category: {
             str(s): setting.sign * vectors[setting.construction, s][category].multiplier_for(setting.rho)
@@ -306,8 +339,7 @@ def _describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[s
         "sign": setting.sign,
         "rho": setting.rho,
         "multiplier": multipliers,
-        "reason": f"highest share of safe and helpful answers (proxy) on the tune fold: {proxy['value']:.2f}, n={int(proxy['n'])}"
-        + ("" if bool(proxy["feasible"]) else "; no setting kept broken answers within the limit"),
+        "reason": f"most safe and helpful answers (proxy) on the tune fold, less costs over the limits: {row['value']:.2f}, n={row['n']}{over}",
     }
 
 
@@ -369,32 +401,3 @@ def _timed(notes: dict[str, Any], stage: str) -> Iterator[None]:
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_text(path, frame.to_csv(index=False, float_format="%.5g"))
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
-
-
-def config_from(mapping: Mapping[str, Any]) -> RunConfig:
-    """A configuration from a YAML mapping.
-
-    Raises:
-        ValueError: If a name is unknown or a value has the wrong kind.
-    """
-    from workbench.sites import did_you_mean
-
-    names = {field.name for field in dataclasses.fields(RunConfig)}
-    for name in mapping:
-        if name not in names:
-            raise ValueError(
-                f"unknown setting {name!r}; settings: {', '.join(sorted(names))}.{did_you_mean(str(name), names)}"
-            )
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items()}
-    for name in ("categories", "rhos"):
-        if name in values and values[name] is not None and not isinstance(values[name], tuple):
-            raise ValueError(f"{name} must be a list, got {values[name]!r}.")
-    for name in ("model", "device", "dtype", "prompts"):
-        if values.get(name) is not None and not isinstance(values[name], str):
-            raise ValueError(f"{name} must be a text, got {values[name]!r}.")
-    return replace(RunConfig(), **values)

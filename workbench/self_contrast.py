@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from workbench.evaluation import safety_wording
 from workbench.generation import Completion, generate
+from workbench.judges import Judge, RefusalPatterns
 from workbench.prompts import Prompt
 from workbench.storage import PathLike
 
@@ -21,6 +23,31 @@ INSTRUCTION = (
 
 Kept = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
 """Which answers to keep: prompts and their answers in, one yes or no each out."""
+
+
+def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
+    """Which answers a judge of safety keeps: for the safe side those it calls safe, for the unsafe side those it calls neither safe nor refusal.
+
+    Args:
+        judge: A judge of safety; without one, refusal patterns and safety wording stand in for it, coarsely.
+    """
+
+    def labels(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+        if judge is not None:
+            return [verdict.label for verdict in judge(prompts, answers)]
+        said = [verdict.label for verdict in RefusalPatterns()(prompts, answers)]
+        return [
+            "safe" if label == "not_refusal" and safety_wording(prompt, answer) else label
+            for prompt, answer, label in zip(prompts, answers, said, strict=True)
+        ]
+
+    def safe(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        return [label == "safe" for label in labels(prompts, answers)]
+
+    def unsafe(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        return [label not in ("safe", "refusal", "unscored") for label in labels(prompts, answers)]
+
+    return safe, unsafe
 
 
 def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> list[Prompt]:
@@ -62,7 +89,7 @@ def self_contrast(
     Args:
         model: A hooked model.
         prompts: Questions; only those labelled unsafe are used.
-        keep_safe: Which of the instructed answers count as safe and on topic (``safe_and_on_topic``, or any judge).
+        keep_safe: Which of the instructed answers count as safe and on topic (``kept_by``, or any judge).
         keep_unsafe: Which of the plain answers count as going along.
         instruction: What the safe side is asked with.
         samples: Answers a question and side: the first is greedy, further ones are sampled.
@@ -74,10 +101,10 @@ def self_contrast(
 
     Returns:
         Rows for ``cache_activations(span="response")`` and ``fit_steering_vectors(safe_side="paired")``: each kept safe answer with one
-        plain answer of its question, two rows of one ``pair_id``.
+        plain answer of its question, two rows of one ``pair_id``. Empty where the judge kept no pair: give more questions or samples.
 
     Raises:
-        ValueError: If there are no unsafe prompts, or no pair is left.
+        ValueError: If there are no unsafe prompts, or samples is below 1.
     """
     if samples < 1:
         raise ValueError(f"samples must be a whole number from 1, got {samples}.")
@@ -110,13 +137,7 @@ def self_contrast(
         ]
         for own, keep in ((plain, keep_unsafe), (safe, keep_safe))
     )
-    rows = answer_pairs(questions, kept_safe, kept_unsafe)
-    if not rows:
-        raise ValueError(
-            f"no pair left of {len(questions)} questions: {len(kept_safe)} safe and {len(kept_unsafe)} unsafe answers were kept; "
-            "give more questions, more samples or a milder judge."
-        )
-    return rows
+    return answer_pairs(questions, kept_safe, kept_unsafe)
 
 
 def answer_pairs(prompts: Sequence[Prompt], safe: Sequence[Completion], unsafe: Sequence[Completion]) -> list[Prompt]:
