@@ -56,6 +56,36 @@ def _datasets(_: argparse.Namespace) -> None:
     print(list_datasets().to_string(index=False))
 
 
+def _judge_validate(options: argparse.Namespace) -> None:
+    import json
+
+    from workbench.judge_validation import lines, open_judge, read_labelled, validate
+
+    answers = read_labelled(options.labels)
+    judge = open_judge(options.judge, device=options.device)
+    found = validate(judge, answers)
+    if options.json:
+        print(json.dumps({"judge": judge.name, **{measure: own.to_dict() for measure, own in found.items()}}, indent=1))
+    else:
+        print(judge.name, *lines(found), sep="\n")
+
+
+def _judge_train(options: argparse.Namespace) -> None:
+    from workbench.judge_validation import known_answers, read_labelled
+    from workbench.probe_judge import save_probe, train_probe
+    from workbench.storage import file_checksum
+
+    prompts, responses, truth = known_answers(read_labelled(options.labels), options.measures)
+    source = f"{options.labels.rpartition('/')[2]} sha256 {file_checksum(options.labels)[:16]}"
+    probe = train_probe(prompts, responses, truth, measures=options.measures, source=source)
+    save_probe(options.out, probe)
+    area, kappa = probe.card["auroc"], probe.card["agreement"]["kappa"]
+    print(
+        f"{options.out}: {probe.name}, n={len(truth)}; on prompts it has not seen: AUROC {area['value']:.2f} "
+        f"[{area['low']:.2f}, {area['high']:.2f}], kappa {kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}]"
+    )
+
+
 _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"help": "hub name, local folder, .gguf file, or 'embedded' (default: SmolLM2-135M-Instruct)"},
     "device": {"help": "torch device (default: a GPU if there is one)"},
@@ -102,6 +132,23 @@ def _parser() -> argparse.ArgumentParser:
     neurons.add_argument("--quiet", action="store_true", help="no progress bars")
 
     command("datasets", _datasets, "list the benchmark readers")
+
+    judges = commands.add_parser("judge", help="validate a judge on labelled answers, or train one")
+    kinds = judges.add_subparsers(required=True, metavar="COMMAND")
+    labels = "file with columns prompt, response and refusal, unsafe or label"
+    check = kinds.add_parser("validate", help="agreement of a judge with labels, with intervals")
+    check.set_defaults(command=_judge_validate)
+    check.add_argument(
+        "--judge", required=True, help="patterns, framing, a guard family, or the file of a trained probe"
+    )
+    check.add_argument("--labels", required=True, help=labels)
+    check.add_argument("--device", help="torch device of a judge that is a model (default: a GPU if there is one)")
+    check.add_argument("--json", action="store_true", help="numbers as JSON")
+    train = kinds.add_parser("train", help="train a probe on sentence embeddings, with the card of how well it does")
+    train.set_defaults(command=_judge_train)
+    train.add_argument("--labels", required=True, help=labels)
+    train.add_argument("--measures", choices=("refusal", "unsafe"), required=True, help="what it learns to tell")
+    train.add_argument("--out", required=True, help="file of the probe (.safetensors)")
     return parser
 
 
