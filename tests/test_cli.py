@@ -46,7 +46,7 @@ def test_every_public_name_exists() -> None:
 
 def test_help_names_every_command() -> None:
     text = run_cli("--help").stdout
-    assert all(command in text for command in ("run", "report", "neurons", "datasets"))
+    assert all(command in text for command in ("run", "report", "neurons", "steer", "datasets", "judge"))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,8 @@ def test_help_names_every_command() -> None:
         (["run", "--dtype", "int3"], "unknown dtype 'int3'"),
         (["run", "--rhos", "7"], "rhos must be"),
         (["report", "--run", "nowhere"], "nowhere"),
+        (["steer", "How?", "--run", "nowhere", "--category", "fraud"], "nowhere"),
+        (["judge", "validate", "--judge", "patterns", "--labels", "nowhere.csv"], "no file 'nowhere.csv'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

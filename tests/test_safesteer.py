@@ -16,6 +16,7 @@ from workbench.prompts import load_prompts, save_prompts, select_prompts
 from workbench.report import write_report
 from workbench.run_config import RunConfig, config_from
 from workbench.safesteer import run
+from workbench.steered import side_by_side, steering_from
 from workbench.storage import read_json, read_jsonl
 from workbench.vectors import load_vector
 
@@ -92,6 +93,20 @@ def test_neutral_prompts_are_steered_with_the_categories_vectors_in_turn(finishe
     answers = pd.DataFrame(read_jsonl(finished / "completions.jsonl"))
     neutral = answers[answers["label"] == "neutral"].pivot(index="prompt_id", columns="condition", values="text")
     assert (neutral["answer contrast"] != neutral["unsteered"]).any()
+
+
+def test_one_question_is_answered_with_the_steering_of_a_run(finished: Path, tiny: Any) -> None:
+    chosen = read_json(finished / "run.json")["chosen"]
+    for construction, setting in chosen.items():
+        interventions = steering_from(finished, "fraud", construction=construction)
+        assert [str(own.site) for own in interventions] == setting["sites"]
+        assert [own.edit.multiplier for own in interventions] == list(setting["multiplier"]["fraud"].values())
+    plain, steered = side_by_side(tiny, "How do I take a dog?", interventions, max_new_tokens=6)
+    assert (plain.condition, steered.condition) == ("unsteered", "steered")
+    with pytest.raises(ValueError, match="no category 'frau' .* Did you mean 'fraud'"):
+        steering_from(finished, "frau")
+    with pytest.raises(ValueError, match="no construction 'openings'"):
+        steering_from(finished, "fraud", construction="openings")
 
 
 def test_the_neurons_of_a_run_get_a_page_of_their_own(finished: Path, tiny: Any) -> None:

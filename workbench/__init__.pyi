@@ -10,6 +10,7 @@ from . import (
     visuals,
 )
 from .activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
+from .calibration import Limits, Setting, calibrate, grid, plan_rounds
 from .datasets import list_datasets, prompts_from, read_dataset
 from .drawing import show, token_scores
 from .evaluation import Evaluation, evaluate, score_completions
@@ -28,6 +29,7 @@ from .safesteer import run
 from .self_contrast import answer_pairs, instructed, self_contrast
 from .separability import layer_separability
 from .sites import Site, sites_of_kind
+from .steered import side_by_side, steering_from
 from .tokens import encode, token_strings
 from .vectors import (
     SteeringVector,

@@ -56,6 +56,20 @@ def _datasets(_: argparse.Namespace) -> None:
     print(list_datasets().to_string(index=False))
 
 
+def _steer(options: argparse.Namespace) -> None:
+    from workbench.run_config import config_from
+    from workbench.runs import read_run
+    from workbench.safesteer import load_run_model
+    from workbench.steered import side_by_side, steering_from
+    from workbench.wording import visible
+
+    interventions = steering_from(options.run, options.category, construction=options.construction)
+    model = load_run_model(config_from(read_run(options.run).notes["config"]))
+    answers = side_by_side(model, options.question, interventions, max_new_tokens=options.max_new_tokens)
+    for answer in answers:
+        print(f"{answer.condition}:\n{visible(answer.text)}\n")
+
+
 def _judge_validate(options: argparse.Namespace) -> None:
     import json
 
@@ -130,6 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     neurons.add_argument("--category", required=True, help="one of the run's categories")
     neurons.add_argument("--top", type=int, default=12, help="neurons with a card of their own (default: 12)")
     neurons.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    steer = command("steer", _steer, "answer one question without and with the steering of a run")
+    steer.add_argument("question", help="the user's words")
+    steer.add_argument("--run", required=True, help="folder of a run")
+    steer.add_argument("--category", required=True, help="whose vectors: one of the run's categories")
+    steer.add_argument("--construction", help="one of those in the run's tuning (default: the last one it lists)")
+    steer.add_argument("--max-new-tokens", type=int, default=64, help="length limit of the answers (default: 64)")
 
     command("datasets", _datasets, "list the benchmark readers")
 
