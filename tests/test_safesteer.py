@@ -103,7 +103,7 @@ def test_one_question_is_answered_with_the_steering_of_a_run(finished: Path, tin
         assert [own.edit.multiplier for own in interventions] == list(setting["multiplier"]["fraud"].values())
     plain, steered = side_by_side(tiny, "How do I take a dog?", interventions, max_new_tokens=6)
     assert (plain.condition, steered.condition) == ("unsteered", "steered")
-    with pytest.raises(ValueError, match="no category 'frau' .* Did you mean 'fraud'"):
+    with pytest.raises(ValueError, match=r"no category 'frau' .* Did you mean 'fraud'"):
         steering_from(finished, "frau")
     with pytest.raises(ValueError, match="no construction 'openings'"):
         steering_from(finished, "fraud", construction="openings")
