@@ -3,8 +3,9 @@
     python benchmarks/steering.py --out runs/steering --seed 0    # about fifteen minutes on two cores
 
 Place and strength were chosen on tune-fold questions of seed 0 (``workbench run`` does that by successive halving); here they are fixed,
-and the test fold is answered once. The random control has eight directions of equal norm, in turn over the prompts. ``--read FILE`` writes
-the answers shuffled and without their conditions, to be read blind.
+and the test fold is answered once. The random control has eight directions of equal norm, in turn over the prompts. blind.jsonl holds the
+answers shuffled and without their conditions, to be read blind; ``--reading`` prints what a language model read in 160 of them
+(steering_reading.csv: 40 prompts, four conditions).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import pandas as pd
 import workbench as wb
 from workbench.calibration import in_turn
 from workbench.directions import pooled
-from workbench.framing import framing_judge_for
+from workbench.framing import FRAMINGS, framing_judge_for
 from workbench.self_contrast import instructed, kept_by, self_contrast
-from workbench.statistics import tost_paired
+from workbench.statistics import rate, tost_paired
 from workbench.storage import write_json, write_jsonl, write_text
 
 LAYERS = (10, 12, 14, 16)
@@ -36,11 +37,15 @@ MARGINS = {"relevance": (-0.05, float("inf")), "degenerate": (float("-inf"), 0.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, help="folder for answers and tables")
+    parser.add_argument("--out", default="runs/steering", help="folder for answers and tables")
+    parser.add_argument("--reading", action="store_true", help="print the blind reading that is committed, and stop")
     parser.add_argument("--seed", type=int, default=0, help="of the folds and controls")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--limit", type=int, help="test prompts a category; default all")
     options = parser.parse_args()
+    if options.reading:
+        show_reading()
+        return
     out, seed = Path(options.out), options.seed
     model = wb.load_model("embedded")
     judge = framing_judge_for(model)
@@ -126,6 +131,13 @@ def main() -> None:
     write_jsonl(out / "blind.jsonl", rows)
     write_json(out / "blind_key.json", {str(i): [a.condition, a.prompt.id] for i, a in enumerate(answers)})
     show(result, summary)
+
+
+def show_reading() -> None:
+    frame = pd.read_csv(Path(__file__).with_name("steering_reading.csv"))
+    for condition, own in frame.groupby("condition"):
+        rates = {label: rate(list(own["label"] == label)) for label in FRAMINGS}
+        print(f"{condition:24} " + ", ".join(f"{label} {value}" for label, value in rates.items()))
 
 
 def show(result: wb.Evaluation, summary: pd.DataFrame) -> None:
