@@ -226,8 +226,10 @@ def test_each_answer_gets_each_score_once(scored):
     assert set(scored.scores["metric"]) == set(METRICS) - {"safe", "unsafe"}  # those need a judge of safety
     assert not scored.scores.duplicated(["condition", "prompt_id", "metric"]).any()
     own = scored.scores.groupby(["condition", "prompt_id"])["metric"].nunique()
-    assert set(own[UNSTEERED]) == {len(METRICS) - 2}  # nothing to compare the baseline's wording with
-    assert set(own["steered"]) == {len(METRICS)}
+    assert set(own[UNSTEERED]) == {
+        len(METRICS) - 4
+    }  # no judge of safety, and nothing to compare the baseline's wording with
+    assert set(own["steered"]) == {len(METRICS) - 2}
     assert scored.judge == RefusalPatterns().name
     assert set(RATES) < set(METRICS)
 
