@@ -22,7 +22,8 @@ from workbench.attribution import (
     writing_sites,
 )
 from workbench.attribution_passes import ROLES, gate_split, head_sources, scaled_activations, writing_activations
-from workbench.interventions import clamp_neurons, intervene
+from workbench.intervening import intervene
+from workbench.interventions import clamp_neurons
 from workbench.models import load_model
 from workbench.prompts import Prompt, load_prompts, select_prompts
 from workbench.sites import Site

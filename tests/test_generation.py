@@ -11,7 +11,8 @@ from tiny_models import CONTEXT, D_MODEL, sentences, tiny_model
 
 from workbench.edits import AddVector
 from workbench.generation import UNSTEERED, generate, sweep
-from workbench.interventions import Intervention, add_vector, intervene, scale_neurons
+from workbench.intervening import intervene
+from workbench.interventions import Intervention, add_vector, scale_neurons
 from workbench.models import load_model, model_info
 from workbench.prompts import Prompt
 from workbench.sites import Site

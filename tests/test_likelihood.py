@@ -10,7 +10,8 @@ from tiny_models import sentences
 
 from workbench.edits import AddVector
 from workbench.generation import Completion, generate
-from workbench.interventions import Intervention, intervene
+from workbench.intervening import intervene
+from workbench.interventions import Intervention
 from workbench.likelihood import answer_log_probs
 from workbench.prompts import Prompt
 from workbench.sites import Site

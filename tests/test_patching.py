@@ -10,7 +10,8 @@ from tiny_models import tiny_model
 
 from workbench.edits import AddVector
 from workbench.generation import generate
-from workbench.interventions import Intervention, intervene, scale_neurons
+from workbench.intervening import intervene
+from workbench.interventions import Intervention, scale_neurons
 from workbench.models import HookedModel, load_model
 from workbench.patching import contrast_activations, patched_answers, patching_effect
 from workbench.prompts import Prompt

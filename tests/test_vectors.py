@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from workbench.activations import ActivationSet, cache_activations
 from workbench.edits import AddVector
-from workbench.interventions import Intervention, add_vector, intervene
+from workbench.intervening import intervene
+from workbench.interventions import Intervention, add_vector
 from workbench.models import ModelInfo
 from workbench.openings import OPENING_KINDS, answer_prompts, read_openings
 from workbench.prompts import Prompt, load_prompts, select_prompts, split_prompts

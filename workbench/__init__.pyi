@@ -15,8 +15,20 @@ from .datasets import list_datasets, prompts_from, read_dataset
 from .drawing import show, token_scores
 from .evaluation import Evaluation, evaluate, score_completions
 from .framing import FramingJudge, load_framing_judge
+from .gates import Gate, fit_gate, load_gate, save_gate
 from .generation import Completion, generate, sweep
-from .interventions import Intervention, ablate_direction, add_vector, clamp_neurons, intervene, scale_neurons
+from .intervening import intervene
+from .interventions import (
+    Intervention,
+    ablate_direction,
+    activate,
+    add_vector,
+    clamp_neurons,
+    gated,
+    raise_to,
+    scale_neurons,
+    suppress,
+)
 from .judges import RefusalPatterns, Verdict
 from .likelihood import answer_log_probs
 from .models import ModelInfo, load_model, model_info

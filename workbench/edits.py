@@ -49,6 +49,24 @@ class AblateDirection:
 
 
 @dataclass(frozen=True, eq=False)
+class RaiseTo:
+    """Raise the projection on a unit direction to ``target``; an activation that is there already or beyond stays as it is."""
+
+    direction: Float[Tensor, " d"]
+    target: float
+
+    def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """The activation with the missing part of the projection added."""
+        u = self.direction.to(activation)
+        return activation + (self.target - activation @ u).clamp(min=0)[..., None] * u
+
+    @property
+    def width(self) -> int:
+        """Width of the activations it fits."""
+        return len(self.direction)
+
+
+@dataclass(frozen=True, eq=False)
 class ScaleNeurons:
     """Multiply the activations of some neurons; factor 0 silences them."""
 
@@ -85,4 +103,4 @@ class ClampNeurons:
         return max(self.neurons, default=-1) + 1
 
 
-Edit = AddVector | AblateDirection | ScaleNeurons | ClampNeurons | Callable[[Tensor], Tensor]
+Edit = AddVector | AblateDirection | RaiseTo | ScaleNeurons | ClampNeurons | Callable[[Tensor], Tensor]

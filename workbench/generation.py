@@ -20,12 +20,13 @@ from workbench.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
-from workbench.interventions import Intervention, check_interventions, intervene
+from workbench.intervening import intervene
+from workbench.interventions import Intervention, check_interventions, description
 from workbench.models import model_info
 from workbench.prompts import Prompt
 from workbench.sites import did_you_mean
-from workbench.storage import PathLike, append_jsonl, key_of, read_jsonl, tensor_digest
-from workbench.tokens import Batch, Encoded, decode, encode, pad, pad_id, stop_ids, template_text
+from workbench.storage import PathLike, append_jsonl, key_of, read_jsonl
+from workbench.tokens import Batch, Encoded, decode, encode, pad, pad_id, span_mask, stop_ids, template_text
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -235,13 +236,15 @@ class _DecodeLoop:
         """Compute the tokens all prompts begin with once for each group of interventions."""
         if not has_key_value_cache(self.model):
             return
-        self.n_prefix = shared_prefix_length(encoded, keep=lambda row: len(row.ids) - 1)
+        # What a gate lets through acts from the user's words on, which it has to see.
+        has_gate = any(one.gate is not None for group in self.groups for one in group)
+        self.n_prefix = shared_prefix_length(encoded, keep=lambda row: row.content[0] if has_gate else len(row.ids) - 1)
         if not self.n_prefix:
             return
         caches = []
         for start in range(0, len(self.groups), batch_size):
             own = range(start, min(start + batch_size, len(self.groups)))
-            with self._steered([(i,) for i in own], prompt_length=self.n_prefix):
+            with self._steered([(i,) for i in own], prompt_length=self.n_prefix, gates=None):
                 caches.append(prefix_cache(self.model, encoded[0].ids[: self.n_prefix], rows=len(own)))
         if not allows_padding_behind(caches[0], max(len(row.ids) for row in encoded) + self.max_new_tokens):
             return
@@ -260,8 +263,11 @@ class _DecodeLoop:
         alive = torch.arange(n_rows, device=self.device)  # which row of the results each row of the batch is
         ended = torch.zeros(n_rows, dtype=torch.bool, device=self.device)
         tokens, step = suffix, 0
+        content = span_mask([row.encoded for row in rows], batch, "content")
+        gates: Any = {}
         while step < self.max_new_tokens:  # one turn for each set of rows alive
-            with self._steered([(rows[i].group,) for i in alive.tolist()], prompt_length=width):
+            groups = [(rows[i].group,) for i in alive.tolist()]
+            with self._steered(groups, prompt_length=width, content=content, gates=gates) as steering:
                 while step < self.max_new_tokens:
                     logits, cache = forward(self.model, tokens, mask, cache=cache, use_cache=True)
                     next_tokens = self._choose(logits, draws[alive, step] if draws is not None else None)
@@ -276,7 +282,8 @@ class _DecodeLoop:
             if step == self.max_new_tokens or bool(ended.all()):
                 break
             keep = (~ended).nonzero()[:, 0]
-            alive, ended, mask, tokens = alive[keep], ended[keep], mask[keep], tokens[keep]
+            alive, ended, mask, tokens, content = (x[keep] for x in (alive, ended, mask, tokens, content))
+            gates = {gate: state.rows(keep) for gate, state in steering.gates.items()}
             if cache is not None:
                 cache.batch_select_indices(keep)
         return [self._cut(ids) for ids in chosen.tolist()]
@@ -291,8 +298,8 @@ class _DecodeLoop:
         cache = rows_of_cache(self.prefix, torch.tensor([row.group for row in rows], device=self.device))
         return rest.tokens, torch.cat([rest.mask.new_ones(len(rows), n), rest.mask], dim=1), cache
 
-    def _steered(self, groups_of_rows: Sequence[tuple[int]], prompt_length: int) -> Any:
-        """Context in which each row of the batch has its group's interventions."""
+    def _steered(self, groups_of_rows: Sequence[tuple[int]], *, gates: Any, **keywords: Any) -> Any:
+        """Context in which each row of the batch has its group's interventions; without gated ones where ``gates`` is None."""
         rows_of: dict[int, list[int]] = {}
         for row, (group,) in enumerate(groups_of_rows):
             rows_of.setdefault(group, []).append(row)
@@ -301,8 +308,9 @@ class _DecodeLoop:
             intervention if everyone else intervention.for_rows(own)
             for group, own in rows_of.items()
             for intervention in self.groups[group]
+            if gates is not None or intervention.gate is None
         ]
-        return intervene(self.model, interventions, prompt_length=prompt_length, transfer=self.transfer)
+        return intervene(self.model, interventions, gates=gates, transfer=self.transfer, **keywords)
 
     def _choose(
         self, logits: Float[Tensor, "batch d_vocab"], draws: Float[Tensor, " batch"] | None
@@ -366,7 +374,7 @@ def _rows(
                     f"condition {name!r} names rows of a batch, but generation makes its own batches; "
                     "give a mapping from prompt id (or category) to interventions."
                 )
-            description_of[owner] = [_describe(intervention) for intervention in interventions] if kept else []
+            description_of[owner] = [description(intervention) for intervention in interventions] if kept else []
             group_of[owner] = len(groups) if interventions else 0
             if interventions:
                 groups.append(interventions)
@@ -376,21 +384,6 @@ def _rows(
             key = key_of([settings, row.prompt.id, row.prompt.text, name, description_of.get(own, []), *begun])
             rows.append(_Row(row, name, group_of.get(own, 0), key))
     return rows, groups
-
-
-def _describe(intervention: Intervention) -> list[Any]:
-    """An intervention as JSON, for keys: tensors by their hash. An edit that its values do not tell from another has no key."""
-    edit = intervention.edit
-    values = {f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)} if dataclasses.is_dataclass(edit) else {}
-    what = {k: tensor_digest(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-    allowed = str | int | float | tuple | list | None
-    if not what or not all(isinstance(value, allowed) for value in what.values()):
-        raise ValueError(
-            f"answers under the edit at {intervention.site} ({type(edit).__name__}) cannot be kept in a file: nothing tells it from "
-            "another one when they are read back; make it a frozen dataclass of numbers and tensors, or leave out output."
-        )
-    extent = intervention.positions if intervention.until is None else [intervention.positions, intervention.until]
-    return [str(intervention.site), type(edit).__name__, what, extent, intervention.label]
 
 
 def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[str, Any]]:

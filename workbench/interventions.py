@@ -1,18 +1,18 @@
-"""Interventions: what is changed at a site while the model runs. Row by row, right under padding and KV cache, checked, counted."""
+"""Interventions: what is changed, where, at which rows and positions. Plain values; ``intervening`` puts them into a running model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.edits import AblateDirection, AddVector, ClampNeurons, Edit, ScaleNeurons
+from workbench.edits import AblateDirection, AddVector, ClampNeurons, Edit, RaiseTo, ScaleNeurons
+from workbench.gates import Gate
 from workbench.models import ModelInfo, model_info
-from workbench.positions import Steering
 from workbench.sites import Site, check_sites
+from workbench.storage import tensor_digest
 from workbench.vectors import SteeringVector
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Intervention:
         rows: Rows of the batch it applies to; None means every row.
         label: Name in results.
         model: What its vector was measured on; None where nothing was measured.
+        gate: What lets it through, row by row; None lets it always through. Set by ``gated``.
+        gate_category: Whose score of the gate counts.
     """
 
     site: Site
@@ -47,6 +49,8 @@ class Intervention:
     label: str = ""
     model: ModelInfo | None = None
     until: int | None = None
+    gate: Gate | None = None
+    gate_category: str = ""
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
@@ -86,6 +90,57 @@ def add_vector(
     edit = AddVector(vector.vector, float(multiplier))
     label = f"{multiplier:+.3g} {vector.category}"
     return Intervention(vector.site, edit, positions, label=label, model=vector.model, until=until)
+
+
+def suppress(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
+    """Steer a category's risk down: its vector at relative strength ``rho``, from unsafe to safe; see ``add_vector``.
+
+    Raises:
+        ValueError: If ``rho`` is not above 0.
+    """
+    return add_vector(vector, rho=_above_zero(rho), **extent)
+
+
+def activate(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
+    """Steer a category's risk up, to see what its vector stands for or to test what comes after: the opposite of ``suppress``.
+
+    Raises:
+        ValueError: If ``rho`` is not above 0.
+    """
+    return add_vector(vector, rho=-_above_zero(rho), **extent)
+
+
+def raise_to(vector: SteeringVector, target: float, *, positions: Positions = "all") -> Intervention:
+    """Steer up to a target: move an activation along a steering vector until its projection there is ``target``, and never beyond.
+
+    An activation that is there already stays as it is, so that repeated or strong steering cannot overshoot.
+
+    Args:
+        vector: Its site and direction are used.
+        target: Projection on the unit direction, in residual-stream units; for instance the safe class's mean there.
+        positions: Which tokens.
+    """
+    edit = RaiseTo(vector.direction, float(target))
+    return Intervention(vector.site, edit, positions, label=f"to {target:.3g} {vector.category}", model=vector.model)
+
+
+def gated(steering: Mapping[str, Sequence[Intervention]], gate: Gate) -> list[Intervention]:
+    """Interventions that a gate lets through: each category's own ones where the gate opens for that category.
+
+    They act from the user's words on: the template before them stays as it is.
+
+    Args:
+        steering: Risk category to its interventions.
+        gate: Knows each of these categories.
+
+    Raises:
+        ValueError: If the gate does not know a category.
+    """
+    made = []
+    for category, interventions in steering.items():
+        gate.index(category)
+        made += [replace(one, gate=gate, gate_category=category) for one in interventions]
+    return made
 
 
 def ablate_direction(
@@ -151,82 +206,6 @@ def clamp_neurons(
     ]
 
 
-@contextmanager
-def intervene(
-    model: HookedModel,
-    interventions: Iterable[Intervention],
-    *,
-    prompt_length: int | None = None,
-    transfer: bool = False,
-) -> Iterator[Steering]:
-    """Change the model's computation inside the block, and nowhere else.
-
-    Works under any way of running the model: the call itself, its own generate, a KV cache, left or right padding (told by the
-    attention mask). Several interventions at one site are applied in their order.
-
-    Args:
-        model: A hooked model.
-        interventions: What to change; several rows of a batch may have their own (``Intervention.for_rows``).
-        prompt_length: Columns of the batch that belong to the prompt. By default the first pass is the prompt (and those of several
-            columns that continue it) and what comes after it, token by token, is generated.
-        transfer: Allow vectors that were measured on another model of the same architecture.
-
-    Yields:
-        A ``Steering`` that counts.
-
-    Raises:
-        ValueError: If a site does not exist, a width is wrong, or a vector belongs to another model.
-        RuntimeError: At the end, if a site was never reached, or none of the positions (without ``prompt_length``): then nothing was
-            steered.
-    """
-    interventions = list(interventions)
-    check_interventions(model, interventions, transfer=transfer)
-    by_site: dict[Site, list[Intervention]] = {}
-    for intervention in interventions:
-        by_site.setdefault(intervention.site, []).append(intervention)
-    steering = Steering(fired=dict.fromkeys(by_site, 0), prompt_length=prompt_length)
-    fixed = prompt_length is not None
-
-    def before_forward(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        tokens = next(x for x in (keywords.get("input_ids"), keywords.get("inputs_embeds"), *args) if x is not None)
-        cache = keywords.get("past_key_values", keywords.get("past_kv_cache"))
-        past = (
-            0
-            if cache is None
-            else int(cache.get_seq_length())
-            if hasattr(cache, "get_seq_length")
-            else int(cache[0].past_keys.shape[1])
-        )
-        steering.see(tokens, past, keywords.get("attention_mask"), fixed=fixed)
-
-    def hook_of(site: Site, apply: Callable[[Tensor, Steering], Tensor]) -> Callable[..., Tensor]:
-        def hook(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 - TransformerLens passes it by name
-            steering.fired[site] += 1
-            return apply(activation.flatten(2), steering).view_as(activation)
-
-        return hook
-
-    hooks = [(site.hook_name, hook_of(site, _compile(own))) for site, own in by_site.items()]
-    with ExitStack() as stack:
-        if hooks:
-            runner: Any = getattr(model, "original_model", model)
-            handle = runner.register_forward_pre_hook(before_forward, with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.enter_context(model.hooks(fwd_hooks=hooks))
-        yield steering
-    silent = [site for site, count in steering.fired.items() if count == 0]
-    if silent:
-        raise RuntimeError(
-            f"intervention at {silent[0].hook_name} never fired: the model was not run inside intervene()."
-        )
-    for intervention in interventions:
-        if not fixed and (intervention.site, intervention.positions) not in steering.reached:
-            raise RuntimeError(
-                f"intervention at {intervention.site.hook_name} changed nothing: inside intervene() there were no positions "
-                f"{intervention.positions!r}; generate more tokens, or say where the prompt ends with prompt_length."
-            )
-
-
 def check_interventions(model: HookedModel, interventions: Sequence[Intervention], *, transfer: bool = False) -> None:
     """Raise where an intervention does not fit the model: before anything runs, in one line.
 
@@ -240,6 +219,7 @@ def check_interventions(model: HookedModel, interventions: Sequence[Intervention
                 "write [add_vector(...), *ablate_direction(...)]."
             )
     check_sites(model, [intervention.site for intervention in interventions])
+    check_sites(model, [i.gate.site for i in interventions if i.gate is not None])
     info = model_info(model) if any(i.model is not None for i in interventions) else None
     widths = {"mlp_post": model.cfg.d_mlp, "z": model.cfg.n_heads * model.cfg.d_head}
     for intervention in interventions:
@@ -251,9 +231,11 @@ def check_interventions(model: HookedModel, interventions: Sequence[Intervention
             )
         width = widths.get(site.kind, model.cfg.d_model)
         given = getattr(edit, "width", width)
-        exact = isinstance(edit, AddVector | AblateDirection)
+        exact = isinstance(edit, AddVector | AblateDirection | RaiseTo)
         if (exact and given != width) or given > width:
             raise ValueError(f"an edit of width {given} does not fit {site}, which has width {width}.")
+        if intervention.gate is not None:
+            _check_gate(intervention, intervention.gate, model)
         if info is None or source is None or source.fingerprint == info.fingerprint:
             continue
         if not transfer:
@@ -268,86 +250,20 @@ def check_interventions(model: HookedModel, interventions: Sequence[Intervention
             )
 
 
-def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steering], Tensor]:
-    """One function for all interventions at a site. Vectors added at the same positions become one addition of a row-wise matrix."""
-    groups: list[list[Intervention]] = []
-    for intervention in interventions:
-        last = groups[-1][-1] if groups else None
-        if (
-            last
-            and isinstance(last.edit, AddVector)
-            and isinstance(intervention.edit, AddVector)
-            and (last.positions, last.until) == (intervention.positions, intervention.until)
-        ):
-            groups[-1].append(intervention)
-        else:
-            groups.append([intervention])
-    appliers = [
-        (
-            group[0].positions,
-            group[0].until,
-            _adder(group) if isinstance(group[0].edit, AddVector) else _editor(group[0]),
+def description(intervention: Intervention) -> list[Any]:
+    """An intervention as JSON, for keys: tensors by their hash. An edit that its values do not tell from another has no key."""
+    edit = intervention.edit
+    values = {f.name: getattr(edit, f.name) for f in fields(edit)} if is_dataclass(edit) else {}
+    what = {k: tensor_digest(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+    allowed = str | int | float | tuple | list | None
+    if not what or not all(isinstance(value, allowed) for value in what.values()):
+        raise ValueError(
+            f"answers under the edit at {intervention.site} ({type(edit).__name__}) cannot be kept in a file: nothing tells it from "
+            "another one when they are read back; make it a frozen dataclass of numbers and tensors, or leave out output."
         )
-        for group in groups
-    ]
-
-    site = interventions[0].site
-
-    def apply(activation: Tensor, steering: Steering) -> Tensor:
-        for positions, until, edit in appliers:
-            chosen = steering.selected(positions, activation, until)
-            if chosen is False:
-                continue
-            steering.reached.add((site, positions))
-            edited = edit(activation)
-            activation = edited if chosen is True else torch.where(chosen[..., None], edited, activation)
-        return activation
-
-    return apply
-
-
-def _adder(group: Sequence[Intervention]) -> Callable[[Tensor], Tensor]:
-    """Sum of the group's vectors, row by row; made once for a batch size, device and dtype."""
-    made: dict[tuple[Any, ...], Tensor] = {}
-
-    def add(activation: Tensor) -> Tensor:
-        n_rows = activation.shape[0]
-        everyone = all(intervention.rows is None for intervention in group)
-        key = (1 if everyone else n_rows, activation.device, activation.dtype)
-        if key not in made:
-            total = torch.zeros(key[0], activation.shape[-1], dtype=torch.float32)
-            for intervention in group:
-                edit = intervention.edit
-                rows = slice(None) if intervention.rows is None else _checked_rows(intervention.rows, n_rows)
-                total[rows] += edit.multiplier * edit.vector.float().cpu()  # type: ignore[union-attr]
-            made[key] = total[:, None].to(activation)
-        return activation + made[key]
-
-    return add
-
-
-def _editor(intervention: Intervention) -> Callable[[Tensor], Tensor]:
-    def edit(activation: Tensor) -> Tensor:
-        edited = intervention.edit(activation)
-        if edited.shape != activation.shape:
-            raise RuntimeError(
-                f"the edit at {intervention.site} returned shape {tuple(edited.shape)} for {tuple(activation.shape)}."
-            )
-        edited = edited.to(activation.dtype)
-        if intervention.rows is None:
-            return edited
-        member = torch.zeros(activation.shape[0], dtype=torch.bool, device=activation.device)
-        member[_checked_rows(intervention.rows, activation.shape[0])] = True
-        return torch.where(member[:, None, None], edited, activation)
-
-    return edit
-
-
-def _checked_rows(rows: tuple[int, ...], n_rows: int) -> list[int]:
-    outside = [row for row in rows if not 0 <= row < n_rows]
-    if outside:
-        raise ValueError(f"an intervention names row {outside[0]} of a batch of {n_rows} rows (0-{n_rows - 1}).")
-    return list(rows)
+    extent = intervention.positions if intervention.until is None else [intervention.positions, intervention.until]
+    gate = [] if intervention.gate is None else [intervention.gate.key, intervention.gate_category]
+    return [str(intervention.site), type(edit).__name__, what, extent, intervention.label, *gate]
 
 
 def _by_layer(neurons: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
@@ -357,3 +273,22 @@ def _by_layer(neurons: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
             raise ValueError(f"neuron must be a whole number from 0, got {neuron}.")
         layers.setdefault(int(layer), []).append(int(neuron))
     return {layer: tuple(dict.fromkeys(own)) for layer, own in sorted(layers.items())}
+
+
+def _check_gate(intervention: Intervention, gate: Gate, model: HookedModel) -> None:
+    before = gate.site.layer < intervention.site.layer
+    if not before and not (gate.site.layer == intervention.site.layer and gate.site.kind == "resid_pre"):
+        raise ValueError(
+            f"the gate reads at {gate.site}, which is not below {intervention.site} that it lets be steered; fit it at a lower layer."
+        )
+    if gate.model.fingerprint != model_info(model).fingerprint:
+        raise ValueError(
+            f"the gate was fitted on {gate.model.name!r}, not on {model_info(model).name!r}; fit it again."
+        )
+    gate.index(intervention.gate_category)
+
+
+def _above_zero(rho: float) -> float:
+    if not rho > 0:
+        raise ValueError(f"rho must be above 0, got {rho}; suppress and activate differ in the sign.")
+    return rho

@@ -13,7 +13,8 @@ import torch
 
 from workbench.forward import forward, has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
 from workbench.generation import sweep
-from workbench.interventions import Intervention, intervene
+from workbench.intervening import intervene
+from workbench.interventions import Intervention
 from workbench.neuron_controls import matched_controls
 from workbench.neuron_edits import Method, Neuron, NeuronReference, by_row, neuron_interventions
 from workbench.prompts import Prompt

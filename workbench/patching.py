@@ -12,7 +12,8 @@ import torch
 
 from workbench.forward import forward, reading
 from workbench.generation import Completion, sweep
-from workbench.interventions import Intervention, Positions, check_interventions, intervene
+from workbench.intervening import intervene
+from workbench.interventions import Intervention, Positions, check_interventions
 from workbench.models import ModelInfo, model_info
 from workbench.prompts import Prompt
 from workbench.sites import Site, sites_of_kind

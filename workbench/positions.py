@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from workbench.sites import Site
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool
+    from jaxtyping import Bool, Float
     from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GateState:
+    """What a gate has read of each row of a batch.
+
+    Attributes:
+        scores: One a category; a running mean while a stepwise gate goes on reading.
+        opening: How far it is open.
+    """
+
+    scores: Float[Tensor, "batch category"]
+    opening: Float[Tensor, "batch category"]
+
+    def rows(self, keep: Tensor) -> GateState:
+        """The same for some rows of the batch."""
+        return GateState(self.scores[keep], self.opening[keep])
 
 
 @dataclass
@@ -22,11 +39,15 @@ class Steering:
         fired: Calls of each site's hook.
         prompt_length: Columns of the batch that belong to the prompt; None until the first forward pass has told.
         reached: Sites with the kinds of positions that at least one column had.
+        gates: What each gate has read so far.
+        content: True at the user's words, for the prompt's columns; None where nobody said.
     """
 
     fired: dict[Site, int] = field(default_factory=dict)
     prompt_length: int | None = None
     reached: set[tuple[Site, str]] = field(default_factory=set)
+    gates: dict[Any, GateState] = field(default_factory=dict)
+    content: Bool[Tensor, "batch prompt"] | None = None
     past: int = 0
     new: int = 0
     mask: Bool[Tensor, "batch pos"] | None = None
@@ -53,7 +74,7 @@ class Steering:
             until: Generated tokens after which no column is meant; None for no end.
         """
         end = self.new if self.prompt_length is None else self.prompt_length
-        n_prompt = min(max(end - self.past, 0), self.new)  # columns of this pass that are prompt
+        n_prompt = self.n_prompt
         if activation.shape[1] != self.new:
             raise RuntimeError(
                 f"an activation has {activation.shape[1]} positions where the model was given {self.new}."
@@ -79,3 +100,39 @@ class Steering:
                 chosen = chosen & ((columns < n_prompt) == (positions == "prompt"))
             chosen = chosen & (columns < n_open)
         return chosen
+
+    @property
+    def n_prompt(self) -> int:
+        """Columns of this pass that are prompt, the first ones."""
+        end = self.past + self.new if self.prompt_length is None else self.prompt_length
+        return min(max(end - self.past, 0), self.new)
+
+    def read(self, activation: Float[Tensor, "batch pos d"], span: str) -> Float[Tensor, "batch d"] | None:
+        """What a gate reads in this pass: the mean over the user's words, or the prompt's last token; None behind the prompt.
+
+        Raises:
+            ValueError: If the user's words are wanted and nobody said where they are.
+        """
+        n = self.n_prompt
+        if n == 0:
+            return None
+        if span == "last":
+            if self.mask is None:
+                return activation[:, n - 1]
+            columns = torch.arange(n, device=activation.device)
+            last = (self.mask[:, :n] * columns).argmax(dim=1)
+            return activation[torch.arange(len(activation), device=activation.device), last]
+        if self.content is None:
+            raise ValueError(
+                "this gate reads the user's words: say which columns they are with intervene(content=...), or fit it with span='last'."
+            )
+        inside = self.content[:, self.past : self.past + n].to(activation.dtype)
+        total = torch.einsum("bp,bpd->bd", inside, activation[:, :n])
+        return total / inside.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def behind_template(self) -> Bool[Tensor, "batch pos"] | None:
+        """Columns of this pass from the user's first word on, where it is known which these are and some are not."""
+        if self.content is None or self.n_prompt == 0:
+            return None
+        begun = self.content.cumsum(dim=1)[:, self.past : self.past + self.n_prompt] > 0
+        return torch.cat([begun, begun.new_ones(len(begun), self.new - self.n_prompt)], dim=1)
