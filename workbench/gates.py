@@ -259,7 +259,9 @@ def load_gate(path: PathLike) -> Gate:
         raise ValueError(f"{path} holds no gate (its format is {card.get('format')!r}); make one with fit_gate.")
     try:
         thresholds = {
-            name: Threshold(*(float(own[key]) for key in ("value", "rate", "low", "high")), int(own["n"]))
+            name: Threshold(
+                float(own["value"]), float(own["rate"]), float(own["low"]), float(own["high"]), int(own["n"])
+            )
             for name, own in card["thresholds"].items()
         }
         own = {name: card[name] for name in ("span", "scale", "form", "several", "hysteresis", "memory")}
