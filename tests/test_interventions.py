@@ -13,12 +13,12 @@ from tiny_models import D_MLP, D_MODEL, LAYERS, tiny_model
 from workbench.edits import AblateDirection, AddVector, ClampNeurons, ScaleNeurons
 from workbench.forward import prefix_cache, reading, rows_of_cache
 from workbench.generation import generate
+from workbench.intervening import intervene
 from workbench.interventions import (
     Intervention,
     ablate_direction,
     add_vector,
     clamp_neurons,
-    intervene,
     scale_neurons,
 )
 from workbench.models import load_model, model_info
