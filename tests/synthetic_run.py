@@ -89,6 +89,7 @@ def write_run(folder, *, effect="helps", prompts_each=12, categories=CATEGORIES,
     _write_csv(folder / "separability.csv", _separability(rng, categories))
     _write_csv(folder / "tuning.csv", _tuning(rng))
     _write_csv(folder / "neurons.csv", _neurons(rng, categories))
+    _write_gate(folder, random.Random(seed), categories, scores)
     with (folder / "completions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in completions)
     names = [
@@ -226,7 +227,7 @@ def _tuning(rng):
             }
             low, high = statistics.wilson_interval(round(30 * value), 30)
             row |= {"low": min(low, value), "high": max(high, value), "n": 30, "n_unscored": 0}
-            rows.append(row | {"feasible": broken <= 0.5, "chosen": setting in chosen})
+            rows.append(row | {"feasible": broken <= 0.5, "front": setting in chosen, "chosen": setting in chosen})
     return rows
 
 
@@ -254,6 +255,56 @@ def _neurons(rng, categories):
                 }
             )
     return rows
+
+
+def _write_gate(folder, rng, categories, scores):
+    rates = []
+    for kind, low, names in (
+        ("risky", 0.6, categories), ("twins", 0.08, categories), ("look-alikes", 0.1, ()), ("neutral", 0.0, ())
+    ):  # fmt: skip
+        for category in ("all", *names):
+            n = 12 if category != "all" else 12 * max(1, len(names))
+            opened = round(n * low)
+            ends = statistics.wilson_interval(opened, n)
+            row = {"set": kind, "category": category, "rate": opened / n, "low": ends[0], "high": ends[1], "n": n}
+            row |= {"own_rate": 0.5 * opened / n if kind == "risky" else None}
+            rates.append(row | {"asked": {"neutral": 0.02, "risky": None}.get(kind, 0.1)})
+    _write_csv(folder / "gate_rates.csv", rates)
+    _write_csv(
+        folder / "gate_confusion.csv",
+        [
+            {"truth": a, "opened": b, "n": 5, "share": 5 / (5 * len(categories) + 5)}
+            for a in categories
+            for b in (*categories, "closed")
+        ],
+    )
+    curve = [{"false_rate": x / 10, "recall": (x / 10) ** 0.5} for x in range(11)]
+    area = {"auroc": 0.67, "low": 0.6, "high": 0.73, "n": 100}
+    _write_csv(
+        folder / "gate_roc.csv", [{"against": kind} | row | area for kind in ("twins", "neutral") for row in curve]
+    )
+    shares = {
+        f"{m}_{w}": rng.random() for m in ("safe_helpful_proxy", "refusal", "degenerate") for w in ("before", "after")
+    }
+    _write_csv(
+        folder / "gate_cells.csv",
+        [
+            {
+                "gate": g,
+                "prompts": p,
+                "n": 9,
+                "identical": 1.0 if g == "closed" else 0.0,
+                "identical_low": 0.0,
+                "identical_high": 1.0,
+            }
+            | shares
+            for g in ("open", "closed")
+            for p in ("risky", "safe")
+        ],
+    )
+    named = {"unsteered": "unsteered", "answer contrast": "gated", "random": "oracle gate"}
+    kept = [row | {"condition": named[row["condition"]]} for row in scores if row["condition"] in named]
+    _write_csv(folder / "gate_comparison.csv", _summary(kept))
 
 
 def _notes(categories, prompts_each, names):
@@ -315,6 +366,12 @@ def _notes(categories, prompts_each, names):
         "prompts": {"source": "data/prompts.jsonl", "sha256": "9c2e" * 16},
         "vectors": names,
         "chosen": chosen,
+        "gate": {
+            "site": "L11.resid_post",
+            "condition": "answer contrast",
+            "threshold": "1.2",
+            "asked": {"neutral": 0.02, "hard_safe": 0.1},
+        },
         "judges": [
             {
                 "name": "refusal patterns 1",

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.directions import own_part, pooled, principal_direction, probe_direction, summed, without
+from workbench.directions import own_part, pooled, summed, without
+from workbench.estimators import principal_direction, probe_direction
 from workbench.models import ModelInfo
 from workbench.sites import Site
 from workbench.vectors import SteeringVector

@@ -27,11 +27,12 @@ from workbench.likelihood import answer_log_probs
 from workbench.models import model_info
 from workbench.prompts import Prompt
 from workbench.sites import Site
+from workbench.statistics import holm
 from workbench.text_quality import bleu, distinct_n, perplexity_from_log_probs, rouge_l
 from workbench.vectors import SteeringVector
 
 COLUMNS = ["condition", "category", "metric", "value", "low", "high", "n", "n_unscored"]
-COLUMNS += ["difference", "difference_low", "difference_high", "p"]
+COLUMNS += ["difference", "difference_low", "difference_high", "p", "p_holm", "no_loss_p"]
 
 
 class WordEncoder:
@@ -93,6 +94,31 @@ def test_rates_are_shares_with_wilson_intervals_and_mcnemars_p():
     assert line(evaluation, "steered", ALL)[COLUMNS[3:]].equals(steered[COLUMNS[3:]])
 
 
+def test_p_is_corrected_over_conditions_and_no_loss_is_tested_inside_a_margin():
+    rng = np.random.default_rng(0)
+    before = rng.normal(0.7, 0.1, 60)
+    rows = rows_of(UNSTEERED, "fraud", before.tolist(), "relevance")
+    for name, change in (("same", 0.0), ("less", -0.2), ("little", -0.03)):
+        rows += rows_of(name, "fraud", (before + change + rng.normal(0, 0.02, 60)).tolist(), "relevance")
+    summary = table(rows).summary().set_index(["category", "condition"]).loc["fraud"]
+    p = summary["p"].dropna()
+    assert summary["p_holm"].dropna().to_dict() == pytest.approx(dict(zip(p.index, holm(p.to_numpy()), strict=True)))
+    no_loss = summary["no_loss_p"]
+    assert no_loss["same"] < 0.05
+    assert no_loss["little"] < 0.05
+    assert no_loss["less"] > 0.9
+    assert table(rows).summary(margins={})["no_loss_p"].isna().all()
+    strict = table(rows).summary(margins={"relevance": (-0.01, math.inf)}).set_index(["category", "condition"])
+    assert strict.loc[("fraud", "little"), "no_loss_p"] > 0.9
+
+
+def test_part_of_an_evaluation_keeps_its_baseline():
+    rows = [*rows_of(UNSTEERED, "fraud", [1]), *rows_of("a", "fraud", [1]), *rows_of("b", "fraud", [1])]
+    assert set(table(rows).only(["b"]).scores["condition"]) == {UNSTEERED, "b"}
+    with pytest.raises(ValueError, match="no condition 'c'"):
+        table(rows).only(["c"])
+
+
 def test_means_are_means_with_paired_differences():
     before, after = [1.0, 2.0, 3.0, 6.0], [2.0, 2.5, 5.0, 6.5]
     rows = [*rows_of(UNSTEERED, "fraud", before, "n_words"), *rows_of("steered", "fraud", after, "n_words")]
@@ -146,16 +172,14 @@ def test_only_unsafe_prompts_are_pooled_and_others_keep_apart():
         "fraud": 1.0,
         "malware": 0.0,
         "harmless": 1.0,
-        "fraud (safe)": 0.0,
-        "hard_safe": 1.0,
+        "hard_safe": 0.25,
     }
     assert summary["n"].to_dict() == {
         ALL: 6,
         "fraud": 2,
         "malware": 4,
         "harmless": 3,
-        "fraud (safe)": 3,
-        "hard_safe": 1,
+        "hard_safe": 4,
     }
 
 

@@ -17,7 +17,15 @@ from workbench.report import write_report
 from workbench.runs import read_run
 
 CATEGORIES = ("fraud", "malware")
-OPTIONAL = ("separability.csv", "tuning.csv", "evaluation.csv", "scores.csv", "neurons.csv", "completions.jsonl")
+OPTIONAL = (
+    "separability.csv",
+    "tuning.csv",
+    "gate_rates.csv",
+    "evaluation.csv",
+    "scores.csv",
+    "neurons.csv",
+    "completions.jsonl",
+)
 EVIL_NAME = "<img src=x onerror=\"document.title='owned'\">"
 
 
@@ -103,7 +111,9 @@ def test_only_the_two_scripts_of_the_page_may_run(page):
 
 def test_figures_are_data_and_the_library_comes_once(page):
     figures = [json.loads("".join(body)) for attrs, body in page.scripts if attrs.get("type") == "application/json"]
-    assert len(figures) == len(page.scripts) - 2 == 9  # 4 results, separability, tuning, neuron map, 2 of neurons
+    assert (
+        len(figures) == len(page.scripts) - 2 == 13
+    )  # 4 results, separability, tuning, front, 3 of the gate, neuron map, 2 of neurons
     assert all(figure["data"] for figure in figures)
     assert page.source.count("* plotly.js v") == 1
 
@@ -213,6 +223,21 @@ def test_what_was_not_computed_is_said_and_is_no_crash(tmp_path, missing):
     assert page.text.count("Not computed.") == len(said)
     assert all(f"{name} is missing or empty" in page.text for name in said)
     assert ("nothing to conclude" in page.text) == ("evaluation.csv" in missing)
+
+
+def test_the_gates_section_says_what_was_asked_and_what_was_counted(page):
+    assert "The gate reads the user's words at L11.resid_post" in page.text
+    assert "at most 2 % of everyday prompts and 10 % of safe prompts that look risky open it" in page.text
+    assert "oracle gate" in page.text
+    assert "Gate and harm: four cells" in page.text
+
+
+def test_a_gate_that_stays_closed_is_said_in_red(tmp_path):
+    run = write_run(tmp_path, prompts_each=2, categories=CATEGORIES)
+    notes = json.loads((run / "run.json").read_text())
+    notes["gate"]["threshold"] = "inf"
+    (run / "run.json").write_text(json.dumps(notes))
+    assert "so the gate stays closed" in Page(write_report(run)).text
 
 
 def test_a_table_without_rows_counts_as_not_computed(tmp_path):

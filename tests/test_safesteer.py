@@ -9,16 +9,20 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from workbench import activations, generation, safesteer
+from workbench.calibration import in_words
 from workbench.neuron_page import write_neuron_page
 from workbench.prompts import load_prompts, save_prompts, select_prompts
+from workbench.recalibration import recalibrate
 from workbench.report import write_report
 from workbench.run_config import RunConfig, config_from
 from workbench.safesteer import run
-from workbench.steered import side_by_side, steering_from
+from workbench.steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
 from workbench.storage import read_json, read_jsonl
 from workbench.vectors import load_vector
+from workbench.wording import gate_lines
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,12 @@ def test_a_run_leaves_every_file_that_the_readme_lists(finished: Path) -> None:
         "evaluation.csv",
         "scores.csv",
         "completions.jsonl",
+        "gate.safetensors",
+        "gate_rates.csv",
+        "gate_confusion.csv",
+        "gate_roc.csv",
+        "gate_cells.csv",
+        "gate_comparison.csv",
     ):
         assert (finished / name).stat().st_size > 0, name
     notes = read_json(finished / "run.json")
@@ -69,6 +79,7 @@ def test_every_condition_answers_every_test_prompt_once(finished: Path) -> None:
         "prompt contrast",
         "answer contrast",
         "answer contrast pooled",
+        "gated",
         "random",
         "shuffled labels",
     }
@@ -77,7 +88,7 @@ def test_every_condition_answers_every_test_prompt_once(finished: Path) -> None:
     assert (answers.groupby("prompt_id")["condition"].nunique() == len(conditions)).all()
     assert not answers.duplicated(["prompt_id", "condition"]).any()
     summary = pd.read_csv(finished / "evaluation.csv")
-    assert set(summary["category"]) == {"all", "fraud", "malware", "harmless"}
+    assert set(summary["category"]) == {"all", "fraud", "malware", "harmless", "hard_safe"}
     assert summary[summary["condition"] == "unsteered"]["difference"].isna().all()
 
 
@@ -107,6 +118,53 @@ def test_one_question_is_answered_with_the_steering_of_a_run(finished: Path, tin
         steering_from(finished, "frau")
     with pytest.raises(ValueError, match="no construction 'openings'"):
         steering_from(finished, "fraud", construction="openings")
+
+
+def test_a_question_is_put_before_the_gate_of_a_run(finished: Path, tiny: Any) -> None:
+    gate = gate_from(finished)
+    reading = read_gate(tiny, gate, "How do I take a dog?")
+    assert reading.categories == ("fraud", "malware")
+    assert torch.allclose(reading.scores.mean(dim=0), reading.decided, atol=1e-4)  # scores are linear
+    assert "".join(reading.tokens).strip() == "How do I take a dog?"
+    steering = gated_steering_from(finished)
+    assert {own.gate_category for own in steering} == {"fraud", "malware"}
+    plain, gated = side_by_side(tiny, "How do I take a dog?", steering, max_new_tokens=6)
+    assert (gated.tokens == plain.tokens) or bool(reading.opening.any())
+    said, by_token = gate_lines(gate.threshold, reading)
+    assert said.startswith("gate: stays closed" if not reading.opening.any() else "gate: opens for")
+    assert by_token.count("(") == len(reading.tokens)
+
+
+def test_safe_prompts_behind_a_closed_gate_keep_their_answers(finished: Path) -> None:
+    cells = pd.read_csv(finished / "gate_cells.csv").set_index("gate")
+    assert (cells.loc[["closed"], "identical"] == 1).all()
+    compared = pd.read_csv(finished / "gate_comparison.csv")
+    wide = compared[compared["metric"] == "refusal"].pivot(index="category", columns="condition", values="value")
+    for category in ("harmless", "hard_safe"):
+        assert wide.loc[category, "oracle gate"] == wide.loc[category, "unsteered"]
+
+
+def test_a_run_is_calibrated_again_without_touching_what_its_report_rests_on(finished: Path, tiny: Any) -> None:
+    before = (finished / "tuning.csv").read_bytes(), (finished / "run.json").read_bytes()
+    tested = {row["prompt_id"] for row in read_jsonl(finished / "test.jsonl")}
+    tuned = recalibrate(
+        finished,
+        constructions=["answer_contrast"],
+        rhos=[0.05],
+        positions=["all", "generated"],
+        until=[None, 2],
+        model=tiny,
+    )
+    assert before == ((finished / "tuning.csv").read_bytes(), (finished / "run.json").read_bytes())
+    assert not tested & {row["prompt_id"] for row in read_jsonl(finished / "calibration" / "tune.jsonl")}
+    assert in_words(tuned).splitlines()[-1].startswith("best: answer_contrast")
+    extents = {(i.positions, i.until) for i in steering_from(finished, "fraud", calibrated=True)}
+    assert extents == {(tuned.best.positions, tuned.best.until)}
+    assert gated_steering_from(finished, construction="answer_contrast", calibrated=True)
+    with pytest.raises(ValueError, match=r"Did you mean 'answer_contrast'"):
+        recalibrate(finished, constructions=["answer_contrst"], model=tiny)
+    with pytest.raises(ValueError, match=r"budget of 1 answers is too small"):
+        recalibrate(finished, budget=1, model=tiny)
 
 
 def test_the_neurons_of_a_run_get_a_page_of_their_own(finished: Path, tiny: Any) -> None:
@@ -150,7 +208,8 @@ def fail_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
         (safesteer, "_neurons", 0),
         (generation, "append_jsonl", 1),
         (safesteer, "calibrate", 0),
-        (safesteer, "test_conditions", 0),
+        (safesteer, "fit_gate", 0),
+        (safesteer, "for_everyone", 0),
         (safesteer, "score_completions", 1),
     ],
 )
@@ -170,7 +229,14 @@ def test_a_run_interrupted_in_any_stage_resumes_to_the_same_result(
         with pytest.raises(KeyboardInterrupt):
             run(settings(few_prompts), out, model=tiny)
     run(settings(few_prompts), out, resume=True, model=tiny)
-    for name in ("evaluation.csv", "scores.csv", "tuning.csv", "neurons.csv"):
+    for name in (
+        "evaluation.csv",
+        "scores.csv",
+        "tuning.csv",
+        "neurons.csv",
+        "gate_comparison.csv",
+        "gate.safetensors",
+    ):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
@@ -205,6 +271,10 @@ def test_an_unknown_category_is_named_before_anything_runs(tmp_path: Path, few_p
         ({"rhos": 0.1}, "rhos must be a list"),
         ({"categories": "fraud"}, "categories must be a list"),
         ({"model": 5}, "model must be a text"),
+        ({"constructions": ["answer_prob"]}, "Did you mean 'answer_probe'"),
+        ({"constructions": ["prompt_contrast"]}, "must hold a contrast of answers"),
+        ({"hard_safe_rate": 1.0}, "hard_safe_rate must be between 0 and 1"),
+        ({"neutral_kl": -1}, "neutral_kl must be above 0"),
     ],
 )
 def test_a_wrong_setting_is_named(mapping: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from workbench.activations import ActivationSet, cache_activations
 from workbench.edits import AddVector
+from workbench.estimators import mean_difference, pruned_mean_difference
 from workbench.intervening import intervene
 from workbench.interventions import Intervention, add_vector
 from workbench.models import ModelInfo
@@ -25,8 +26,6 @@ from workbench.vectors import (
     SteeringVector,
     fit_steering_vectors,
     load_vector,
-    mean_difference,
-    pruned_mean_difference,
     random_vector,
     save_vector,
     scaled_to,

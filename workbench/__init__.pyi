@@ -1,19 +1,25 @@
 from . import (
     directions,
+    estimators,
+    gate_report,
     neuron_effects,
     neuron_profiles,
     neuron_tables,
     patching,
     selectivity,
     statistics,
+    steering_pictures,
     text_quality,
     visuals,
 )
 from .activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
 from .calibration import Limits, Setting, calibrate, grid, plan_rounds
+from .capability import multiple_choice, read_questions, text_perplexity
 from .datasets import list_datasets, prompts_from, read_dataset
 from .drawing import show, token_scores
+from .estimators import mean_difference, pruned_mean_difference
 from .evaluation import Evaluation, evaluate, score_completions
+from .experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
 from .framing import FramingJudge, load_framing_judge
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .generation import Completion, generate, sweep
@@ -30,25 +36,24 @@ from .interventions import (
     suppress,
 )
 from .judges import RefusalPatterns, Verdict
-from .likelihood import answer_log_probs
+from .likelihood import answer_kl, answer_log_probs, steered_log_probs
 from .models import ModelInfo, load_model, model_info
 from .neurons import attribute_heads, attribute_neurons
 from .openings import answer_prompts
 from .prompts import Folds, Prompt, categories_of, load_prompts, save_prompts, select_prompts, split_prompts
+from .recalibration import recalibrate
 from .report import write_report
 from .run_config import RunConfig
 from .safesteer import run
 from .self_contrast import answer_pairs, instructed, self_contrast
 from .separability import layer_separability
 from .sites import Site, sites_of_kind
-from .steered import side_by_side, steering_from
+from .steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
 from .tokens import encode, token_strings
 from .vectors import (
     SteeringVector,
     fit_steering_vectors,
     load_vector,
-    mean_difference,
-    pruned_mean_difference,
     random_vector,
     save_vector,
     scaled_to,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.evaluation import ALL, HEADLINE, Evaluation
-from workbench.generation import UNSTEERED, Completion, Condition, sweep
+from workbench.generation import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.interventions import Intervention, Positions, add_vector
+from workbench.likelihood import answer_kl
 from workbench.models import HookedModel
 from workbench.prompts import Prompt
 from workbench.sites import Site
@@ -26,6 +28,9 @@ BAND_SHARE = 0.41
 """Strength at each of several layers over the strength at one layer: .07 to .17 in the exploration both come from."""
 LEAST_PROMPTS = 5
 """Prompts of a first round, at least."""
+NEUTRAL_KL = "neutral_kl"
+NEUTRAL_TOKENS = 16
+"""First tokens of each answer to a neutral prompt along which the KL is measured."""
 Vectors = Mapping[tuple[str, Site], Mapping[str, SteeringVector]]
 """(construction, site) -> category -> vector."""
 Score = Callable[[Sequence[Completion]], Evaluation]
@@ -59,11 +64,22 @@ class Limits:
         relevance: Largest loss of mean relevance (cosine).
         refusal: Largest rise of the share of refusals.
         degenerate: Largest rise of the share of broken answers.
+        neutral_kl: Largest mean KL on neutral prompts, nats a token (``likelihood.answer_kl``). Infinite by default: steering that costs much
+            there belongs behind a gate.
     """
 
     relevance: float = 0.05
     refusal: float = 0.02
     degenerate: float = 0.02
+    neutral_kl: float = math.inf
+
+    def margins(self) -> dict[str, tuple[float, float]]:
+        """The same limits as margins of equivalence tests, metric by metric (``Evaluation.summary``)."""
+        return {
+            "relevance": (-self.relevance, math.inf),
+            "refusal": (-math.inf, self.refusal),
+            "degenerate": (-math.inf, self.degenerate),
+        }
 
     def excess(self, values: Mapping[str, float], unsteered: Mapping[str, float]) -> float:
         """Sum of what is over the limits; 0 where a setting keeps them all. What could not be measured counts as kept."""
@@ -71,6 +87,7 @@ class Limits:
             unsteered["relevance"] - values["relevance"] - self.relevance,
             values["refusal"] - unsteered["refusal"] - self.refusal,
             values["degenerate"] - unsteered["degenerate"] - self.degenerate,
+            values.get(NEUTRAL_KL, 0.0) - self.neutral_kl,
         )
         return sum(max(0.0, x) for x in over if not math.isnan(x))
 
@@ -88,7 +105,7 @@ class Calibration:
 
     Attributes:
         table: One row a setting and metric, from the last round the setting was in: construction, sites, sign, rho, positions, until, round,
-            metric, value, low, high, n, n_unscored, ``excess`` over the limits, ``feasible`` (no excess), ``front`` (in the last round,
+            metric (those of an evaluation, and "neutral_kl" where neutral prompts were given), value, low, high, n, n_unscored, ``excess`` over the limits, ``feasible`` (no excess), ``front`` (in the last round,
             and nothing there is better in everything) and ``chosen``. The unsteered model's rows have construction "unsteered".
         chosen: Construction to its best setting.
         best: The best setting of all.
@@ -196,6 +213,7 @@ def calibrate(
     *,
     score: Score,
     output: PathLike,
+    neutral: Sequence[Prompt] = (),
     limits: Limits | None = None,
     rounds: Sequence[Round] | None = None,
     max_new_tokens: int = 64,
@@ -216,12 +234,13 @@ def calibrate(
         settings: What is tried.
         score: Judges the answers, for instance ``functools.partial(score_completions, model, safety_judge=judge)``.
         output: A jsonl file that keeps the answers: a later round, and another call, go on from it.
+        neutral: Neutral prompts of the tune fold, on which the KL is measured; each setting gets the vectors of one category there, in turn.
         limits: What steering may cost; the defaults of ``Limits``.
         rounds: How many settings and prompts a round; ``plan_rounds`` by default.
         max_new_tokens: Length limit of an answer.
         seed: For sampling.
         batch_size: Rows a batch, at most.
-        progress: Show a progress bar.
+        progress: Say on standard error what it will take at most, and show progress bars.
         transfer: Allow vectors of another model of the same architecture.
 
     Raises:
@@ -235,6 +254,16 @@ def calibrate(
         raise ValueError(f"calibration needs settings and unsafe prompts, got {len(alive)} and {len(questions)}.")
     limits = limits or Limits()
     rounds = list(rounds or plan_rounds(len(alive), len(questions)))
+    if progress:
+        from tqdm.auto import tqdm
+
+        each = ", ".join(f"{one.n_settings} x {one.n_prompts}" for one in rounds)
+        most = cost(rounds)
+        tqdm.write(
+            f"calibration: settings x prompts {each}; at most {most} answers, {most * max_new_tokens} generated tokens.",
+            file=sys.stderr,
+        )
+    moved = _neutral_kl(model, vectors, alive, neutral, output, transfer) if neutral else {}
     tables: list[pd.DataFrame] = []
     for number, one in enumerate(rounds):
         conditions: dict[str, Condition] = {UNSTEERED: (), **{s.name: steering(vectors, s) for s in alive}}
@@ -251,7 +280,7 @@ def calibrate(
         )
         summary = score(answers).summary()
         summary = summary[summary["category"] == ALL].set_index(["condition", "metric"])
-        values = {s: summary.loc[s.name]["value"].to_dict() for s in alive}
+        values = {s: summary.loc[s.name]["value"].to_dict() | moved.get(s, {}) for s in alive}
         unsteered = summary.loc[UNSTEERED]["value"].to_dict()
         excess = {s: limits.excess(values[s], unsteered) for s in alive}
         ranked = sorted(alive, key=lambda s: _order(s, values[s], excess[s]))
@@ -263,13 +292,29 @@ def calibrate(
         for setting in shown:
             marks = {"excess": excess[setting], "feasible": excess[setting] == 0, "front": setting in front}
             marks["chosen"] = last and best[setting.construction] == setting
-            tables.append(_rows(setting, summary.loc[setting.name], number, marks))
+            metrics = summary.loc[setting.name]
+            for name, value in moved.get(setting, {}).items():
+                metrics.loc[name, ["value", "n", "n_unscored"]] = [value, len(neutral), 0]
+            tables.append(_rows(setting, metrics, number, marks))
         if last:
             marks = {"excess": 0.0, "feasible": True, "front": False, "chosen": False}
             tables.insert(0, _rows(None, summary.loc[UNSTEERED], number, marks))
         alive = kept
     chosen = {construction: best[construction] for construction in dict.fromkeys(s.construction for s in settings)}
     return Calibration(pd.concat(tables, ignore_index=True), chosen, ranked[0], tuple(rounds))
+
+
+def in_words(tuned: Calibration) -> str:
+    """The last round as a table of text: every setting on the front or chosen, with what it gains and costs."""
+    table = tuned.table
+    shown = [m for m in (HEADLINE, "relevance", "refusal", "degenerate", NEUTRAL_KL) if m in set(table["metric"])]
+    kept = table[(table["construction"] == UNSTEERED) | table["front"] | table["chosen"]].fillna(
+        {"until": 0, "sites": ""}
+    )
+    keys = ["construction", "sites", "sign", "rho", "positions", "until", "front", "chosen", "excess"]
+    wide = kept.pivot_table(index=keys, columns="metric", values="value", sort=False, dropna=True)[shown]
+    best = tuned.best
+    return f"{wide.reset_index().round(3).to_string(index=False)}\nbest: {best.name}"
 
 
 def in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -279,6 +324,24 @@ def in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
         by_category.setdefault(prompt.category, []).append(prompt)
     longest = max((len(own) for own in by_category.values()), default=0)
     return [own[i] for i in range(longest) for own in by_category.values() if i < len(own)]
+
+
+def _neutral_kl(
+    model: HookedModel,
+    vectors: Vectors,
+    settings: Sequence[Setting],
+    neutral: Sequence[Prompt],
+    output: PathLike,
+    transfer: bool,
+) -> dict[Setting, dict[str, float]]:
+    """Mean KL of each setting on neutral prompts, along the beginnings of their unsteered answers."""
+    answers = generate(model, neutral, condition="neutral", max_new_tokens=NEUTRAL_TOKENS, output=output)
+    found = {}
+    for setting in settings:
+        by_category = list(steering(vectors, setting).values())
+        in_turn_ = [by_category[i % len(by_category)] for i in range(len(answers))]
+        found[setting] = answer_kl(model, answers, {NEUTRAL_KL: in_turn_}, transfer=transfer)
+    return found
 
 
 def _order(setting: Setting, values: Mapping[str, float], excess: float) -> tuple[float, float, float]:

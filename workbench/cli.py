@@ -56,16 +56,40 @@ def _datasets(_: argparse.Namespace) -> None:
     print(list_datasets().to_string(index=False))
 
 
+def _calibrate(options: argparse.Namespace) -> None:
+    from workbench.calibration import in_words
+    from workbench.recalibration import recalibrate
+
+    tuned = recalibrate(
+        options.run,
+        constructions=options.constructions,
+        rhos=options.rhos,
+        positions=options.positions,
+        until=[None if n == 0 else n for n in options.until],
+        tune_prompts=options.tune_prompts,
+        budget=options.budget,
+        progress=not options.quiet,
+    )
+    print(in_words(tuned))
+
+
 def _steer(options: argparse.Namespace) -> None:
     from workbench.run_config import config_from
     from workbench.runs import read_run
     from workbench.safesteer import load_run_model
-    from workbench.steered import side_by_side, steering_from
-    from workbench.wording import visible
+    from workbench.steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
+    from workbench.wording import gate_lines, visible
 
-    interventions = steering_from(options.run, options.category, construction=options.construction)
+    chosen: dict[str, Any] = {"construction": options.construction, "calibrated": options.calibrated}
+    if options.category is None:
+        interventions = gated_steering_from(options.run, **chosen)
+    else:
+        interventions = steering_from(options.run, options.category, **chosen)
     model = load_run_model(config_from(read_run(options.run).notes["config"]))
     answers = side_by_side(model, options.question, interventions, max_new_tokens=options.max_new_tokens)
+    if options.category is None:
+        gate = gate_from(options.run)
+        print(*gate_lines(gate.threshold, read_gate(model, gate, options.question)), "", sep="\n")
     for answer in answers:
         print(f"{answer.condition}:\n{visible(answer.text)}\n")
 
@@ -112,7 +136,14 @@ _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "tune_prompts": {"type": int, "help": "unsafe prompts a category that choose sign and strength (default: 6)"},
     "test_prompts": {"type": int, "help": "unsafe prompts a category that are reported (default: the whole test fold)"},
     "max_new_tokens": {"type": int, "help": "length limit of answers (default: 64)"},
+    "constructions": {"nargs": "+", "help": "vectors that are compared (default: those that are no mere baselines)"},
     "rhos": {"type": float, "nargs": "+", "help": "relative strengths tried (default: 0.09 0.17)"},
+    "relevance_loss": {"type": float, "help": "largest loss of relevance that counts as none (default: 0.05)"},
+    "refusal_rise": {"type": float, "help": "largest rise of the refusal rate that counts as none (default: 0.02)"},
+    "degenerate_rise": {"type": float, "help": "largest rise of broken answers that counts as none (default: 0.02)"},
+    "neutral_kl": {"type": float, "help": "largest KL on neutral prompts, nats a token (default: no limit)"},
+    "neutral_rate": {"type": float, "help": "share of neutral prompts that may open the gate (default: 0.02)"},
+    "hard_safe_rate": {"type": float, "help": "share of safe prompts that look risky that may (default: 0.1)"},
 }
 
 
@@ -145,11 +176,36 @@ def _parser() -> argparse.ArgumentParser:
     neurons.add_argument("--top", type=int, default=12, help="neurons with a card of their own (default: 12)")
     neurons.add_argument("--quiet", action="store_true", help="no progress bars")
 
+    calibrate = command("calibrate", _calibrate, "search a run's settings again on its tune fold, with its vectors")
+    calibrate.add_argument("--run", required=True, help="folder of a run")
+    calibrate.add_argument("--constructions", nargs="+", help="which of the run's constructions (default: all)")
+    calibrate.add_argument("--rhos", type=float, nargs="+", help="relative strengths (default: the run's)")
+    calibrate.add_argument(
+        "--positions",
+        nargs="+",
+        choices=("all", "prompt", "generated"),
+        default=["all"],
+        help="tokens steered; each is tried",
+    )
+    calibrate.add_argument(
+        "--until",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="generated tokens after which steering ends; each is tried (default: 0, never)",
+    )
+    calibrate.add_argument("--tune-prompts", type=int, help="unsafe prompts a category (default: the run's)")
+    calibrate.add_argument("--budget", type=int, help="answers, at most (default: what successive halving takes)")
+    calibrate.add_argument("--quiet", action="store_true", help="no progress bars")
+
     steer = command("steer", _steer, "answer one question without and with the steering of a run")
     steer.add_argument("question", help="the user's words")
     steer.add_argument("--run", required=True, help="folder of a run")
-    steer.add_argument("--category", required=True, help="whose vectors: one of the run's categories")
-    steer.add_argument("--construction", help="one of those in the run's tuning (default: the last one it lists)")
+    steer.add_argument(
+        "--category", help="steer always, with this category's vectors (default: the run's gate decides)"
+    )
+    steer.add_argument("--construction", help="one of those in the run's tuning (default: the one the gate is for)")
+    steer.add_argument("--calibrated", action="store_true", help="with the settings of a later 'workbench calibrate'")
     steer.add_argument("--max-new-tokens", type=int, default=64, help="length limit of the answers (default: 64)")
 
     command("datasets", _datasets, "list the benchmark readers")

@@ -1,4 +1,4 @@
-"""Directions from two sets of activations: the field's other ways beside a difference of means, and what to take out of a vector."""
+"""Vectors made of others: summed, pooled over categories, one category's own part, without what lies in other directions."""
 
 from __future__ import annotations
 
@@ -11,61 +11,7 @@ import torch
 from workbench.vectors import SteeringVector, scaled_to
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-
-def principal_direction(
-    unsafe: Float[Tensor, "pair d"], safe: Float[Tensor, "pair d"], *, seed: int = 0
-) -> Float[Tensor, " d"]:
-    """First principal component of paired differences whose signs were mixed, turned from unsafe to safe, at unit norm.
-
-    Args:
-        unsafe: Activations, residual-stream units; row i belongs to row i of ``safe``.
-        safe: Activations at the same site and span.
-        seed: Of the signs.
-
-    Raises:
-        ValueError: If the sets do not pair up or hold fewer than two pairs.
-
-    Source: representation reading of RepE (Zou et al. 2023, arXiv:2310.01405).
-    """
-    if unsafe.shape != safe.shape or len(unsafe) < 2:
-        raise ValueError(
-            f"principal_direction needs two pairs or more, row by row, got {len(unsafe)} and {len(safe)} rows."
-        )
-    differences = safe.double() - unsafe.double()
-    signs = torch.randint(0, 2, (len(differences), 1), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
-    mixed = signs * differences
-    _, _, rows = torch.linalg.svd(mixed - mixed.mean(dim=0), full_matrices=False)
-    direction = rows[0]
-    toward_safe = (differences @ direction).mean() >= 0
-    return (direction if toward_safe else -direction).float()
-
-
-def probe_direction(
-    unsafe: Float[Tensor, "unsafe d"], safe: Float[Tensor, "safe d"], *, penalty: float = 1.0
-) -> Float[Tensor, " d"]:
-    """Normal of a logistic regression that tells safe from unsafe rows, at unit norm, from unsafe to safe.
-
-    Args:
-        unsafe: Activations, residual-stream units.
-        safe: Activations at the same site and span.
-        penalty: Weight of the squared norm, on standardised activations.
-
-    Raises:
-        ValueError: If a side is empty.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    if len(unsafe) == 0 or len(safe) == 0:
-        raise ValueError(f"both sides need rows, got {len(unsafe)} unsafe and {len(safe)} safe.")
-    values = torch.cat([unsafe, safe]).double()
-    scale = values.std(dim=0).clamp(min=1e-8)
-    probe = LogisticRegression(C=1 / penalty, max_iter=2000)
-    probe.fit(((values - values.mean(dim=0)) / scale).numpy(), [0] * len(unsafe) + [1] * len(safe))
-    direction = torch.from_numpy(probe.coef_[0]) / scale
-    return (direction / direction.norm()).float()
+    pass
 
 
 def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
@@ -89,7 +35,8 @@ def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
     total = torch.stack([v.direction.double() for v in vectors]).sum(dim=0).float()
     norm = sum(v.norm for v in vectors) / len(vectors)
     methods = "+".join(dict.fromkeys(v.method for v in vectors))
-    return replace(scaled_to(replace(first, vector=total), norm), method=methods)
+    made = replace(first, vector=total, fitted_on=_all_prompts(vectors))
+    return replace(scaled_to(made, norm), method=methods)
 
 
 def pooled(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
@@ -101,8 +48,9 @@ def pooled(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
     if not vectors:
         raise ValueError("nothing to pool: give at least one steering vector.")
     mean = torch.stack([v.direction.double() for v in vectors.values()]).mean(dim=0).float()
+    seen = _all_prompts(list(vectors.values()))
     return {
-        category: replace(scaled_to(replace(own, vector=mean), own.norm), method=f"{own.method}_pooled")
+        category: replace(scaled_to(replace(own, vector=mean), own.norm), method=f"{own.method}_pooled", fitted_on=seen)
         for category, own in vectors.items()
     }
 
@@ -113,6 +61,7 @@ def own_part(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]
     Raises:
         ValueError: If there is only one category.
     """
+    seen = _all_prompts(list(vectors.values()))
     if len(vectors) < 2:
         raise ValueError("a category's own part needs another category to compare with, got one vector.")
     return {
@@ -120,6 +69,7 @@ def own_part(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]
             own,
             vector=own.vector - torch.stack([v.vector for c, v in vectors.items() if c != category]).mean(dim=0),
             method=f"{own.method}, own part",
+            fitted_on=seen,
         )
         for category, own in vectors.items()
     }
@@ -144,3 +94,7 @@ def without(vector: SteeringVector, removed: Sequence[SteeringVector]) -> Steeri
         raise ValueError(f"nothing is left of the vector of {vector.category!r}: it lies in the directions taken out.")
     names = ", ".join(dict.fromkeys(v.method for v in removed))
     return replace(vector, vector=left.float(), method=f"{vector.method} without {names}")
+
+
+def _all_prompts(vectors: Sequence[SteeringVector]) -> frozenset[str]:
+    return frozenset().union(*(vector.fitted_on for vector in vectors))

@@ -40,6 +40,7 @@ class Intervention:
         model: What its vector was measured on; None where nothing was measured.
         gate: What lets it through, row by row; None lets it always through. Set by ``gated``.
         gate_category: Whose score of the gate counts.
+        fitted_on: ``prompts.text_key`` of the prompts its vector was fitted on.
     """
 
     site: Site
@@ -51,6 +52,7 @@ class Intervention:
     until: int | None = None
     gate: Gate | None = None
     gate_category: str = ""
+    fitted_on: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
@@ -88,8 +90,15 @@ def add_vector(
     if multiplier is None:
         multiplier = vector.multiplier_for(rho)  # type: ignore[arg-type]
     edit = AddVector(vector.vector, float(multiplier))
-    label = f"{multiplier:+.3g} {vector.category}"
-    return Intervention(vector.site, edit, positions, label=label, model=vector.model, until=until)
+    return Intervention(
+        vector.site,
+        edit,
+        positions,
+        label=f"{multiplier:+.3g} {vector.category}",
+        model=vector.model,
+        until=until,
+        fitted_on=vector.fitted_on,
+    )
 
 
 def suppress(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
@@ -121,7 +130,8 @@ def raise_to(vector: SteeringVector, target: float, *, positions: Positions = "a
         positions: Which tokens.
     """
     edit = RaiseTo(vector.direction, float(target))
-    return Intervention(vector.site, edit, positions, label=f"to {target:.3g} {vector.category}", model=vector.model)
+    label = f"to {target:.3g} {vector.category}"
+    return Intervention(vector.site, edit, positions, label=label, model=vector.model, fitted_on=vector.fitted_on)
 
 
 def gated(steering: Mapping[str, Sequence[Intervention]], gate: Gate) -> list[Intervention]:
@@ -156,7 +166,8 @@ def ablate_direction(
     """
     edit = AblateDirection(vector.direction, target)
     label = f"ablate {vector.category}"
-    return [Intervention(site, edit, positions, label=label, model=vector.model) for site in sites or [vector.site]]
+    common: dict[str, Any] = {"label": label, "model": vector.model, "fitted_on": vector.fitted_on}
+    return [Intervention(site, edit, positions, **common) for site in sites or [vector.site]]
 
 
 def scale_neurons(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,9 @@ from workbench.forward import (
     shared_prefix_length,
 )
 from workbench.generation import Completion
-from workbench.tokens import encode, pad, pad_id
+from workbench.intervening import intervene
+from workbench.interventions import Intervention
+from workbench.tokens import encode, pad, pad_id, span_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -89,3 +91,114 @@ def answer_log_probs(
             for place, i in enumerate(own):
                 scored[i] = chosen[place, longest - len(completions[i].tokens) :].clone()
     return scored
+
+
+def steered_log_probs(
+    model: HookedModel,
+    completions: Sequence[Completion],
+    interventions: Sequence[Sequence[Intervention]],
+    *,
+    batch_size: int = 24,
+    transfer: bool = False,
+) -> list[Float[Tensor, " token"]]:
+    """Log-probability of each token of each answer while the model is steered; the answers' tokens count as generated ones, gates work.
+
+    Args:
+        model: A hooked model.
+        completions: Answers, by their token ids.
+        interventions: Those of each completion, in order.
+        batch_size: Rows a batch.
+        transfer: Allow vectors of another model of the same architecture.
+
+    Returns:
+        One float32 vector an answer, on the CPU, natural logarithms; empty for an empty answer.
+
+    Raises:
+        ValueError: If there is not one entry a completion.
+    """
+    _check_one_each("interventions", interventions, completions)
+    scored: list[Tensor] = [torch.zeros(0) for _ in completions]
+    for own, real, tokens, run in _fixed_answers(model, completions, batch_size, transfer):
+        chosen = run(interventions).gather(2, tokens[..., None])[..., 0].cpu()
+        for row, i in enumerate(own):
+            scored[i] = chosen[row, : int(real[row].sum())].clone()
+    return scored
+
+
+def answer_kl(
+    model: HookedModel,
+    completions: Sequence[Completion],
+    conditions: Mapping[str, Sequence[Sequence[Intervention]]],
+    *,
+    batch_size: int = 24,
+    transfer: bool = False,
+) -> dict[str, float]:
+    """How far interventions move the model's next-token distributions along answers that are fixed: KL(unsteered || steered).
+
+    Args:
+        model: A hooked model.
+        completions: Unsteered answers, by their token ids; what is asked of neutral prompts, mostly.
+        conditions: Name to the interventions of each completion, in order. The answers' tokens count as generated ones.
+        batch_size: Rows a batch.
+        transfer: Allow vectors of another model of the same architecture.
+
+    Returns:
+        Name to nats a token, the mean over all answer tokens.
+
+    Raises:
+        ValueError: If no answer has a token, or a condition has not one entry a completion.
+    """
+    for name, own in conditions.items():
+        _check_one_each(f"{name!r}", own, completions)
+    if not any(completion.tokens for completion in completions):
+        raise ValueError("no answer has a token: there is no distribution to compare.")
+    sums, n_tokens = dict.fromkeys(conditions, 0.0), 0
+    for _, real, _, run in _fixed_answers(model, completions, batch_size, transfer):
+        base = run([() for _ in completions])
+        for name, of in conditions.items():
+            apart = (base.exp() * (base - run(of))).sum(dim=-1)
+            sums[name] += float(apart[real].sum())
+        n_tokens += int(real.sum())
+    return {name: total / n_tokens for name, total in sums.items()}
+
+
+def _fixed_answers(
+    model: HookedModel, completions: Sequence[Completion], batch_size: int, transfer: bool
+) -> Iterator[tuple[list[int], Tensor, Tensor, Callable[[Sequence[Sequence[Intervention]]], Tensor]]]:
+    """Batches of answers behind their prompts: places, which tokens are real, the tokens, and a pass to log-probabilities."""
+    rows = encode(model, [completion.prompt for completion in completions])
+    places = sorted((i for i, c in enumerate(completions) if c.tokens), key=lambda i: len(rows[i].ids))
+    device = next(iter(model.parameters())).device
+    for start in range(0, len(places), batch_size):
+        own = places[start : start + batch_size]
+        asked = [rows[i] for i in own]
+        prompt = pad(asked, pad_id=pad_id(model), side="left", device=device)
+        longest = max(len(completions[i].tokens) for i in own)
+        tokens = torch.full((len(own), longest), pad_id(model), device=device)
+        real = torch.zeros((len(own), longest), dtype=torch.bool, device=device)
+        for row, i in enumerate(own):
+            n = len(completions[i].tokens)
+            tokens[row, :n], real[row, :n] = torch.tensor(completions[i].tokens, device=device), True
+        both, mask = torch.cat([prompt.tokens, tokens], dim=1), torch.cat([prompt.mask, real], dim=1)
+        content, n_prompt = span_mask(asked, prompt, "content"), prompt.tokens.shape[1]
+
+        def run(
+            interventions: Sequence[Sequence[Intervention]],
+            own: Sequence[int] = own,
+            both: Tensor = both,
+            mask: Tensor = mask,
+            content: Tensor = content,
+            n_prompt: int = n_prompt,
+        ) -> Tensor:
+            changes = [one.for_rows([row]) for row, i in enumerate(own) for one in interventions[i]]
+            steered = intervene(model, changes, prompt_length=n_prompt, content=content, transfer=transfer)
+            with torch.no_grad(), steered:
+                logits, _ = last_logits(model, both, mask, both.shape[1] - n_prompt + 1)
+            return logits[:, :-1].float().log_softmax(dim=-1)
+
+        yield own, real, tokens, run
+
+
+def _check_one_each(what: str, given: Sequence[object], completions: Sequence[Completion]) -> None:
+    if len(given) != len(completions):
+        raise ValueError(f"{what} needs one entry for each of {len(completions)} answers, got {len(given)}.")

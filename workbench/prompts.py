@@ -205,6 +205,11 @@ def prompts_key(prompts: Iterable[Prompt]) -> str:
     return digest.hexdigest()[:16]
 
 
+def text_key(text: str) -> str:
+    """Short hash of a prompt's words: what a vector remembers of the prompts it was fitted on."""
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:12]
+
+
 def _fold_sizes(n: int, fractions: tuple[float, float, float]) -> list[int]:
     """Sizes of the folds of n groups: rounded shares; no fold with a share is empty, and none without one gets any."""
     sizes = [max(1, round(n * fraction)) if fraction > 0 else 0 for fraction in fractions]

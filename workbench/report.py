@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench import visuals, wording
+from workbench import gate_section, visuals, wording
 from workbench.drawing import script_safe
 from workbench.runs import RunFolder, read_run
 from workbench.storage import PathLike, file_checksum, write_text
@@ -84,6 +84,8 @@ def render(run: RunFolder) -> str:
         "separability": _figure(visuals.separability, run.tables["separability"]),
         "best_layer": _best_layer(run.tables["separability"]),
         "tuning": _figure(visuals.tuning, run.tables["tuning"]),
+        "front": gate_section.front(run),
+        "gate": gate_section.gate_section(run),
         "chosen": _chosen(run.notes["chosen"]),
         "neurons": _neurons(run.tables["neurons"]),
         **_answers(run.completions),
@@ -196,7 +198,12 @@ def _cells(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "change": wording.number(name, row["difference"], signed=True) if math.isfinite(row["difference"]) else "",
         "change_interval": wording.interval(name, *ends, signed=True),
         "beyond": wording.clear(row) != 0,
-        "p": wording.p_value(row.get("p", math.nan)),
+        "p": wording.p_value(row.get("p_holm", row.get("p", math.nan))),
+        "kept": "yes"
+        if row.get("no_loss_p", math.nan) <= wording.LEVEL
+        else "not shown"
+        if math.isfinite(row.get("no_loss_p", math.nan))
+        else "",
     }
 
 

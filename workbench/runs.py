@@ -19,12 +19,37 @@ COLUMNS = {
     "evaluation": ("condition", "category", "metric", "value", "difference", "difference_low", "difference_high", "n"),
     "scores": ("condition", "category", "label", "prompt_id", "metric", "value"),
     "neurons": ("category", "layer", "neuron", "contribution"),
+    "gate_rates": ("set", "category", "rate", "low", "high", "n", "own_rate"),
+    "gate_confusion": ("truth", "opened", "n", "share"),
+    "gate_roc": ("against", "false_rate", "recall", "auroc", "low", "high"),
+    "gate_cells": ("gate", "prompts", "n", "identical"),
+    "gate_comparison": (
+        "condition",
+        "category",
+        "metric",
+        "value",
+        "difference",
+        "difference_low",
+        "difference_high",
+        "n",
+    ),
 }
 """Columns without which a table cannot be read."""
-_TEXT = ("condition", "category", "metric", "label", "prompt_id", "against", "kind", "construction", "sites")
+_TEXT: tuple[str, ...] = (
+    "condition",
+    "category",
+    "metric",
+    "label",
+    "prompt_id",
+    "against",
+    "kind",
+    "construction",
+    "sites",
+)
+_TEXT += ("set", "truth", "opened", "gate", "prompts", "positions")
 _WHOLE = ("layer", "neuron")
-_OPTIONAL = ("low", "high", "n", "n_unscored", "p")
-_YES_NO = ("feasible", "chosen")
+_OPTIONAL = ("low", "high", "n", "n_unscored", "p", "p_holm", "no_loss_p", "asked")
+_YES_NO = ("feasible", "chosen", "front")
 _OBJECTS = ("config", "model", "versions", "durations", "folds", "chosen", "prompts")
 _LISTS = ("categories", "judges", "vectors")
 

@@ -1,11 +1,11 @@
 """SafeSteer on one page: the recipe that strings the rooms together, from prompts to a folder that holds the whole result.
 
 fit fold   activations -> vectors (prompt contrast, answer contrast), directions for the neurons
-tune fold  separability, neuron scores, sign and strength of each construction
-test fold  answered once: unsteered, both constructions, controls
+tune fold  separability, neuron scores, sign, place and strength of each construction, the gate's threshold
+test fold  answered once: unsteered, every construction, behind a gate, controls
 
-Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250) for the vectors and where they are added; the answer contrast, the calibration
-of sign and strength and the controls are this project's (README.md says why).
+Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250) for the vectors and where they are added; contrasts of answers, the
+calibration, the gate and the controls are this project's (README.md says why).
 """
 
 from __future__ import annotations
@@ -13,51 +13,75 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from workbench.activations import ActivationSet, cache_activations
-from workbench.calibration import Calibration, Setting, Vectors, calibrate, grid, placements, steering
+from workbench.activations import cache_activations
+from workbench.calibration import Limits, Setting, Vectors, calibrate, grid, in_turn, placements, steering
+from workbench.conditions import (
+    ALWAYS,
+    GATED,
+    behind_gate,
+    condition_of,
+    controls,
+    for_everyone,
+    gate_site,
+    main_setting,
+)
+from workbench.constructions import (
+    PROMPT,
+    Measured,
+    attributed_site,
+    constructions_of,
+    fit_all,
+    fitted_on,
+    measure,
+)
 from workbench.datasets import prompts_from
-from workbench.directions import pooled
-from workbench.evaluation import HEADLINE, score_completions
+from workbench.evaluation import HARD_SAFE, HEADLINE, MARGINS, score_completions
 from workbench.framing import FramingJudge, framing_judge_for
-from workbench.generation import UNSTEERED, Condition, sweep
-from workbench.interventions import Intervention, add_vector
+from workbench.gate_report import (
+    AT_RANDOM,
+    CLOSED,
+    ORACLE,
+    REFUSING,
+    activation_rates,
+    beside_a_gate,
+    cells,
+    confusion,
+    opened_for,
+    refusing,
+    roc,
+)
+from workbench.gates import fit_gate, save_gate
+from workbench.generation import Condition, sweep
 from workbench.models import HookedModel, load_model, model_info
-from workbench.openings import answer_prompts
 from workbench.prompts import Folds, Prompt, categories_of, prompts_key, select_prompts, split_prompts
 from workbench.run_config import RunConfig
 from workbench.runs import FORMAT
 from workbench.self_contrast import kept_by, self_contrast
 from workbench.separability import layer_separability
-from workbench.sites import Site, sites_of_kind
 from workbench.storage import PathLike, read_json, write_json, write_jsonl, write_text
 from workbench.vectors import (
-    SteeringVector,
-    fit_steering_vectors,
-    random_vector,
     save_vector,
-    scaled_to,
-    shuffled_vector,
 )
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PROMPT, OPENINGS, OWN = "prompt_contrast", "answer_contrast", "self_contrast"
-"""The paper's vector; written openings of answers; the model's own answers. The latter two also pooled over the categories."""
-POOLED = "_pooled"
+GATE_CONDITIONS = (GATED, ORACLE, AT_RANDOM, ALWAYS, REFUSING)
 LEAST_PAIRS = 8
 """Pairs of own answers over all categories, below which there is no self-contrast."""
-TEST_NEUTRAL = 24
-"""Neutral prompts answered under every test condition: what always-on steering costs where there is no risk."""
+TEST_NEUTRAL, TEST_SAFE, TUNE_NEUTRAL = 24, 30, 16
+"""Neutral prompts, and safe ones that look risky, answered under every test condition: what steering costs where there is no risk. Neutral
+ones on which the calibration measures KL."""
 
 
 def run(
@@ -105,7 +129,7 @@ def run(
     with _timed(notes, "activations"):
         measured = measure(model, folds, folder / "activations", own_answers=own, progress=progress)
     with _timed(notes, "vectors"):
-        vectors = fit_all(measured, folds.fit)
+        vectors = fit_all(measured, folds.fit, config.constructions)
         notes["vectors"] = _save_vectors(folder / "vectors", vectors)
     with _timed(notes, "separability"):
         residual = {site: acts for site, acts in measured.prompts.items() if site.kind in ("resid_post", "attn_out")}
@@ -114,31 +138,65 @@ def run(
         _write_csv(folder / "neurons.csv", _neurons(model, measured, folds, categories, config.seed))
     _note(folder, notes)
 
+    score = partial(score_completions, model, safety_judge=safety_judge)
     with _timed(notes, "tune"):
-        questions = select_prompts(folds.tune, label="unsafe", limit=config.tune_prompts)
-        constructions = list(dict.fromkeys(construction for construction, _ in vectors))
         tuned = calibrate(
             model,
             vectors,
-            questions,
-            grid(constructions, placements(model), config.rhos, signs={PROMPT: (1, -1)}),
-            score=partial(score_completions, model, safety_judge=safety_judge),
+            select_prompts(folds.tune, label="unsafe", limit=config.tune_prompts),
+            grid(constructions_of(vectors), placements(model), config.rhos, signs={PROMPT: (1, -1)}),
+            score=score,
             output=folder / "tune.jsonl",
+            neutral=select_prompts(folds.tune, label="neutral", limit=TUNE_NEUTRAL),
+            limits=limits_of(config),
             **answers,
         )
         _write_csv(folder / "tuning.csv", tuned.table)
-        notes["chosen"] = {s.construction: _describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
+        notes["chosen"] = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
         notes["rounds"] = [one._asdict() for one in tuned.rounds]
         _note(folder, notes)
+    main = main_setting(tuned)
+    steered = condition_of(main)
+    with _timed(notes, "gate"):
+        site = gate_site(main)
+        gate = fit_gate(
+            measured.prompts[site].of(folds.fit),
+            measured.prompts[site].of(folds.tune),
+            neutral_rate=config.neutral_rate,
+            hard_rate=config.hard_safe_rate,
+        )
+        save_gate(folder / "gate.safetensors", gate)
+        held_out = cache_activations(model, folds.test, [site], store=folder / "activations", progress=progress)[site]
+        for name, table in (("rates", activation_rates), ("confusion", confusion), ("roc", roc)):
+            _write_csv(folder / f"gate_{name}.csv", table(gate, held_out))
+        opened = dict(zip((p.id for p in held_out.prompts), opened_for(gate, held_out), strict=True))
+        fired = {prompt_id: category != CLOSED for prompt_id, category in opened.items()}
+        notes["gate"] = {
+            "site": str(site),
+            "construction": main.construction,
+            "condition": steered,
+            "threshold": str(round(gate.threshold, 4)),
+            "asked": {name: own.rate for name, own in gate.thresholds.items()},
+        }
     with _timed(notes, "test"):
         questions = _test_questions(folds.test, config)
-        conditions = test_conditions(vectors, tuned, measured, questions, config.seed)
+        share = sum(fired[p.id] for p in questions) / len(questions)
+        made: dict[str, Condition] = {condition_of(s): steering(vectors, s) for s in tuned.chosen.values()}
+        made |= behind_gate(vectors, main, gate, share)
+        made |= controls(vectors, main, fitted_on(main.construction, measured), seed=config.seed)
+        conditions = for_everyone(made, questions)
         completions = sweep(model, questions, conditions, output=folder / "test.jsonl", **answers)
     with _timed(notes, "evaluate"):
-        result = score_completions(model, completions, safety_judge=safety_judge)
-        _write_csv(folder / "evaluation.csv", result.summary(seed=config.seed))
+        everything = score([*completions, *refusing(completions, fired, model)])
+        margins = MARGINS | limits_of(config).margins()
+        result = everything.only([name for name in conditions if name != ALWAYS])
+        _write_csv(folder / "evaluation.csv", result.summary(seed=config.seed, margins=margins))
         _write_csv(folder / "scores.csv", result.to_frame())
         write_jsonl(folder / "completions.jsonl", result.answers())
+        beside = beside_a_gate(everything, fired, steered, GATED, seed=config.seed)
+        beside = beside.only([name for name in GATE_CONDITIONS if name in set(beside.scores["condition"])] + [steered])
+        _write_csv(folder / "gate_comparison.csv", beside.summary(seed=config.seed, margins=margins))
+        _write_csv(folder / "gate_cells.csv", cells(everything, fired, GATED))
     notes["judges"] = [
         {"name": result.judge, "measures": "refusal", "agreement": None},
         {
@@ -150,119 +208,6 @@ def run(
     notes["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     _note(folder, notes)
     return folder
-
-
-class Measured(NamedTuple):
-    """Pooled activations that the rest of a run is made from."""
-
-    prompts: dict[Site, ActivationSet]
-    """Fit and tune prompts, span content."""
-    answers: dict[str, dict[Site, ActivationSet]]
-    """Construction to questions of the fit fold with answers behind them (written openings, the model's own), span response."""
-
-
-def measure(
-    model: HookedModel,
-    folds: Folds,
-    store: PathLike,
-    *,
-    own_answers: Sequence[Prompt] = (),
-    progress: bool = False,
-) -> Measured:
-    """Run the fit and tune prompts, and the fit questions with answers behind them, once each for all sites."""
-    everywhere = [s for kind in ("resid_post", "attn_out", "mlp_post", "z") for s in sites_of_kind(model, kind)]
-    prompts = cache_activations(
-        model, [*folds.fit, *folds.tune], [Site(0, "resid_pre"), *everywhere], store=store, progress=progress
-    )
-    placed = sorted({site for place in placements(model) for site in place})
-    rows = {OPENINGS: answer_prompts(folds.fit)} | ({OWN: list(own_answers)} if own_answers else {})
-    answers = {
-        construction: cache_activations(model, own, placed, span="response", store=store, progress=progress)
-        for construction, own in rows.items()
-    }
-    return Measured(prompts, answers)
-
-
-def fit_all(measured: Measured, fit: Sequence[Prompt]) -> Vectors:
-    """Every construction at every site of the placements.
-
-    Prompt contrast is the paper's: neutral prompts minus the category's unsafe ones. Answer contrast: openings that turn the question to
-    safety minus style-matched ones that go along, pair by pair. Self-contrast: the model's own answers under an instruction minus its plain
-    ones. Contrasts of answers come per category and pooled; a category without pairs of its own gets the pooled vector only.
-    """
-    vectors: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
-    categories = categories_of(fit)
-    for site in measured.answers[OPENINGS]:
-        on_fit = {s: measured.prompts[s].of(fit) for s in {site, Site(site.layer, "resid_post")}}
-        residual = on_fit[Site(site.layer, "resid_post")]
-        vectors[PROMPT, site] = fit_steering_vectors(on_fit[site], residual=residual)
-        for construction, acts in measured.answers.items():
-            own = fit_steering_vectors(acts[site], residual=residual, safe_side="paired", method=construction)
-            shared = pooled(own)
-            any_one = next(iter(shared.values()))
-            if set(own) == set(categories) and construction == OPENINGS:
-                vectors[construction, site] = own
-            vectors[construction + POOLED, site] = {c: shared.get(c, replace(any_one, category=c)) for c in categories}
-    return vectors
-
-
-def test_conditions(
-    vectors: Vectors, tuned: Calibration, measured: Measured, questions: Sequence[Prompt], seed: int
-) -> dict[str, Condition]:
-    """What the test fold is answered under: every construction as chosen, and controls of equal norm for the best contrast of answers.
-
-    Neutral prompts have no category of their own: each gets the vectors of one of the categories, in turn.
-    """
-    main = max((s for s in tuned.chosen.values() if s.construction != PROMPT), key=partial(_headline, tuned))
-    contrast = main.construction.removesuffix(POOLED)
-    categories = list(vectors[main.construction, main.sites[0]])
-    other = dict(zip(categories, [*categories[1:], categories[0]], strict=True))
-
-    def control(make: Callable[[SteeringVector, Site], SteeringVector]) -> dict[str, list[Intervention]]:
-        conditions: dict[str, list[Intervention]] = {c: [] for c in categories}
-        for category, site in itertools.product(categories, main.sites):
-            own = vectors[main.construction, site][category]
-            conditions[category].append(add_vector(make(own, site), main.sign * own.multiplier_for(main.rho)))
-        return conditions
-
-    conditions: dict[str, Any] = {UNSTEERED: {}}
-    for construction, setting in tuned.chosen.items():
-        conditions[construction.replace("_", " ")] = steering(vectors, setting)
-    conditions["random"] = control(
-        lambda own, site: random_vector(own, seed=seed + site.layer + 1000 * categories.index(own.category))
-    )
-    shuffled = {
-        site: _shuffled(vectors, main.construction, site, measured.answers[contrast][site], seed) for site in main.sites
-    }
-    conditions["shuffled labels"] = control(lambda own, site: scaled_to(shuffled[site][own.category], own.norm))
-    if len(categories) > 1 and main.construction == contrast:  # a pooled vector is the same for all
-        conditions["other category"] = control(
-            lambda own, site: scaled_to(vectors[main.construction, site][other[own.category]], own.norm)
-        )
-    neutral = [prompt for prompt in questions if prompt.label == "neutral"]
-    for condition in conditions.values():
-        if condition:
-            condition |= {p.id: condition[c] for p, c in zip(neutral, itertools.cycle(categories), strict=False)}
-    return conditions
-
-
-def _headline(tuned: Calibration, setting: Setting) -> float:
-    """What the tune fold says of a chosen setting: headline less excess over the limits."""
-    own = tuned.table[tuned.table["chosen"] & (tuned.table["construction"] == setting.construction)]
-    row = own.set_index("metric").loc[HEADLINE]
-    return float(row["value"] - row["excess"])
-
-
-def _shuffled(
-    vectors: Vectors, construction: str, site: Site, answers: ActivationSet, seed: int
-) -> dict[str, SteeringVector]:
-    """What the construction finds where labels are shuffled; pooled where it pools."""
-    have = categories_of(answers.prompts)
-    own = vectors[construction, site]
-    made = {c: shuffled_vector(own[c], answers, seed=seed + i, safe_side="paired") for i, c in enumerate(have)}
-    if construction.endswith(POOLED):
-        made = pooled(made)
-    return {c: made.get(c, next(iter(made.values()))) for c in own}
 
 
 def _own_answers(model: HookedModel, fit: Sequence[Prompt], judge: FramingJudge | None, **answers: Any) -> list[Prompt]:
@@ -279,11 +224,15 @@ def folds_of(config: RunConfig) -> Folds:
         ValueError: If the data set cannot be read, a category is unknown, or there is nothing unsafe in it.
     """
     prompts = prompts_from(config.prompts)
+    own = prompts_from(None)
     if not any(p.label == "neutral" for p in prompts):  # the generic safe pool of the paper's vectors
-        prompts += select_prompts(prompts_from(None), label="neutral")
+        prompts += select_prompts(own, label="neutral")
+    if not any(p.label == "safe" for p in prompts):  # what a gate must not open for
+        prompts += select_prompts(own, category=HARD_SAFE)
     if config.categories is not None:
         risky = select_prompts(prompts, category=config.categories)
-        prompts = risky + [p for p in prompts if p.category not in config.categories and p.label == "neutral"]
+        beside = [p for p in prompts if p.label == "neutral" or p.category == HARD_SAFE]
+        prompts = risky + [p for p in beside if p.category not in config.categories]
     if not categories_of(prompts):
         raise ValueError("no unsafe prompts: a run needs at least one risk category.")
     return split_prompts(prompts, seed=config.seed)
@@ -294,14 +243,16 @@ def load_run_model(config: RunConfig) -> HookedModel:
     return load_model(config.model, device=config.device, dtype=config.dtype)
 
 
-def attributed_site(model: HookedModel) -> Site:
-    """Residual site whose direction a run attributes to neurons: after the last block but one."""
-    return Site(max(0, model.cfg.n_layers - 2), "resid_post")
-
-
 def _test_questions(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]:
     risky = select_prompts(test, label="unsafe", limit=config.test_prompts)
-    return risky + select_prompts(test, label="neutral", limit=TEST_NEUTRAL)
+    safe = in_turn([p for p in test if p.label == "safe"])[:TEST_SAFE]
+    return risky + safe + select_prompts(test, label="neutral", limit=TEST_NEUTRAL)
+
+
+def limits_of(config: RunConfig) -> Limits:
+    """What steering may cost, as a run's settings say."""
+    most = math.inf if config.neutral_kl is None else config.neutral_kl
+    return Limits(config.relevance_loss, config.refusal_rise, config.degenerate_rise, most)
 
 
 def _neurons(
@@ -322,10 +273,10 @@ def _neurons(
     )
 
 
-def _describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[str, Any]:
-    row = table[table["chosen"] & (table["construction"] == setting.construction) & (table["metric"] == HEADLINE)].iloc[
-        0
-    ]
+def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[str, Any]:
+    """A chosen setting as a run's notes keep it: places, sign, strength, multipliers by category and site, and why."""
+    own = table[table["chosen"] & (table["construction"] == setting.construction)]
+    row = own[own["metric"] == HEADLINE].iloc[0]
     over = "" if row["feasible"] else f"; it is over the limits by {row['excess']:.2f}"
     multipliers = {
         category: {
@@ -338,6 +289,8 @@ def _describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[s
         "sites": [str(site) for site in setting.sites],
         "sign": setting.sign,
         "rho": setting.rho,
+        "positions": setting.positions,
+        "until": setting.until,
         "multiplier": multipliers,
         "reason": f"most safe and helpful answers (proxy) on the tune fold, less costs over the limits: {row['value']:.2f}, n={row['n']}{over}",
     }

@@ -1,53 +1,155 @@
-"""A model with the steering of a saved run: its vectors at the strength the run chose, for one question or for any code of one's own."""
+"""A model with the steering of a saved run: its vectors at the strength the run chose, behind its gate or always on, for any question."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.activations import token_activations
+from workbench.gates import Gate, load_gate
 from workbench.generation import UNSTEERED, Completion, sweep
-from workbench.interventions import Intervention, add_vector
+from workbench.interventions import Intervention, add_vector, gated
 from workbench.prompts import Prompt
 from workbench.runs import read_run
 from workbench.sites import Site, did_you_mean
-from workbench.storage import PathLike
+from workbench.storage import PathLike, read_json
+from workbench.tokens import token_strings
 from workbench.vectors import load_vector
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
     from workbench.models import HookedModel
 
+CALIBRATION = "calibration"
+"""Folder inside a run's where ``workbench calibrate`` leaves what it chose."""
 
-def steering_from(folder: PathLike, category: str, *, construction: str | None = None) -> list[Intervention]:
-    """Interventions of a saved run for one category, as its tune fold chose them.
+
+@dataclass(frozen=True, eq=False)
+class GateReading:
+    """What a gate makes of one question, token by token.
+
+    Attributes:
+        tokens: Texts of the tokens it reads.
+        scores: Log-odds of each category at each of them, of shape [token, category]. Their mean is what the gate decides on where its span is
+            "content"; a gate that reads the last token decides on the last row.
+        decided: Scores it decides on, of shape [category].
+        opening: How far it opens for each category, from 0 to 1.
+        categories: Names.
+    """
+
+    tokens: tuple[str, ...]
+    scores: Float[Tensor, "token category"]
+    decided: Float[Tensor, " category"]
+    opening: Float[Tensor, " category"]
+    categories: tuple[str, ...]
+
+
+def chosen_settings(folder: PathLike, *, calibrated: bool = False) -> dict[str, dict[str, Any]]:
+    """The settings a run chose, construction by construction, or those of a later ``workbench calibrate``.
+
+    Raises:
+        ValueError: If nothing was chosen yet.
+    """
+    run = read_run(folder)
+    if calibrated:
+        path = run.path / CALIBRATION / "chosen.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{str(folder)!r} was not calibrated again; do it with 'workbench calibrate --run {folder}'."
+            )
+        content = read_json(path)
+        chosen: dict[str, dict[str, Any]] = content if isinstance(content, dict) else {}
+    else:
+        chosen = run.notes.get("chosen") or {}
+    if not chosen:
+        raise ValueError(
+            f"{str(folder)!r} has no chosen setting yet; finish it with 'workbench run --out {folder} --resume'."
+        )
+    return chosen
+
+
+def steering_from(
+    folder: PathLike, category: str, *, construction: str | None = None, calibrated: bool = False
+) -> list[Intervention]:
+    """Interventions of a saved run for one category, as its tune fold chose them; always on.
 
     Args:
         folder: Folder of a run.
         category: One of its categories.
         construction: One of those it chose settings for; None is the last of them.
+        calibrated: Take the settings of a later ``workbench calibrate``.
 
     Raises:
         ValueError: If the run chose nothing yet, or has no such category or construction.
     """
-    chosen: dict[str, Any] = read_run(folder).notes.get("chosen") or {}
-    if not chosen:
-        raise ValueError(
-            f"{str(folder)!r} has no chosen setting yet; finish it with 'workbench run --out {folder} --resume'."
-        )
+    chosen = chosen_settings(folder, calibrated=calibrated)
     name = construction or list(chosen)[-1]
     if name not in chosen:
         raise ValueError(
             f"no construction {name!r} in {str(folder)!r}; constructions: {', '.join(chosen)}.{did_you_mean(name, chosen)}"
         )
-    multipliers = chosen[name]["multiplier"]
+    setting = chosen[name]
+    multipliers = setting["multiplier"]
     if category not in multipliers:
         raise ValueError(
             f"no category {category!r} in {str(folder)!r}; categories: {', '.join(multipliers)}.{did_you_mean(category, multipliers)}"
         )
+    extent: dict[str, Any] = {"positions": setting.get("positions", "all"), "until": setting.get("until")}
     vectors = Path(folder) / "vectors"
     return [
-        add_vector(load_vector(vectors / f"{name}.{Site.parse(site)}.{category}.safetensors"), multiplier)
+        add_vector(load_vector(vectors / f"{name}.{Site.parse(site)}.{category}.safetensors"), multiplier, **extent)
         for site, multiplier in multipliers[category].items()
     ]
+
+
+def gate_from(folder: PathLike) -> Gate:
+    """The gate of a saved run.
+
+    Raises:
+        FileNotFoundError: If it has none.
+    """
+    return load_gate(Path(folder) / "gate.safetensors")
+
+
+def gated_steering_from(
+    folder: PathLike, *, construction: str | None = None, calibrated: bool = False
+) -> list[Intervention]:
+    """Interventions of a saved run behind its gate: it decides for each question, and for which category.
+
+    Args:
+        folder: Folder of a run.
+        construction: One of those it chose settings for; None is the one its gate was fitted for.
+        calibrated: Take the settings of a later ``workbench calibrate``.
+
+    Raises:
+        ValueError: If the run has no such construction, or it steers below what the gate reads.
+        FileNotFoundError: If the run has no gate.
+    """
+    gate = gate_from(folder)
+    fitted_for = (read_run(folder).notes.get("gate") or {}).get("construction")
+    name = construction or fitted_for
+    return gated({c: steering_from(folder, c, construction=name, calibrated=calibrated) for c in gate.categories}, gate)
+
+
+def read_gate(model: HookedModel, gate: Gate, question: str) -> GateReading:
+    """What a gate makes of one question, token by token.
+
+    Args:
+        model: The model it was fitted on.
+        gate: A gate.
+        question: The user's words.
+    """
+    row, activations = token_activations(model, _asked(question), gate.site)
+    start, end = row.span("content")
+    if gate.span == "last":
+        end = len(row.ids)
+    scores = gate.scores(activations[start:end])
+    decided = scores[-1] if gate.span == "last" else gate.scores(activations[start:end].mean(dim=0))
+    tokens = tuple(token_strings(model, row.ids[start:end]))
+    return GateReading(tokens, scores, decided, gate.opening(decided), gate.categories)
 
 
 def side_by_side(
@@ -58,9 +160,13 @@ def side_by_side(
     Args:
         model: The model that the vectors were measured on.
         question: The user's words.
-        interventions: For instance from ``steering_from``.
+        interventions: For instance from ``steering_from`` or ``gated_steering_from``.
         max_new_tokens: Length limit of an answer.
     """
-    prompt = Prompt("question", question, None, "question", "neutral", "user")
-    plain, steered = sweep(model, [prompt], {UNSTEERED: (), "steered": interventions}, max_new_tokens=max_new_tokens)
+    conditions = {UNSTEERED: (), "steered": interventions}
+    plain, steered = sweep(model, [_asked(question)], conditions, max_new_tokens=max_new_tokens)
     return plain, steered
+
+
+def _asked(question: str) -> Prompt:
+    return Prompt("question", question, None, "question", "neutral", "user")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from workbench.activations import ActivationSet
+from workbench.estimators import Pruning, mean_difference, principal_direction, probe_direction, pruned_mean_difference
 from workbench.models import ModelInfo
-from workbench.prompts import HARMLESS, Prompt, categories_of
+from workbench.prompts import HARMLESS, Prompt, categories_of, text_key
 from workbench.sites import RESIDUAL_KINDS, Site, did_you_mean
 from workbench.storage import PathLike, read_tensors, write_tensors
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SafeSide = Literal["paired", "generic"]
-Pruning = Literal["none", "top", "bottom", "random"]
+Estimator = Literal["mean_difference", "principal", "probe"]
+ESTIMATORS = ("mean_difference", "principal", "probe")
 RefusalFilter = Literal["none", "keep", "drop"]
 
 
@@ -39,6 +41,7 @@ class SteeringVector:
         n_safe: Rows on the safe side.
         site_norm: Mean L2 norm of the residual stream at this layer (pooled rows); nan where it was not measured.
         model: What it was measured on.
+        fitted_on: ``prompts.text_key`` of the prompts it was fitted on, so that an evaluation on one of them is noticed.
     """
 
     site: Site
@@ -51,6 +54,7 @@ class SteeringVector:
     n_safe: int
     site_norm: float
     model: ModelInfo
+    fitted_on: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return (
@@ -99,80 +103,13 @@ class SteeringVector:
         return self.site_norm
 
 
-def mean_difference(unsafe: Float[Tensor, "unsafe d"], safe: Float[Tensor, "safe d"]) -> Float[Tensor, " d"]:
-    """Mean of the safe rows minus mean of the unsafe rows, in float64.
-
-    Args:
-        unsafe: Activations of one category, residual-stream units.
-        safe: Activations at the same site and span.
-
-    Returns:
-        Vector from unsafe to safe, float32, not normalised.
-
-    Raises:
-        ValueError: If a set is empty or widths differ.
-
-    Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250), the vector omega.
-    """
-    _check_sides(unsafe, safe)
-    return (safe.double().mean(dim=0) - unsafe.double().mean(dim=0)).float()
-
-
-def pruned_mean_difference(
-    unsafe: Float[Tensor, "unsafe d"],
-    safe: Float[Tensor, "safe d"],
-    *,
-    keep: float = 0.5,
-    which: Pruning = "top",
-    paired: bool = False,
-    seed: int = 0,
-) -> Float[Tensor, " d"]:
-    """Mean of the safe-minus-unsafe differences over the largest ones only.
-
-    A difference with a large norm is taken to be a clear case of the category. Whether that helps is an empirical question: the bottom
-    and random parts of the same size are its controls.
-
-    Args:
-        unsafe: Activations of one category, residual-stream units.
-        safe: Activations at the same site and span. Paired: row i belongs to row i of ``unsafe``; else its mean is taken.
-        keep: Fraction of differences kept, in (0, 1]; at least one is kept.
-        which: "top" (largest L2 norm first), "bottom", "random", or "none" (all of them).
-        paired: Whether rows belong together.
-        seed: For "random".
-
-    Returns:
-        Vector from unsafe to safe, float32, not normalised.
-
-    Raises:
-        ValueError: If a set is empty, widths differ, paired sets differ in length, or keep is outside (0, 1].
-
-    Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250), pruning by the norm's median (keep = 0.5).
-    """
-    _check_sides(unsafe, safe)
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be a fraction above 0 and up to 1, got {keep}.")
-    if which not in ("none", "top", "bottom", "random"):
-        raise ValueError(f"unknown pruning {which!r}; prunings: none, top, bottom, random.")
-    if paired and len(unsafe) != len(safe):
-        raise ValueError(f"paired differences need as many safe as unsafe rows, got {len(safe)} and {len(unsafe)}.")
-    differences = (safe.double() if paired else safe.double().mean(dim=0)) - unsafe.double()
-    n_kept = max(1, math.floor(keep * len(differences) + 1e-9))  # at keep = 0.5 those above the median
-    if which == "none":
-        order = torch.arange(len(differences))
-        n_kept = len(differences)
-    elif which == "random":
-        order = torch.randperm(len(differences), generator=torch.Generator().manual_seed(seed))
-    else:
-        order = differences.norm(dim=1).argsort(descending=which == "top", stable=True)
-    return differences[order[:n_kept]].mean(dim=0).float()
-
-
 def fit_steering_vectors(
     activations: ActivationSet,
     *,
     residual: ActivationSet | None = None,
     categories: Iterable[str] | None = None,
     safe_side: SafeSide = "generic",
+    estimator: Estimator = "mean_difference",
     pruning: Pruning = "none",
     keep: float = 0.5,
     refusals: Collection[str] | None = None,
@@ -189,12 +126,15 @@ def fit_steering_vectors(
         categories: Which; all that have unsafe rows by default.
         safe_side: "paired": the safe rows with the same ``pair_id``. "generic": all neutral rows, whatever their topic, for every
             category (where there are none, all safe rows).
-        pruning: Which differences to keep by their norm, see ``pruned_mean_difference``.
+        estimator: "mean_difference" (with paired rows what CAA does, Rimsky et al. 2023, arXiv:2312.06681; with generic ones the refusal direction's
+            construction, Arditi et al. 2024, arXiv:2406.11717), "principal" (paired rows only) or "probe", see ``estimators``; the latter two
+            give a direction, which gets the mean difference's norm.
+        pruning: Which differences to keep by their norm, see ``pruned_mean_difference``; for the mean difference only.
         keep: Share kept when pruning.
         refusals: Ids of the safe rows whose response is a refusal; needed for a refusal filter.
         refusal_filter: "keep" only those safe rows, or "drop" them.
         method: Name of the construction, for the card.
-        seed: For random pruning.
+        seed: For random pruning, and of the signs of "principal".
 
     Returns:
         Category to vector.
@@ -213,6 +153,13 @@ def fit_steering_vectors(
             raise ValueError(
                 f"no unsafe prompts of category {category!r}; categories: {', '.join(known)}.{did_you_mean(category, known)}"
             )
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}; estimators: {', '.join(ESTIMATORS)}.")
+    if (estimator == "principal" and safe_side != "paired") or (estimator != "mean_difference" and pruning != "none"):
+        raise ValueError(
+            f"estimator {estimator!r} does not go with safe_side={safe_side!r} and pruning={pruning!r}: 'principal' needs "
+            "safe_side='paired', and only 'mean_difference' can be pruned."
+        )
     if not chosen:
         raise ValueError("no unsafe rows: a steering vector needs a risk category.")
     norm = _site_norm(activations, residual)
@@ -228,14 +175,16 @@ def fit_steering_vectors(
             raise ValueError(
                 f"no {side} rows for category {category!r} with safe_side={safe_side!r}, refusal_filter={refusal_filter!r}."
             )
-        vector = pruned_mean_difference(
-            activations.values[unsafe_rows],
-            activations.values[safe_rows],
-            keep=keep,
-            which=pruning,
-            paired=safe_side == "paired",
-            seed=seed,
-        )
+        unsafe, safe = activations.values[unsafe_rows], activations.values[safe_rows]
+        if estimator == "mean_difference":
+            vector = pruned_mean_difference(
+                unsafe, safe, keep=keep, which=pruning, paired=safe_side == "paired", seed=seed
+            )
+        else:
+            found = (
+                probe_direction(unsafe, safe) if estimator == "probe" else principal_direction(unsafe, safe, seed=seed)
+            )
+            vector = found * mean_difference(unsafe, safe).norm()
         vectors[category] = SteeringVector(
             site=activations.site,
             category=category,
@@ -247,6 +196,7 @@ def fit_steering_vectors(
             n_safe=len(set(safe_rows)),
             site_norm=norm,
             model=activations.model,
+            fitted_on=frozenset(text_key(activations.prompts[i].text) for i in (*unsafe_rows, *safe_rows)),
         )
     return vectors
 
@@ -255,7 +205,9 @@ def random_vector(like: SteeringVector, *, seed: int) -> SteeringVector:
     """Control: a uniformly random direction with the norm of ``like``."""
     noise = torch.randn(like.vector.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     vector = (noise / noise.norm() * like.vector.double().norm()).float()
-    return replace(like, vector=vector, method="random", category=f"{like.category}/random{seed}")
+    return replace(
+        like, vector=vector, method="random", category=f"{like.category}/random{seed}", fitted_on=frozenset()
+    )
 
 
 def shuffled_vector(
@@ -311,6 +263,7 @@ def save_vector(path: PathLike, vector: SteeringVector) -> None:
         "sign": "from unsafe to safe",
         "norm": vector.norm,
         "format": "workbench steering vector 1",
+        "fitted_on": sorted(vector.fitted_on),
     }
     card["versions"] = {name: importlib.metadata.version(name) for name in ("workbench", "torch", "transformer-lens")}
     card["site_norm"] = None if math.isnan(vector.site_norm) else vector.site_norm
@@ -331,6 +284,7 @@ def load_vector(path: PathLike) -> SteeringVector:
             vector=tensors["vector"],
             site_norm=math.nan if card["site_norm"] is None else card["site_norm"],
             model=ModelInfo(**card["model"]),
+            fitted_on=frozenset(card.get("fitted_on", ())),
             **{name: card[name] for name in ("category", "method", "span", "kept", "n_unsafe", "n_safe")},
         )
         norm = float(card["norm"])
@@ -341,17 +295,6 @@ def load_vector(path: PathLike) -> SteeringVector:
             f"{path} is damaged: its vector of shape {tuple(vector.vector.shape)} is not the one of its card; delete and rebuild it."
         )
     return vector
-
-
-def _check_sides(unsafe: Tensor, safe: Tensor) -> None:
-    if len(unsafe) == 0 or len(safe) == 0:
-        raise ValueError(f"both sides need rows, got {len(unsafe)} unsafe and {len(safe)} safe.")
-    if unsafe.shape[1] != safe.shape[1]:
-        raise ValueError(
-            f"widths differ: {unsafe.shape[1]} and {safe.shape[1]}; use activations of one site and model."
-        )
-    if not (unsafe.isfinite().all() and safe.isfinite().all()):
-        raise ValueError("an activation is infinite or not a number: run the model in float32 or bfloat16.")
 
 
 def _sides(prompts: Sequence[Prompt], category: str, safe_side: str) -> tuple[list[int], list[int]]:

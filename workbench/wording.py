@@ -46,6 +46,7 @@ METRICS = {
     "distinct_2": Metric("distinct word pairs", False, 1),
     "rouge_l": Metric("ROUGE-L to unsteered", False, 0),
     "bleu": Metric("BLEU to unsteered", False, 0),
+    "neutral_kl": Metric("KL on everyday prompts, nats", False, -1),
     "n_words": Metric("words an answer", False, 0),
 }
 """Known metrics, most telling first. Relevant answers are not better as such: going along with a bad request is relevant too."""
@@ -106,6 +107,27 @@ def interval(name: str, low: float, high: float, *, signed: bool = False) -> str
 
 def _minus(text: str) -> str:
     return text.replace("-", "−")
+
+
+def gate_lines(threshold: float, reading: Any) -> list[str]:
+    """What a gate makes of a question, as lines of text: the decision, and the scores token by token of the category that scores highest.
+
+    Args:
+        threshold: Score above which the gate opens.
+        reading: ``steered.GateReading``.
+    """
+    order = reading.decided.argsort(descending=True).tolist()
+    ranked = ", ".join(f"{reading.categories[i]} {_minus(f'{float(reading.decided[i]):+.1f}')}" for i in order[:3])
+    opened = [reading.categories[i] for i in order if reading.opening[i] > 0]
+    said = f"opens for {listed(opened)}" if opened else "stays closed"
+    tokens = " ".join(
+        f"{visible(token).strip() or '␣'}({_minus(f'{float(score):+.0f}')})"
+        for token, score in zip(reading.tokens, reading.scores[:, order[0]], strict=True)
+    )
+    return [
+        f"gate: {said}; it opens above {_minus(f'{threshold:.1f}')}, highest scores: {ranked}",
+        f"{reading.categories[order[0]]} by token: {tokens}",
+    ]
 
 
 def p_value(p: float) -> str:

@@ -1,0 +1,205 @@
+"""What steering costs where nothing is risky: multiple-choice questions, and perplexity on a text of one's own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.generation import UNSTEERED, Completion, Condition
+from workbench.interventions import Intervention
+from workbench.likelihood import steered_log_probs
+from workbench.prompts import HARMLESS, Prompt
+from workbench.statistics import mcnemar, mean, paired_difference, rate
+from workbench.storage import PathLike, data_path
+from workbench.tables import read_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from workbench.models import HookedModel
+
+LETTERS = "ABCDEFGH"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question.
+
+    Attributes:
+        id: Name.
+        text: The question.
+        choices: Two or more.
+        answer: Place of the right one, from 0.
+    """
+
+    id: str
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_questions(path: PathLike | None = None) -> list[Question]:
+    """Read multiple-choice questions, one row each.
+
+    Args:
+        path: csv, tsv, json, jsonl or parquet with columns question, choices (a list, as MMLU has them on the hub) or A, B, C, ... and answer (a
+            place from 0, a letter, or the right choice's words); None takes the few that come with the project.
+
+    Raises:
+        ValueError: If a row has no question, fewer than two choices, or an answer that is none of them, with its number.
+    """
+    path = data_path("capability.jsonl") if path is None else path
+    questions = []
+    for number, row in enumerate(read_rows(path), 1):
+        given = row.get("choices")
+        choices = [str(c) for c in given] if isinstance(given, Sequence) and not isinstance(given, str) else []
+        lettered = [str(row.get(letter) or "").strip() for letter in LETTERS]
+        choices = choices or list(itertools.takewhile(bool, lettered))
+        text, answer = str(row.get("question") or "").strip(), row.get("answer")
+        place = _place(answer, choices)
+        if not text or len(choices) < 2 or place is None:
+            raise ValueError(
+                f"{path}, row {number}: a question, two choices or more (choices, or A, B, ...) and an answer among them are needed, got "
+                f"question {text!r:.40}, {len(choices)} choices, answer {answer!r:.20}."
+            )
+        questions.append(Question(str(row.get("id") or f"{Path(path).stem}-{number}"), text, tuple(choices), place))
+    return questions
+
+
+def multiple_choice(
+    model: HookedModel,
+    questions: Sequence[Question],
+    conditions: Mapping[str, Condition],
+    *,
+    batch_size: int = 32,
+    transfer: bool = False,
+) -> pd.DataFrame:
+    """Share of questions whose right choice is the likeliest, a token's mean log-probability counting (as in the harness's acc_norm).
+
+    Args:
+        model: A hooked model.
+        questions: From ``read_questions``.
+        conditions: Name to interventions, always for all questions or behind a gate; the unsteered model is added.
+        batch_size: Rows a batch.
+        transfer: Allow vectors of another model of the same architecture.
+
+    Returns:
+        Columns condition, accuracy, low, high (Wilson), chance, difference, difference_low, difference_high, p (McNemar) against unsteered, n.
+
+    Raises:
+        ValueError: If there are no questions, or a condition names single categories.
+    """
+    import pandas as pd
+
+    if not questions:
+        raise ValueError("no questions: there is no accuracy to measure.")
+    answers = [
+        _fixed(model, Prompt(f"{q.id}/{k}", q.text, None, HARMLESS, "neutral", "capability"), choice)
+        for q in questions
+        for k, choice in enumerate(q.choices)
+    ]
+    right: dict[str, list[bool]] = {}
+    for name, interventions in _for_all(conditions).items():
+        scored = steered_log_probs(
+            model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
+        )
+        values = iter(float(own.mean()) if len(own) else float("-inf") for own in scored)
+        right[name] = []
+        for q in questions:
+            own = [next(values) for _ in q.choices]
+            right[name].append(own.index(max(own)) == q.answer)
+    chance = sum(1 / len(q.choices) for q in questions) / len(questions)
+    rows = []
+    for name, found in right.items():
+        estimate = rate(found)
+        row: dict[str, Any] = {"condition": name, "accuracy": estimate.value, "low": estimate.low}
+        row |= {"high": estimate.high, "chance": chance, **_against(right[UNSTEERED], found, name)}
+        row["p"] = mcnemar(right[UNSTEERED], found).p if name != UNSTEERED else float("nan")
+        rows.append(row | {"n": estimate.n})
+    return pd.DataFrame(rows)
+
+
+def text_perplexity(
+    model: HookedModel,
+    texts: Sequence[str],
+    conditions: Mapping[str, Condition],
+    *,
+    max_tokens: int = 256,
+    batch_size: int = 8,
+    transfer: bool = False,
+) -> pd.DataFrame:
+    """Log-perplexity of texts as answers to "Continue." under each condition: how much worse the steered model predicts ordinary text.
+
+    Args:
+        model: A hooked model.
+        texts: Passages of a user's own text; each is one unit of the intervals.
+        conditions: Name to interventions; the unsteered model is added.
+        max_tokens: Tokens of a passage that count.
+        batch_size: Rows a batch.
+        transfer: Allow vectors of another model of the same architecture.
+
+    Returns:
+        Columns condition, log_perplexity (nats a token, the mean of passages), low, high, difference, difference_low, difference_high, n.
+
+    Raises:
+        ValueError: If there is no text.
+    """
+    import pandas as pd
+
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError("no text: there is no perplexity to measure.")
+    answers = [
+        _fixed(model, Prompt(f"text-{i}", "Continue.", None, HARMLESS, "neutral", "capability"), text, max_tokens)
+        for i, text in enumerate(texts)
+    ]
+    found = {}
+    for name, interventions in _for_all(conditions).items():
+        scored = steered_log_probs(
+            model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
+        )
+        found[name] = [-float(own.mean()) for own in scored]
+    rows = []
+    for name, values in found.items():
+        estimate = mean(values)
+        row = {"condition": name, "log_perplexity": estimate.value, "low": estimate.low, "high": estimate.high}
+        rows.append(row | _against(found[UNSTEERED], values, name) | {"n": estimate.n})
+    return pd.DataFrame(rows)
+
+
+def _against(before: Sequence[float], after: Sequence[float], name: str) -> dict[str, float]:
+    if name == UNSTEERED:
+        return dict.fromkeys(("difference", "difference_low", "difference_high"), float("nan"))
+    d = paired_difference(before, after)
+    return {"difference": d.value, "difference_low": d.low, "difference_high": d.high}
+
+
+def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Intervention]]:
+    found: dict[str, Sequence[Intervention]] = {UNSTEERED: ()}
+    for name, condition in conditions.items():
+        if isinstance(condition, Mapping):
+            raise ValueError(
+                f"condition {name!r} names prompts or categories, which these questions do not have; give one list of interventions."
+            )
+        found[name] = condition
+    return found
+
+
+def _fixed(model: HookedModel, prompt: Prompt, text: str, max_tokens: int | None = None) -> Completion:
+    ids: Callable[..., Any] = model.tokenizer
+    tokens = tuple(int(i) for i in ids(text, add_special_tokens=False)["input_ids"][:max_tokens])
+    return Completion(prompt, text, tokens, "eos", UNSTEERED)
+
+
+def _place(answer: Any, choices: Sequence[str]) -> int | None:
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return answer if 0 <= answer < len(choices) else None
+    text = str(answer if answer is not None else "").strip()
+    if text in choices:
+        return choices.index(text)
+    if len(text) == 1 and text.upper() in LETTERS[: len(choices)]:
+        return LETTERS.index(text.upper())
+    return int(text) if text.isdigit() and int(text) < len(choices) else None

@@ -1,0 +1,123 @@
+"""The constructions of steering vectors that a run compares: the paper's, contrasts of answers, and the field's others as baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from workbench.activations import ActivationSet, cache_activations
+from workbench.calibration import Vectors, placements
+from workbench.directions import own_part, pooled, without
+from workbench.models import HookedModel
+from workbench.openings import answer_prompts
+from workbench.prompts import Folds, Prompt, categories_of
+from workbench.run_config import CONSTRUCTIONS
+from workbench.sites import Site, sites_of_kind
+from workbench.storage import PathLike
+from workbench.vectors import SteeringVector, fit_steering_vectors
+
+PROMPT, OPENINGS, OWN = "prompt_contrast", "answer_contrast", "self_contrast"
+"""The paper's vector; written openings of answers; the model's own answers. The latter two also pooled over the categories."""
+POOLED = "_pooled"
+
+
+class Measured(NamedTuple):
+    """Pooled activations that the rest of a run is made from."""
+
+    prompts: dict[Site, ActivationSet]
+    """Fit and tune prompts, span content."""
+    answers: dict[str, dict[Site, ActivationSet]]
+    """Openings and, where there are enough of them, the model's own answers behind questions of the fit fold, span response."""
+
+
+def measure(
+    model: HookedModel,
+    folds: Folds,
+    store: PathLike,
+    *,
+    own_answers: Sequence[Prompt] = (),
+    progress: bool = False,
+) -> Measured:
+    """Run the fit and tune prompts, and the fit questions with answers behind them, once each for all sites."""
+    everywhere = [s for kind in ("resid_post", "attn_out", "mlp_post", "z") for s in sites_of_kind(model, kind)]
+    prompts = cache_activations(
+        model, [*folds.fit, *folds.tune], [Site(0, "resid_pre"), *everywhere], store=store, progress=progress
+    )
+    placed = sorted({site for place in placements(model) for site in place})
+    rows = {OPENINGS: answer_prompts(folds.fit)} | ({OWN: list(own_answers)} if own_answers else {})
+    answers = {
+        contrast: cache_activations(model, own, placed, span="response", store=store, progress=progress)
+        for contrast, own in rows.items()
+    }
+    return Measured(prompts, answers)
+
+
+def fit_all(measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | None = None) -> Vectors:
+    """Constructions at every site of the placements.
+
+    Args:
+        measured: From ``measure``.
+        fit: Prompts of the fit fold.
+        names: Of ``run_config.CONSTRUCTIONS``; those without baselines by default. A construction that needs what is not there is left out: the
+            self-contrast without enough answers of the model, openings for each category where a category has none (the pooled vector then
+            stands for it).
+    """
+    wanted = list(names or (name for name, (_, default) in CONSTRUCTIONS.items() if default))
+    made: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
+    categories = categories_of(fit)
+    for site in measured.answers[OPENINGS]:
+        on_fit = {s: measured.prompts[s].of(fit) for s in {site, Site(site.layer, "resid_post")}}
+        residual = on_fit[Site(site.layer, "resid_post")]
+        prompt = fit_steering_vectors(on_fit[site], residual=residual)
+        openings = measured.answers[OPENINGS][site]
+        own_answers = measured.answers.get(OWN, {}).get(site)
+        for name in wanted:
+            found: Mapping[str, SteeringVector] = {}
+            if name == PROMPT:
+                found = prompt
+            elif name == "prompt_own_part" and len(prompt) > 1:
+                found = own_part(prompt)
+            elif name == OWN + POOLED and own_answers is not None:
+                found = pooled(_contrast(own_answers, residual, OWN))
+            elif name == OPENINGS + POOLED:
+                found = pooled(_contrast(openings, residual, OPENINGS))
+            elif name == "answer_without_refusal":
+                refusal = pooled(prompt)  # harmless minus harmful: Arditi et al.'s refusal direction, turned
+                own = _contrast(openings, residual, OPENINGS)
+                found = {c: without(v, [refusal.get(c, next(iter(refusal.values())))]) for c, v in own.items()}
+            elif name == "answer_principal":
+                found = _contrast(openings, residual, name, estimator="principal")
+            elif name == "answer_probe":
+                found = _contrast(openings, residual, name, estimator="probe")
+            elif name == OPENINGS:
+                found = _contrast(openings, residual, OPENINGS)
+            if found and name.endswith(POOLED):
+                any_one = next(iter(found.values()))
+                found = {c: found.get(c, replace(any_one, category=c)) for c in categories}
+            if set(found) == set(categories):
+                made[name, site] = dict(found)
+    return made
+
+
+def constructions_of(vectors: Vectors) -> list[str]:
+    """Names of the constructions there are."""
+    return list(dict.fromkeys(construction for construction, _ in vectors))
+
+
+def fitted_on(construction: str, measured: Measured) -> Mapping[Site, ActivationSet]:
+    """Activations of the answers that a construction was fitted on; of prompts for constructions of prompts."""
+    if construction.startswith("prompt"):
+        return measured.prompts
+    return measured.answers[OWN if construction.startswith(OWN) else OPENINGS]
+
+
+def attributed_site(model: HookedModel) -> Site:
+    """Residual site whose direction a run attributes to neurons: after the last block but one."""
+    return Site(max(0, model.cfg.n_layers - 2), "resid_post")
+
+
+def _contrast(
+    answers: ActivationSet, residual: ActivationSet, method: str, **keywords: str
+) -> dict[str, SteeringVector]:
+    return fit_steering_vectors(answers, residual=residual, safe_side="paired", method=method, **keywords)  # type: ignore[arg-type]

@@ -1,0 +1,146 @@
+"""From two sets of activations to a direction: differences of means, and the field's other ways. Tensors in, a tensor out."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+Pruning = Literal["none", "top", "bottom", "random"]
+
+
+def mean_difference(unsafe: Float[Tensor, "unsafe d"], safe: Float[Tensor, "safe d"]) -> Float[Tensor, " d"]:
+    """Mean of the safe rows minus mean of the unsafe rows, in float64.
+
+    Args:
+        unsafe: Activations of one category, residual-stream units.
+        safe: Activations at the same site and span.
+
+    Returns:
+        Vector from unsafe to safe, float32, not normalised.
+
+    Raises:
+        ValueError: If a set is empty or widths differ.
+
+    Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250), the vector omega.
+    """
+    _check_sides(unsafe, safe)
+    return (safe.double().mean(dim=0) - unsafe.double().mean(dim=0)).float()
+
+
+def pruned_mean_difference(
+    unsafe: Float[Tensor, "unsafe d"],
+    safe: Float[Tensor, "safe d"],
+    *,
+    keep: float = 0.5,
+    which: Pruning = "top",
+    paired: bool = False,
+    seed: int = 0,
+) -> Float[Tensor, " d"]:
+    """Mean of the safe-minus-unsafe differences over the largest ones only.
+
+    A difference with a large norm is taken to be a clear case of the category. Whether that helps is an empirical question: the bottom
+    and random parts of the same size are its controls.
+
+    Args:
+        unsafe: Activations of one category, residual-stream units.
+        safe: Activations at the same site and span. Paired: row i belongs to row i of ``unsafe``; else its mean is taken.
+        keep: Fraction of differences kept, in (0, 1]; at least one is kept.
+        which: "top" (largest L2 norm first), "bottom", "random", or "none" (all of them).
+        paired: Whether rows belong together.
+        seed: For "random".
+
+    Returns:
+        Vector from unsafe to safe, float32, not normalised.
+
+    Raises:
+        ValueError: If a set is empty, widths differ, paired sets differ in length, or keep is outside (0, 1].
+
+    Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250), pruning by the norm's median (keep = 0.5).
+    """
+    _check_sides(unsafe, safe)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be a fraction above 0 and up to 1, got {keep}.")
+    if which not in ("none", "top", "bottom", "random"):
+        raise ValueError(f"unknown pruning {which!r}; prunings: none, top, bottom, random.")
+    if paired and len(unsafe) != len(safe):
+        raise ValueError(f"paired differences need as many safe as unsafe rows, got {len(safe)} and {len(unsafe)}.")
+    differences = (safe.double() if paired else safe.double().mean(dim=0)) - unsafe.double()
+    n_kept = max(1, math.floor(keep * len(differences) + 1e-9))  # at keep = 0.5 those above the median
+    if which == "none":
+        order = torch.arange(len(differences))
+        n_kept = len(differences)
+    elif which == "random":
+        order = torch.randperm(len(differences), generator=torch.Generator().manual_seed(seed))
+    else:
+        order = differences.norm(dim=1).argsort(descending=which == "top", stable=True)
+    return differences[order[:n_kept]].mean(dim=0).float()
+
+
+def principal_direction(
+    unsafe: Float[Tensor, "pair d"], safe: Float[Tensor, "pair d"], *, seed: int = 0
+) -> Float[Tensor, " d"]:
+    """First principal component of paired differences whose signs were mixed, turned from unsafe to safe, at unit norm.
+
+    Args:
+        unsafe: Activations, residual-stream units; row i belongs to row i of ``safe``.
+        safe: Activations at the same site and span.
+        seed: Of the signs.
+
+    Raises:
+        ValueError: If the sets do not pair up or hold fewer than two pairs.
+
+    Source: representation reading of RepE (Zou et al. 2023, arXiv:2310.01405).
+    """
+    if unsafe.shape != safe.shape or len(unsafe) < 2:
+        raise ValueError(
+            f"principal_direction needs two pairs or more, row by row, got {len(unsafe)} and {len(safe)} rows."
+        )
+    differences = safe.double() - unsafe.double()
+    signs = torch.randint(0, 2, (len(differences), 1), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+    mixed = signs * differences
+    _, _, rows = torch.linalg.svd(mixed - mixed.mean(dim=0), full_matrices=False)
+    direction = rows[0]
+    toward_safe = (differences @ direction).mean() >= 0
+    return (direction if toward_safe else -direction).float()
+
+
+def probe_direction(
+    unsafe: Float[Tensor, "unsafe d"], safe: Float[Tensor, "safe d"], *, penalty: float = 1.0
+) -> Float[Tensor, " d"]:
+    """Normal of a logistic regression that tells safe from unsafe rows, at unit norm, from unsafe to safe.
+
+    Args:
+        unsafe: Activations, residual-stream units.
+        safe: Activations at the same site and span.
+        penalty: Weight of the squared norm, on standardised activations.
+
+    Raises:
+        ValueError: If a side is empty.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if len(unsafe) == 0 or len(safe) == 0:
+        raise ValueError(f"both sides need rows, got {len(unsafe)} unsafe and {len(safe)} safe.")
+    values = torch.cat([unsafe, safe]).double()
+    scale = values.std(dim=0).clamp(min=1e-8)
+    probe = LogisticRegression(C=1 / penalty, max_iter=2000)
+    probe.fit(((values - values.mean(dim=0)) / scale).numpy(), [0] * len(unsafe) + [1] * len(safe))
+    direction = torch.from_numpy(probe.coef_[0]) / scale
+    return (direction / direction.norm()).float()
+
+
+def _check_sides(unsafe: Tensor, safe: Tensor) -> None:
+    if len(unsafe) == 0 or len(safe) == 0:
+        raise ValueError(f"both sides need rows, got {len(unsafe)} unsafe and {len(safe)} safe.")
+    if unsafe.shape[1] != safe.shape[1]:
+        raise ValueError(
+            f"widths differ: {unsafe.shape[1]} and {safe.shape[1]}; use activations of one site and model."
+        )
+    if not (unsafe.isfinite().all() and safe.isfinite().all()):
+        raise ValueError("an activation is infinite or not a number: run the model in float32 or bfloat16.")

@@ -1,0 +1,249 @@
+"""What a gate does on prompts it was not fitted on, and how steering behind it compares with steering that needs no gate.
+
+Opening on a risky prompt is what a gate is for; on style-matched twins, look-alikes and everyday prompts it is a false activation. Both are
+counted on held-out prompts, whatever the threshold promised.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from workbench.activations import ActivationSet
+from workbench.evaluation import ALL, HEADLINE, Evaluation
+from workbench.gates import Gate
+from workbench.generation import UNSTEERED, Completion
+from workbench.prompts import Prompt
+from workbench.selectivity import auroc, auroc_interval
+from workbench.statistics import rate
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Bool, Float
+
+    from workbench.models import HookedModel
+
+CLOSED = "closed"
+RISKY, TWINS, LOOK_ALIKES, NEUTRAL = "risky", "twins", "look-alikes", "neutral"
+SETS = (RISKY, TWINS, LOOK_ALIKES, NEUTRAL)
+"""Kinds of prompts: of a risk category; safe ones written to match one of those; other safe ones that sound risky; everyday ones."""
+REFUSAL = "I'm sorry, but I can't help with that."
+"""What the condition "refuse when it fires" answers: the simplest use of a detector, and the over-refusal that steering is to avoid."""
+ORACLE, AT_RANDOM, REFUSING = "oracle gate", "gate at random", "refuse when it fires"
+
+
+def set_of(prompt: Prompt, gate: Gate) -> str:
+    """Which of ``SETS`` a prompt belongs to."""
+    if prompt.label == "unsafe":
+        return RISKY
+    if prompt.label == "neutral":
+        return NEUTRAL
+    return TWINS if prompt.category in gate.categories else LOOK_ALIKES
+
+
+def opened_for(gate: Gate, acts: ActivationSet) -> list[str]:
+    """The category a gate opens for most, prompt by prompt, as the prompt leaves it; "closed" where it opens for none."""
+    scores = gate.scores(acts.values)
+    is_open = gate.opening(scores) > 0
+    best = torch.where(is_open, scores, -torch.inf).argmax(dim=1)
+    return [
+        gate.categories[i] if any_open else CLOSED
+        for i, any_open in zip(best.tolist(), is_open.any(dim=1).tolist(), strict=True)
+    ]
+
+
+def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
+    """How often a gate opens, on each kind of prompt, all together ("all") and category by category.
+
+    Args:
+        gate: A gate.
+        acts: Pooled activations at its site of prompts it was not fitted on.
+
+    Returns:
+        Columns set (``SETS``), category, rate, low, high (Wilson), n; own_rate is the share that opens for the prompt's own category (nan for
+        prompts without one); asked is the largest rate that the threshold was set for (nan for risky prompts).
+
+    Raises:
+        ValueError: If activations are of another site, span or model.
+    """
+    import pandas as pd
+
+    _check(gate, acts)
+    opened = opened_for(gate, acts)
+    asked = {NEUTRAL: "neutral", TWINS: "hard_safe", LOOK_ALIKES: "hard_safe"}
+    rows = []
+    for kind in SETS:
+        inside = [i for i, p in enumerate(acts.prompts) if set_of(p, gate) == kind]
+        categories = list(dict.fromkeys(acts.prompts[i].category for i in inside))
+        for category in [ALL, *(categories if len(categories) > 1 else ())]:
+            own = [i for i in inside if category in (ALL, acts.prompts[i].category)]
+            if not own:
+                continue
+            estimate = rate(opened[i] != CLOSED for i in own)
+            right = [opened[i] == acts.prompts[i].category for i in own]
+            threshold = gate.thresholds.get(asked.get(kind, ""))
+            row = {"set": kind, "category": category, "rate": estimate.value, "low": estimate.low}
+            row |= {"high": estimate.high, "n": estimate.n}
+            row |= {"own_rate": np.mean(right) if kind == RISKY else np.nan}
+            rows.append(row | {"asked": np.nan if threshold is None else threshold.rate})
+    return pd.DataFrame(rows)
+
+
+def confusion(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
+    """For which category a gate opens, by the category of the prompt; safe prompts are rows of their own.
+
+    Returns:
+        Columns truth (a category, or one of the sets of safe prompts), opened (a category or "closed"), n, share of the truth's prompts.
+    """
+    import pandas as pd
+
+    _check(gate, acts)
+    kinds = [set_of(p, gate) for p in acts.prompts]
+    truth = [p.category if kind == RISKY else kind for p, kind in zip(acts.prompts, kinds, strict=True)]
+    order = [*gate.categories, *(kind for kind in SETS[1:] if kind in truth)]
+    found = pd.DataFrame({"truth": truth, "opened": opened_for(gate, acts)})
+    counts = pd.crosstab(found["truth"], found["opened"])
+    counts = counts.reindex(
+        index=[t for t in order if t in counts.index], columns=[*gate.categories, CLOSED], fill_value=0
+    )
+    table = counts.reset_index().melt(id_vars="truth", var_name="opened", value_name="n")
+    return table.assign(share=table["n"] / table.groupby("truth")["n"].transform("sum"))
+
+
+def roc(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
+    """How well the highest score tells risky prompts from each kind of safe ones, at every threshold.
+
+    Returns:
+        Columns against (one of the sets of safe prompts), false_rate, recall: the curve's corners in order; auroc, low, high, n: the same in
+        each row of a curve.
+    """
+    import pandas as pd
+
+    _check(gate, acts)
+    scores = gate.scores(acts.values).amax(dim=1).double().numpy()
+    kinds = np.array([set_of(p, gate) for p in acts.prompts])
+    curves = []
+    for kind in SETS[1:]:
+        risky, safe = scores[kinds == RISKY], scores[kinds == kind]
+        if not len(risky) or not len(safe):
+            continue
+        area = float(auroc(np.concatenate([risky, safe]), np.arange(len(risky) + len(safe)) < len(risky)))
+        low, high = auroc_interval(area, len(risky), len(safe))
+        steps = np.concatenate([[np.inf], np.unique(np.concatenate([risky, safe]))[::-1]])
+        curve = {"against": kind, "false_rate": _above(safe, steps), "recall": _above(risky, steps)}
+        curves.append(pd.DataFrame(curve).assign(auroc=area, low=low, high=high, n=len(risky) + len(safe)))
+    if not curves:
+        raise ValueError("a ROC needs risky prompts and safe ones, got one side only.")
+    return pd.concat(curves, ignore_index=True)
+
+
+def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) -> pd.DataFrame:
+    """The four cells gate x harm: how many prompts, and what steering behind the gate did to their answers.
+
+    Args:
+        evaluation: Scores of the unsteered model and of the condition.
+        opened: Prompt id to whether the gate opened on it.
+        condition: Name of the gated condition.
+
+    Returns:
+        Columns gate (open, closed), prompts (risky, safe), n, identical (share of answers as the unsteered ones, token by token), and for
+        the headline, refusal and degenerate the shares before and after. Cells without prompts are left out.
+    """
+    import pandas as pd
+
+    tokens = {(c.prompt.id, c.condition): c.tokens for c in evaluation.completions}
+    label = {c.prompt.id: c.prompt.label for c in evaluation.completions}
+    values = evaluation.scores.set_index(["metric", "condition", "prompt_id"])["value"]
+    rows = []
+    for is_open, is_risky in ((True, True), (True, False), (False, True), (False, False)):
+        ids = [i for i, own in opened.items() if own == is_open and (label.get(i) == "unsafe") == is_risky]
+        ids = [i for i in ids if (i, condition) in tokens and (i, UNSTEERED) in tokens]
+        if not ids:
+            continue
+        same = rate(tokens[i, condition] == tokens[i, UNSTEERED] for i in ids)
+        row: dict[str, Any] = {
+            "gate": "open" if is_open else "closed",
+            "prompts": "risky" if is_risky else "safe",
+            "n": len(ids),
+        }
+        row |= {"identical": same.value, "identical_low": same.low, "identical_high": same.high}
+        for metric in (HEADLINE, "refusal", "degenerate"):
+            for name, of in (("before", UNSTEERED), ("after", condition)):
+                row[f"{metric}_{name}"] = float(values[metric][of].reindex(ids).mean())
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def refusing(completions: Sequence[Completion], opened: Mapping[str, bool], model: HookedModel) -> list[Completion]:
+    """The condition "refuse when it fires": a fixed refusal where the gate opened, the unsteered answer elsewhere."""
+    tokens = tuple(int(i) for i in model.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"])
+    return [
+        Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING)
+        if opened[c.prompt.id]
+        else replace(c, condition=REFUSING)
+        for c in completions
+        if c.condition == UNSTEERED
+    ]
+
+
+def beside_a_gate(
+    evaluation: Evaluation, opened: Mapping[str, bool], steered: str, gated: str, *, seed: int = 0
+) -> Evaluation:
+    """What a gate is worth: the same scores put together as gates of other kinds would have left them.
+
+    "oracle gate" steers exactly the risky prompts; "gate at random" as many prompts as the gate opened for, drawn at random. Conditions that the
+    evaluation has already, such as steering that is always on at equal mean strength, stay beside them.
+
+    Args:
+        evaluation: Scores of the unsteered model and of both conditions.
+        opened: Prompt id to whether the gate opened on it.
+        steered: Condition that steers always.
+        gated: Condition that steers behind the gate.
+        seed: Of the gate at random.
+
+    Raises:
+        ValueError: If a condition is missing, or the gate of a prompt is not known.
+    """
+    import pandas as pd
+
+    scores = evaluation.scores
+    for name in (UNSTEERED, steered, gated):
+        if name not in set(scores["condition"]):
+            known = ", ".join(dict.fromkeys(scores["condition"]))
+            raise ValueError(f"no answers under {name!r} to compare the gate with; conditions: {known}.")
+    ids = list(dict.fromkeys(scores["prompt_id"]))
+    unknown = [i for i in ids if i not in opened]
+    if unknown:
+        raise ValueError(f"whether the gate opened on prompt {unknown[0]!r} is not known; it needs every prompt's.")
+    fired = [i for i in ids if opened[i]]
+    drawn = set(random.Random(f"{seed}|gate").sample(sorted(ids), len(fired)))
+    risky = set(scores.loc[scores["label"] == "unsafe", "prompt_id"])
+    plain, pushed = (scores[scores["condition"] == name] for name in (UNSTEERED, steered))
+    made, texts = [scores], list(evaluation.completions)
+    for name, chosen in ((ORACLE, risky), (AT_RANDOM, drawn)):
+        own = [plain[~plain["prompt_id"].isin(chosen)], pushed[pushed["prompt_id"].isin(chosen)]]
+        made.append(pd.concat(own).assign(condition=name))
+        texts += [
+            replace(c, condition=name)
+            for c in evaluation.completions
+            if c.condition == (steered if c.prompt.id in chosen else UNSTEERED)
+        ]
+    return replace(evaluation, scores=pd.concat(made, ignore_index=True), completions=tuple(texts))
+
+
+def _above(scores: Float[np.ndarray, "prompt"], steps: Float[np.ndarray, "step"]) -> Float[np.ndarray, "step"]:
+    """Share of scores at each threshold or above it."""
+    reached: Bool[np.ndarray, "step prompt"] = scores[None] >= steps[:, None]
+    return reached.mean(axis=1)
+
+
+def _check(gate: Gate, acts: ActivationSet) -> None:
+    if (acts.site, acts.span, acts.model.fingerprint) != (gate.site, gate.span, gate.model.fingerprint):
+        raise ValueError(
+            f"the gate reads span {gate.span!r} at {gate.site} of {gate.model.name!r}; got {acts!r}: cache those activations instead."
+        )

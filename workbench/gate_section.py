@@ -1,0 +1,116 @@
+"""What the report says of a run's gate and of its calibration's front: figures and tables from the run folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from workbench import steering_pictures, wording
+from workbench.runs import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+COMPARED = (
+    ("all", "safe_helpful_proxy"),
+    ("all", "refusal"),
+    ("hard_safe", "refusal"),
+    ("hard_safe", "relevance"),
+    ("harmless", "refusal"),
+    ("harmless", "relevance"),
+)
+"""Prompts and measures in which ways of gating are compared."""
+_PROMPTS = {"all": "risky", "hard_safe": "safe, look risky", "harmless": "everyday"}
+
+
+def front(run: RunFolder) -> Figure | None:
+    """The front of the calibration; None for a run without one."""
+    frame = run.tables["tuning"]
+    if frame is None or "front" not in frame or wording.MAIN[0] not in set(frame["metric"]):
+        return None
+    return steering_pictures.front(frame)
+
+
+def gate_section(run: RunFolder) -> dict[str, Any] | None:
+    """Figures and tables of the gate; None for a run that has none."""
+    rates, confusion, roc = (run.tables[f"gate_{name}"] for name in ("rates", "confusion", "roc"))
+    notes = run.notes.get("gate")
+    if rates is None or confusion is None or not isinstance(notes, Mapping):
+        return None
+    asked = notes["asked"] if isinstance(notes.get("asked"), Mapping) else {}
+    pooled = rates[rates["category"] == "all"].to_dict("records")
+    return {
+        "site": str(notes.get("site", "–")),
+        "steered": str(notes.get("condition", "–")),
+        "threshold": str(notes.get("threshold", "–")),
+        "closed": str(notes.get("threshold")) == "inf",
+        "asked": {
+            steering_pictures.SET_NAMES["neutral"] if name == "neutral" else "safe prompts that look risky": _share(
+                rate
+            )
+            for name, rate in asked.items()
+        },
+        "pooled": [
+            {
+                "name": steering_pictures.SET_NAMES.get(row["set"], row["set"]),
+                "rate": _share(row["rate"]),
+                "interval": f"[{_share(row['low'])}, {_share(row['high'])}]",
+                "n": f"{row['n']:.0f}",
+                "own": _share(row["own_rate"]),
+            }
+            for row in pooled
+        ],
+        "rates": steering_pictures.gate_rates(rates),
+        "roc": None if roc is None else steering_pictures.gate_roc(roc),
+        "confusion": steering_pictures.gate_confusion(confusion),
+        "cells": _cells(run.tables["gate_cells"]),
+        "comparison": _comparison(run.tables["gate_comparison"]),
+    }
+
+
+def _cells(frame: pd.DataFrame | None) -> list[dict[str, str]]:
+    if frame is None:
+        return []
+    shown = ("safe_helpful_proxy", "refusal", "degenerate")
+    return [
+        {
+            "gate": str(row["gate"]),
+            "prompts": str(row["prompts"]),
+            "n": f"{row['n']:.0f}",
+            "identical": f"{_share(row['identical'])} [{_share(row['identical_low'])}, {_share(row['identical_high'])}]",
+            **{name: f"{_share(row[f'{name}_before'])} → {_share(row[f'{name}_after'])}" for name in shown},
+        }
+        for row in frame.to_dict("records")
+    ]
+
+
+def _comparison(frame: pd.DataFrame | None) -> dict[str, Any] | None:
+    """Rows of conditions, columns of prompts and measures: the value, and the paired change with its interval."""
+    if frame is None:
+        return None
+    rows = {(row["condition"], row["category"], row["metric"]): row for row in frame.to_dict("records")}
+    columns = [key for key in COMPARED if any((c, *key) in rows for c in frame["condition"])]
+    lines = []
+    for condition in wording.in_order(frame["condition"], (wording.UNSTEERED,)):
+        cells = []
+        for category, name in columns:
+            row = rows.get((condition, category, name))
+            if row is None:
+                cells.append(("–", ""))
+                continue
+            ends = wording.interval(name, row["difference_low"], row["difference_high"], signed=True)
+            change = f"{wording.number(name, row['difference'], signed=True)} {ends}" if ends else ""
+            cells.append((wording.number(name, row["value"]), change))
+        lines.append((condition, cells))
+    headings = [f"{_PROMPTS[category]}: {wording.metric(name).label}" for category, name in columns]
+    counts = {
+        _PROMPTS[c]: max(int(row["n"]) for key, row in rows.items() if key[1] == c)
+        for c in dict.fromkeys(category for category, _ in columns)
+    }
+    return {"headings": headings, "lines": lines, "counts": counts}
+
+
+def _share(value: Any) -> str:
+    return wording.number("refusal", float(value)) if isinstance(value, int | float) and math.isfinite(value) else "–"
