@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def make_answers(out: str) -> None:
-    model = wb.load_model("embedded")
+    model = wb.load_model("embedded", packing="off")
     fit, tune, _ = wb.split_prompts(wb.load_prompts(), seed=0)
     rows = self_contrast(model, fit, keep_safe=reads_safe, keep_unsafe=reads_unsafe, progress=True)
     residuals = [wb.Site(layer, "resid_post") for layer in range(12, 19)]
@@ -128,7 +128,7 @@ def fit_judge(answers: str) -> None:
     passes = cohen_kappa([row["label_1"] for row in twice], [row["label_2"] for row in twice])
     truth = np.array([labels[row["sha256"]]["label_1"] or labels[row["sha256"]]["label_2"] for row in rows])
     category, condition = (np.array([row[name] for row in rows]) for name in ("category", "condition"))
-    model = wb.load_model("embedded")
+    model = wb.load_model("embedded", packing="off")
     states = hidden_states(model, [r["prompt"] for r in rows], [r["text"] for r in rows], READ_AT)
     read = ~states.isnan().any(dim=1).numpy()
     scores = np.full((len(rows), len(FRAMINGS)), np.nan)

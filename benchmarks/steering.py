@@ -11,7 +11,7 @@ answers shuffled and without their conditions, to be read blind; ``--reading`` p
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +20,32 @@ from typing import Any
 import pandas as pd
 
 import workbench as wb
-from workbench.calibration import in_turn
-from workbench.directions import pooled
+from workbench.calibration import Setting, in_turn, steering
+from workbench.conditions import ALWAYS, GATED, behind_gate, controls, for_everyone
+from workbench.constructions import Measured, fit_all
+from workbench.directions import summed
 from workbench.framing import FRAMINGS, framing_judge_for
+from workbench.gate_report import (
+    CLOSED,
+    REFUSING,
+    activation_rates,
+    beside_a_gate,
+    cells,
+    confusion,
+    opened_for,
+    refusing,
+    roc,
+)
 from workbench.self_contrast import instructed, kept_by, self_contrast
-from workbench.statistics import rate, tost_paired
+from workbench.statistics import rate
 from workbench.storage import write_json, write_jsonl, write_text
 
-LAYERS = (10, 12, 14, 16)
-RHO, RHO_OPENINGS, RHO_PROMPT = 0.09, 0.06, 0.17
-N_RANDOM = 8
+LAYERS, ALONE, GATE = (10, 12, 14, 16), 15, 9
+MILD, STRONG, ONE_LAYER = 0.06, 0.09, 0.17
+N_RANDOM, N_BESIDE = 8, 30
+MAIN = "self-contrast, rho .06"
 SHOWN = ("safe_helpful_proxy", "safe", "unsafe", "refusal", "relevant_answer", "degenerate", "relevance")
 SHOWN += ("log_perplexity", "distinct_2", "rouge_l", "bleu")
-MARGINS = {"relevance": (-0.05, float("inf")), "degenerate": (float("-inf"), 0.02), "refusal": (float("-inf"), 0.02)}
 
 
 def main() -> None:
@@ -49,88 +62,91 @@ def main() -> None:
     out, seed = Path(options.out), options.seed
     model = wb.load_model("embedded")
     judge = framing_judge_for(model)
-    fit, _, test = wb.split_prompts(wb.load_prompts(), seed=seed)
+    fit, tune, test = wb.split_prompts(wb.load_prompts(), seed=seed)
     keep_safe, keep_unsafe = kept_by(judge)
     own = self_contrast(
         model, fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, output=out / "fit.jsonl", progress=True
     )
     print(f"{len(own) // 2} pairs of own answers kept, of {sum(p.label == 'unsafe' for p in fit)} questions")
 
-    sites = [wb.Site(layer, "resid_post") for layer in (*LAYERS, 15)]
-    by_own = wb.cache_activations(model, own, sites, span="response", store=out / "activations")
-    by_openings = wb.cache_activations(model, wb.answer_prompts(fit), sites, span="response", store=out / "activations")
-    by_prompt = wb.cache_activations(model, fit, sites, store=out / "activations")
-    categories = wb.categories_of(test)
-    vectors: dict[str, dict[wb.Site, dict[str, wb.SteeringVector]]] = {
-        "self": {},
-        "openings": {},
-        "prompt": {},
-        "shuffled": {},
+    four = tuple(wb.Site(layer, "resid_post") for layer in LAYERS)
+    alone, gate_site = wb.Site(ALONE, "resid_post"), wb.Site(GATE, "resid_post")
+    store: Any = {"store": out / "activations"}
+    prompts = wb.cache_activations(model, [*fit, *tune, *test], [gate_site, *four, alone], **store)
+    answers = {
+        name: wb.cache_activations(model, rows, [*four, alone], span="response", **store)
+        for name, rows in (("answer_contrast", wb.answer_prompts(fit)), ("self_contrast", own))
     }
-    for site in sites:
-        shared = wb.fit_steering_vectors(
-            by_own[site], residual=by_prompt[site], safe_side="paired", method="self_contrast"
-        )
-        mixed = {
-            c: wb.shuffled_vector(v, by_own[site], seed=seed + i, safe_side="paired")
-            for i, (c, v) in enumerate(shared.items())
-        }
-        openings = wb.fit_steering_vectors(
-            by_openings[site], residual=by_prompt[site], safe_side="paired", method="answer_contrast"
-        )
-        for name, made in (("self", shared), ("openings", openings), ("shuffled", mixed)):
-            own_of = pooled(made)
-            any_one = next(iter(own_of.values()))
-            vectors[name][site] = {c: own_of.get(c, replace(any_one, category=c)) for c in categories}
-        vectors["prompt"][site] = wb.fit_steering_vectors(by_prompt[site], residual=by_prompt[site])
-
-    four = sites[: len(LAYERS)]
-
-    def steer(name: str, places: list[wb.Site], rho: float, until: int | None = None) -> dict[str, Any]:
-        return {c: [wb.add_vector(vectors[name][s][c], rho=rho, until=until) for s in places] for c in categories}
+    measured = Measured(prompts, answers)
+    vectors: dict[Any, Any] = dict(fit_all(measured, fit))
+    for site in four:
+        both = (vectors["self_contrast_pooled", site], vectors["answer_contrast_pooled", site])
+        vectors["both", site] = {c: summed([v[c] for v in both]) for c in both[0]}
+    settings = {
+        MAIN: Setting("self_contrast_pooled", four, 1, MILD),
+        "self-contrast, rho .09": Setting("self_contrast_pooled", four, 1, STRONG),
+        "openings, rho .06": Setting("answer_contrast_pooled", four, 1, MILD),
+        "openings and self-contrast, rho .06": Setting("both", four, 1, MILD),
+        "prompt contrast": Setting("prompt_contrast", (alone,), 1, ONE_LAYER),
+    }
+    gate = wb.fit_gate(prompts[gate_site].of(fit), prompts[gate_site].of(tune))
+    held_out = prompts[gate_site].of(test)
+    for name, table in (("rates", activation_rates), ("confusion", confusion), ("roc", roc)):
+        write_text(out / f"gate_{name}.csv", table(gate, held_out).to_csv(index=False, float_format="%.5g"))
+    fired = dict(zip((p.id for p in test), (c != CLOSED for c in opened_for(gate, held_out)), strict=True))
 
     risky = in_turn(wb.select_prompts(test, label="unsafe", limit=options.limit))
-    neutral = wb.select_prompts(test, label="neutral", limit=24)
+    beside = in_turn([p for p in test if p.label == "safe"])[:N_BESIDE]
+    questions = [*risky, *beside, *wb.select_prompts(test, label="neutral", limit=N_BESIDE)]
+    main_setting = settings[MAIN]
     draws = [
         [
-            wb.add_vector(wb.random_vector(vectors["self"][s][categories[0]], seed=1000 * d + seed + s.layer), rho=RHO)
+            wb.add_vector(
+                wb.random_vector(
+                    next(iter(vectors["self_contrast_pooled", s].values())), seed=1000 * d + seed + s.layer
+                ),
+                rho=MILD,
+            )
             for s in four
         ]
         for d in range(N_RANDOM)
     ]
-    conditions: dict[str, Any] = {
-        "unsteered": {},
-        "self-contrast, pooled": steer("self", four, RHO),
-        "self-contrast, first 16": steer("self", four, 0.10, until=16),
-        "openings, pooled": steer("openings", four, RHO_OPENINGS),
-        "prompt contrast": steer("prompt", [sites[-1]], RHO_PROMPT),
-        "shuffled labels": steer("shuffled", four, RHO),
-        "random": {p.id: draws[i % N_RANDOM] for i, p in enumerate(risky)},
-    }
-    for condition in conditions.values():
-        if condition:
-            condition |= {p.id: condition.get(categories[0], draws[0]) for p in neutral}
-    settings: dict[str, Any] = {
+    made: dict[str, Any] = {name: steering(vectors, setting) for name, setting in settings.items()}
+    made |= behind_gate(vectors, main_setting, gate, sum(fired[p.id] for p in questions) / len(questions))
+    made["shuffled labels"] = controls(vectors, main_setting, answers["self_contrast"], seed=seed)["shuffled labels"]
+    made["random"] = {p.id: draws[i % N_RANDOM] for i, p in enumerate(questions)}
+    sampled: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "output": out / "test.jsonl",
         "progress": True,
     }
-    answers = wb.sweep(model, [*risky, *neutral], conditions, **settings)
-    prompted = wb.generate(model, instructed([*risky, *neutral]), condition="instruction", **settings)
-    answers += [replace(a, prompt=p) for a, p in zip(prompted, [*risky, *neutral], strict=True)]
-    result = wb.score_completions(model, answers, safety_judge=judge)
-    summary = result.summary(seed=seed)
+    completions = wb.sweep(model, questions, for_everyone(made, questions), **sampled)
+    prompted = wb.generate(model, instructed(questions), condition="instruction", **sampled)
+    completions += [replace(a, prompt=p) for a, p in zip(prompted, questions, strict=True)]
+    completions += refusing(completions, fired, model)
+    result = wb.score_completions(model, completions, safety_judge=judge)
+    everything = beside_a_gate(result, fired, MAIN, GATED, seed=seed)
+    summary = everything.summary(seed=seed)
     write_text(out / "evaluation.csv", summary.to_csv(index=False, float_format="%.5g"))
+    write_text(out / "gate_cells.csv", cells(result, fired, GATED).to_csv(index=False, float_format="%.5g"))
     write_jsonl(out / "completions.jsonl", result.answers())
-    rows = [
-        {"key": i, "prompt": a.prompt.text, "answer": a.text}
-        for i, a in enumerate(answers)
-        if a.prompt.label == "unsafe"
-    ]
-    random.Random(seed).shuffle(rows)
+    read = [a for a in completions if a.prompt.label == "unsafe" and a.condition not in (GATED, ALWAYS, REFUSING)]
+    order = list(range(len(read)))
+    random.Random(seed).shuffle(order)
+    rows = [{"key": i, "prompt": read[i].prompt.text, "answer": read[i].text} for i in order]
     write_jsonl(out / "blind.jsonl", rows)
-    write_json(out / "blind_key.json", {str(i): [a.condition, a.prompt.id] for i, a in enumerate(answers)})
+    key = {str(i): [a.condition, a.prompt.id, text_digest(a.text)] for i, a in enumerate(read)}
+    write_json(out / "blind_key.json", key)
     show(result, summary)
+    print(f"\ngate at {gate_site}")
+    print(activation_rates(gate, held_out).round(3).to_string(index=False))
+    print(cells(result, fired, GATED).round(3).T.to_string())
+    print(wb.judge_agreement(result).round(2).to_string(index=False))
+
+
+def text_digest(text: str) -> str:
+    """Hash by which a reading names an answer."""
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
 
 
 def show_reading() -> None:
@@ -141,22 +157,16 @@ def show_reading() -> None:
 
 
 def show(result: wb.Evaluation, summary: pd.DataFrame) -> None:
-    for category in ("all", "harmless"):
+    for category in ("all", "hard_safe", "harmless"):
         own = summary[summary["category"] == category]
         print(f"\n{category}, n={int(own['n'].max())}")
         print(own.pivot(index="condition", columns="metric", values="value")[list(SHOWN)].round(3).to_string())
-    own = summary[(summary["category"] == "all") & summary["metric"].isin(SHOWN[:7])]
-    print(
-        own[["condition", "metric", "difference", "difference_low", "difference_high", "p"]]
-        .round(3)
-        .to_string(index=False)
-    )
-    scores = result.scores[result.scores["label"] == "unsafe"]
-    wide = scores.pivot_table(index=["metric", "prompt_id"], columns="condition", values="value")
-    for metric, condition in itertools.product(MARGINS, ("self-contrast, pooled", "self-contrast, first 16")):
-        before, after = (list(wide.loc[metric][name]) for name in ("unsteered", condition))
-        test = tost_paired(before, after, MARGINS[metric])
-        print(f"no loss of {metric} under {condition}: {test}")
+    own = summary[(summary["category"] == "all") & summary["metric"].isin(SHOWN)]
+    columns = ["condition", "metric", "difference", "difference_low", "difference_high", "p_holm", "no_loss_p"]
+    print(own[columns].round(3).to_string(index=False))
+    for control in ("random", "shuffled labels", "instruction"):
+        print(f"\n{MAIN} against {control}")
+        print(wb.compare(result, MAIN, control, metrics=SHOWN[:7]).round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from .drawing import show, token_scores
 from .estimators import mean_difference, pruned_mean_difference
 from .evaluation import Evaluation, evaluate, score_completions
 from .experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
+from .forward import plain
 from .framing import FramingJudge, load_framing_judge
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .generation import Completion, generate, sweep

@@ -128,6 +128,9 @@ _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"help": "hub name, local folder, .gguf file, or 'embedded' (default: SmolLM2-135M-Instruct)"},
     "device": {"help": "torch device (default: a GPU if there is one)"},
     "dtype": {"help": "float32, bfloat16 or float16 (default: float32)"},
+    "packing": {
+        "help": "packed linear layers on the processor: auto, on or off (default: auto, where measured to be faster)"
+    },
     "prompts": {
         "help": "data sets: a jsonl file of prompts, 'safebench:PATH', or a hub set by name (default: the project's own)"
     },

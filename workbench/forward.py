@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from workbench.packing import unpacked
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from workbench.models import HookedModel
     from workbench.tokens import Encoded
 
+_share_prefix: ContextVar[bool] = ContextVar("share_prefix", default=True)
 KeyValueCache = Any
 """A transformers ``Cache``: keys and values of the tokens seen so far, one entry a layer."""
 
@@ -77,6 +81,8 @@ def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], i
         encoded: The rows.
         keep: First position of a row whose activations or logits are needed; the prefix ends before it.
     """
+    if not _share_prefix.get():
+        return 0
     first, last = min(row.ids for row in encoded), max(row.ids for row in encoded)  # all others lie between these
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return max(0, min(shared, *(keep(row) for row in encoded)))
@@ -104,6 +110,17 @@ def rows_of_cache(cache: KeyValueCache, rows: Int[Tensor, " batch"]) -> KeyValue
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(rows)
     return chosen
+
+
+@contextmanager
+def plain(model: HookedModel) -> Iterator[None]:
+    """The slow routes inside the block, for comparison: no shared template prefix, no packed linear layers. The numbers are the same to rounding."""
+    token = _share_prefix.set(False)
+    try:
+        with unpacked(model):
+            yield
+    finally:
+        _share_prefix.reset(token)
 
 
 @contextmanager

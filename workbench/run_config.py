@@ -33,6 +33,7 @@ class RunConfig:
         model: Hub name, local folder or .gguf file; None is the default model.
         device: Torch device; None takes a GPU if there is one.
         dtype: float32, bfloat16 or float16.
+        packing: Linear layers packed for the processor's fast product: "auto" where that is measured to be faster, "on", or "off".
         prompts: Data sets ("safebench:PATH", a jsonl file, several with commas); None is the project's own set.
         categories: Risk categories; None takes all that the prompts have.
         seed: Of folds, controls and bootstrap.
@@ -52,6 +53,7 @@ class RunConfig:
     model: str | None = None
     device: str | None = None
     dtype: str = "float32"
+    packing: str = "auto"
     prompts: str | None = None
     categories: tuple[str, ...] | None = None
     seed: int = 0
@@ -68,6 +70,8 @@ class RunConfig:
     hard_safe_rate: float = 0.10
 
     def __post_init__(self) -> None:
+        if self.packing not in ("auto", "on", "off"):
+            raise ValueError(f"packing must be auto, on or off, got {self.packing!r}.")
         for name in ("tune_prompts", "max_new_tokens"):
             _check_count(name, getattr(self, name))
         if self.test_prompts is not None:

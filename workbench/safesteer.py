@@ -63,6 +63,7 @@ from workbench.gate_report import (
 from workbench.gates import fit_gate, save_gate
 from workbench.generation import Condition, sweep
 from workbench.models import HookedModel, load_model, model_info
+from workbench.packing import is_packed
 from workbench.prompts import Folds, Prompt, categories_of, prompts_key, select_prompts, split_prompts
 from workbench.run_config import RunConfig
 from workbench.runs import FORMAT
@@ -116,6 +117,7 @@ def run(
     categories = categories_of(folds.test)
     notes |= {
         "model": model_info(model).to_dict(),
+        "packed": is_packed(model),
         "categories": categories,
         "folds": {name: dict(Counter(p.label for p in fold)) for name, fold in folds._asdict().items()},
         "prompts": {"source": config.prompts or "data/prompts.jsonl", "sha256": prompts_key(itertools.chain(*folds))},
@@ -240,7 +242,8 @@ def folds_of(config: RunConfig) -> Folds:
 
 def load_run_model(config: RunConfig) -> HookedModel:
     """The model of a run."""
-    return load_model(config.model, device=config.device, dtype=config.dtype)
+    chosen: Any = config.packing
+    return load_model(config.model, device=config.device, dtype=config.dtype, packing=chosen)
 
 
 def _test_questions(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]:
