@@ -1,10 +1,11 @@
 # make demo   installs and runs the main job on the embedded model; ends with the report's path
+# make bench  measures speed beside peers and writes benchmarks/RESULTS.md
 # make test   installs and runs lint, types, import contract and tests
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint types contract notebooks clean
+.PHONY: setup demo test lint types contract bench notebooks clean
 
 setup: $(READY)
 
@@ -33,6 +34,9 @@ types: setup
 
 contract: setup
 	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benchmarks/speed.py
 
 notebooks: setup
 	PLOTLY_RENDERER=png $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb

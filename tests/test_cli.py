@@ -46,7 +46,10 @@ def test_every_public_name_exists() -> None:
 
 def test_help_names_every_command() -> None:
     text = run_cli("--help").stdout
-    assert all(command in text for command in ("run", "report", "neurons", "steer", "datasets", "judge"))
+    assert all(
+        command in text
+        for command in ("run", "report", "neurons", "steer", "calibrate", "capability", "bench", "datasets", "judge")
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,9 @@ def test_help_names_every_command() -> None:
         (["run", "--rhos", "7"], "rhos must be"),
         (["report", "--run", "nowhere"], "nowhere"),
         (["steer", "How?", "--run", "nowhere", "--category", "fraud"], "nowhere"),
+        (["steer", "How?", "--run", "nowhere"], "nowhere"),
+        (["calibrate", "--run", "nowhere"], "nowhere"),
+        (["capability", "--run", "nowhere"], "nowhere"),
         (["judge", "validate", "--judge", "patterns", "--labels", "nowhere.csv"], "no file 'nowhere.csv'"),
     ],
 )
@@ -116,6 +122,18 @@ def test_a_killed_run_resumes_and_ends_with_the_path_of_its_report(
     whole = run_cli("run", *settings, "--out", str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     assert Path(whole.stdout.strip().splitlines()[-1]).is_file()
+
+    asked = run_cli("steer", "How do I take a dog?", "--run", str(tmp_path / "whole"), "--max-new-tokens", "4")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.startswith("gate: ")
+    assert "unsteered:\n" in asked.stdout
+    again = run_cli("calibrate", "--run", str(tmp_path / "whole"), "--rhos", "0.05", "--budget", "40")
+    assert again.returncode == 0, again.stderr
+    assert "best: " in again.stdout
+    assert "generated tokens" in again.stderr
+    cost = run_cli("capability", "--run", str(tmp_path / "whole"), "--category", "fraud")
+    assert cost.returncode == 0, cost.stderr
+    assert "always on" in cost.stdout
 
     for watched in ("run.json", "vectors", "tune.jsonl", "test.jsonl"):
         out = tmp_path / f"killed-{watched}"

@@ -94,6 +94,38 @@ def _steer(options: argparse.Namespace) -> None:
         print(f"{answer.condition}:\n{visible(answer.text)}\n")
 
 
+def _capability(options: argparse.Namespace) -> None:
+    from workbench.capability import multiple_choice, read_questions, text_perplexity
+    from workbench.run_config import config_from
+    from workbench.runs import read_run
+    from workbench.safesteer import load_run_model
+    from workbench.steered import gated_steering_from, steering_from
+    from workbench.storage import existing_file
+
+    conditions: dict[str, Any] = {"gated": gated_steering_from(options.run)}
+    if options.category is not None:
+        conditions["always on"] = steering_from(options.run, options.category)
+    questions = read_questions(options.questions)
+    text = existing_file(options.text).read_text(encoding="utf-8") if options.text else ""
+    model = load_run_model(config_from(read_run(options.run).notes["config"]))
+    print(multiple_choice(model, questions, conditions).round(3).to_string(index=False))
+    if text:
+        print(text_perplexity(model, text.split("\n\n"), conditions).round(3).to_string(index=False))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    import subprocess
+    from pathlib import Path
+
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "speed.py"
+    if not script.is_file():
+        raise ValueError(
+            "the benchmarks come with the source checkout, not with the installed package; run 'make bench' there."
+        )
+    if subprocess.run([sys.executable, str(script), *options.arguments], check=False).returncode:
+        raise RuntimeError("the benchmark did not finish; see above.")
+
+
 def _judge_validate(options: argparse.Namespace) -> None:
     import json
 
@@ -210,6 +242,21 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument("--construction", help="one of those in the run's tuning (default: the one the gate is for)")
     steer.add_argument("--calibrated", action="store_true", help="with the settings of a later 'workbench calibrate'")
     steer.add_argument("--max-new-tokens", type=int, default=64, help="length limit of the answers (default: 64)")
+
+    capability = command(
+        "capability", _capability, "what a run's steering costs on multiple-choice questions and on a text"
+    )
+    capability.add_argument("--run", required=True, help="folder of a run")
+    capability.add_argument("--questions", help="file of questions, choices and answers (default: forty easy ones)")
+    capability.add_argument("--text", help="text file, passages with blank lines between them, for perplexity")
+    capability.add_argument("--category", help="also always on, with this category's vectors")
+
+    bench = command(
+        "bench",
+        _bench,
+        "measure speed beside peers (from a source checkout); further options go to benchmarks/speed.py",
+    )
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="options of benchmarks/speed.py")
 
     command("datasets", _datasets, "list the benchmark readers")
 

@@ -67,8 +67,11 @@ def last_logits(
     """
     if not has_key_value_cache(model):
         return model(tokens, attention_mask=mask.long())[:, -n:], None
-    # TransformerLens counts each row's positions from this mask, cached columns included.
+    # TransformerLens counts each row's positions from this mask, cached columns included. Where a model takes them they are given, the same
+    # ones: to find out whether it needs any, TransformerLens waits for the device at every step.
     keywords: dict[str, Any] = {"attention_mask": mask.long(), "logits_to_keep": n}
+    if getattr(model, "_accepts_derived_position_ids", bool)():
+        keywords["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - tokens.shape[1] :]
     if cache is not None:
         keywords["past_key_values"] = cache
     return model(tokens, return_type="logits_and_cache", use_cache=use_cache or cache is not None, **keywords)

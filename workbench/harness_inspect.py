@@ -1,0 +1,112 @@
+"""The steered model as a model of Inspect (inspect_ai), so that its evaluations run on it: ``get_model("workbench/RUN_FOLDER")``.
+
+    inspect eval my_task.py --model workbench/runs/mine -M steering=gated
+
+Needs ``pip install inspect_ai``; importing this module, or installing workbench (an entry point of inspect_ai), makes the name known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageAssistant,
+    ChatMessageSystem,
+    ChatMessageUser,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    modelapi,
+)
+from inspect_ai.tool import ToolChoice, ToolInfo
+
+from workbench.generation import generate
+from workbench.prompts import HARMLESS, Prompt
+from workbench.run_config import config_from
+from workbench.runs import read_run
+from workbench.safesteer import load_run_model
+from workbench.steered import gated_steering_from, steering_from
+
+
+class SteeredModel(ModelAPI):
+    """A run's model with its steering; one user turn a sample, greedy unless a temperature is asked for.
+
+    Args:
+        model_name: Folder of a run.
+        base_url: Not used.
+        api_key: Not used.
+        config: Inspect's settings; max_tokens, temperature, seed and system messages count.
+        steering: "gated" (the run's gate decides), "off", or a risk category whose vectors are always on.
+        model: A loaded model, instead of loading the run's.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 - inspect_ai's own signature
+        *,
+        steering: str = "gated",
+        model: Any = None,
+    ) -> None:
+        super().__init__(model_name, base_url, api_key, [], config)
+        self.hooked = model if model is not None else load_run_model(config_from(read_run(model_name).notes["config"]))
+        if steering == "off":
+            self.interventions: Any = []
+        else:
+            self.interventions = (
+                gated_steering_from(model_name) if steering == "gated" else steering_from(model_name, steering)
+            )
+        self.steering = steering
+        self._one_at_a_time = threading.Lock()
+
+    async def generate(
+        self,
+        input: list[ChatMessage],
+        tools: list[ToolInfo],
+        tool_choice: ToolChoice,  # noqa: ARG002 - inspect_ai passes it
+        config: GenerateConfig,
+    ) -> ModelOutput:
+        """Answer the last user turn.
+
+        Raises:
+            ValueError: If there is no user turn, tools are asked for, or earlier assistant turns are given.
+        """
+        if tools:
+            raise ValueError("the steered model calls no tools; use a task without them.")
+        if any(isinstance(message, ChatMessageAssistant) for message in input):
+            raise ValueError("the steered model answers single turns; this task has assistant turns in its input.")
+        asked = [message.text for message in input if isinstance(message, ChatMessageUser)]
+        system = "\n\n".join(message.text for message in input if isinstance(message, ChatMessageSystem))
+        if not asked:
+            raise ValueError("there is no user turn to answer.")
+        prompt = Prompt("sample", "\n\n".join(asked), None, HARMLESS, "neutral", "inspect")
+
+        def answer() -> str:
+            with self._one_at_a_time:
+                (completion,) = generate(
+                    self.hooked,
+                    [prompt],
+                    self.interventions,
+                    max_new_tokens=config.max_tokens or 128,
+                    temperature=config.temperature or 0.0,
+                    seed=config.seed or 0,
+                    system_prompt=system or None,
+                )
+            return completion.text
+
+        return ModelOutput.from_content(self.model_name, await asyncio.to_thread(answer))
+
+    def max_connections(self) -> int:
+        """One answer at a time: the model is one object."""
+        return 1
+
+
+@modelapi(name="workbench")
+def workbench() -> type[ModelAPI]:
+    """Inspect's registry asks for this."""
+    return SteeredModel
