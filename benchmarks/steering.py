@@ -3,9 +3,9 @@
     python benchmarks/steering.py --out runs/steering --seed 0    # about fifteen minutes on two cores
 
 Place and strength were chosen on tune-fold questions of seed 0 (``workbench run`` does that by successive halving); here they are fixed,
-and the test fold is answered once. The random control has eight directions of equal norm, in turn over the prompts. blind.jsonl holds the
-answers shuffled and without their conditions, to be read blind; ``--reading`` prints what a language model read in 160 of them
-(steering_reading.csv: 40 prompts, four conditions).
+and the test fold is answered once. The random control has eight directions of equal norm, in turn over the prompts. The gate is fitted as
+a run does it. blind.jsonl holds the answers shuffled and without their conditions, to be read blind; ``--reading`` prints what a language
+model read, in two readings of different conditions and strictness (steering_reading.csv).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from workbench.gate_report import (
     roc,
 )
 from workbench.self_contrast import instructed, kept_by, self_contrast
-from workbench.statistics import rate
+from workbench.statistics import paired_difference, rate
 from workbench.storage import write_json, write_jsonl, write_text
 
 LAYERS, ALONE, GATE = (10, 12, 14, 16), 15, 9
@@ -151,9 +151,17 @@ def text_digest(text: str) -> str:
 
 def show_reading() -> None:
     frame = pd.read_csv(Path(__file__).with_name("steering_reading.csv"))
-    for condition, own in frame.groupby("condition"):
+    for (reading, condition), own in frame.groupby(["reading", "condition"]):
         rates = {label: rate(list(own["label"] == label)) for label in FRAMINGS}
-        print(f"{condition:24} " + ", ".join(f"{label} {value}" for label, value in rates.items()))
+        print(f"reading {reading} {condition:36} " + ", ".join(f"{label} {value}" for label, value in rates.items()))
+    for reading, own in frame.groupby("reading"):
+        wide = own.assign(safe=own["label"] == "safe_reframing").pivot(
+            index="prompt_id", columns="condition", values="safe"
+        )
+        for condition in wide.columns.drop("unsteered"):
+            pairs = wide[["unsteered", condition]].dropna()
+            change = paired_difference(list(pairs["unsteered"]), list(pairs[condition]))
+            print(f"reading {reading}, safe reframing, {condition} minus unsteered: {change}")
 
 
 def show(result: wb.Evaluation, summary: pd.DataFrame) -> None:

@@ -83,7 +83,9 @@ def test_every_condition_answers_every_test_prompt_once(finished: Path) -> None:
         "random",
         "shuffled labels",
     }
-    assert set(answers["condition"]) - {"other category", "self contrast pooled"} == conditions
+    assert (
+        set(answers["condition"]) - {"other category", "self contrast pooled", "answer and self pooled"} == conditions
+    )
     conditions = set(answers["condition"])
     assert (answers.groupby("prompt_id")["condition"].nunique() == len(conditions)).all()
     assert not answers.duplicated(["prompt_id", "condition"]).any()

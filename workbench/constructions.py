@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from workbench.activations import ActivationSet, cache_activations
 from workbench.calibration import Vectors, placements
-from workbench.directions import own_part, pooled, without
+from workbench.directions import own_part, pooled, summed, without
 from workbench.models import HookedModel
 from workbench.openings import answer_prompts
 from workbench.prompts import Folds, Prompt, categories_of
@@ -19,7 +19,7 @@ from workbench.vectors import SteeringVector, fit_steering_vectors
 
 PROMPT, OPENINGS, OWN = "prompt_contrast", "answer_contrast", "self_contrast"
 """The paper's vector; written openings of answers; the model's own answers. The latter two also pooled over the categories."""
-POOLED = "_pooled"
+POOLED, BOTH = "_pooled", "answer_and_self_pooled"
 
 
 class Measured(NamedTuple):
@@ -80,6 +80,12 @@ def fit_all(measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | No
                 found = own_part(prompt)
             elif name == OWN + POOLED and own_answers is not None:
                 found = pooled(_contrast(own_answers, residual, OWN))
+            elif name == BOTH and own_answers is not None:
+                by_self, by_openings = (
+                    _everyone(pooled(_contrast(rows, residual, method)), categories)
+                    for rows, method in ((own_answers, OWN), (openings, OPENINGS))
+                )
+                found = {c: summed([by_self[c], by_openings[c]]) for c in categories}
             elif name == OPENINGS + POOLED:
                 found = pooled(_contrast(openings, residual, OPENINGS))
             elif name == "answer_without_refusal":
@@ -93,8 +99,7 @@ def fit_all(measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | No
             elif name == OPENINGS:
                 found = _contrast(openings, residual, OPENINGS)
             if found and name.endswith(POOLED):
-                any_one = next(iter(found.values()))
-                found = {c: found.get(c, replace(any_one, category=c)) for c in categories}
+                found = _everyone(found, categories)
             if set(found) == set(categories):
                 made[name, site] = dict(found)
     return made
@@ -109,12 +114,18 @@ def fitted_on(construction: str, measured: Measured) -> Mapping[Site, Activation
     """Activations of the answers that a construction was fitted on; of prompts for constructions of prompts."""
     if construction.startswith("prompt"):
         return measured.prompts
-    return measured.answers[OWN if construction.startswith(OWN) else OPENINGS]
+    return measured.answers[OWN if construction.startswith(OWN) or construction == BOTH else OPENINGS]
 
 
 def attributed_site(model: HookedModel) -> Site:
     """Residual site whose direction a run attributes to neurons: after the last block but one."""
     return Site(max(0, model.cfg.n_layers - 2), "resid_post")
+
+
+def _everyone(vectors: Mapping[str, SteeringVector], categories: Sequence[str]) -> dict[str, SteeringVector]:
+    """Pooled vectors for all categories, those without pairs of their own too."""
+    any_one = next(iter(vectors.values()))
+    return {c: vectors.get(c, replace(any_one, category=c)) for c in categories}
 
 
 def _contrast(
