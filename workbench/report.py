@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench import gate_section, visuals, wording
+from workbench import report_sections, visuals, wording
 from workbench.drawing import script_safe
 from workbench.runs import RunFolder, read_run
 from workbench.storage import PathLike, file_checksum, write_text
@@ -79,13 +79,14 @@ def render(run: RunFolder) -> str:
         "title": f"Steering {run.notes['model'].get('name', 'a model')}",
         "date": _date(run.notes.get("started")),
         "done": _what_was_done(run),
-        "judges": _judges(run),
+        "judges": report_sections.judges(run),
+        "two_judges": report_sections.two_judges(run),
         **_results(run),
         "separability": _figure(visuals.separability, run.tables["separability"]),
         "best_layer": _best_layer(run.tables["separability"]),
         "tuning": _figure(visuals.tuning, run.tables["tuning"]),
-        "front": gate_section.front(run),
-        "gate": gate_section.gate_section(run),
+        "front": report_sections.front(run),
+        "gate": report_sections.gate(run),
         "chosen": _chosen(run.notes["chosen"]),
         "neurons": _neurons(run.tables["neurons"]),
         **_answers(run.completions),
@@ -130,17 +131,6 @@ def _fold(run: RunFolder, name: str) -> str:
     counts = run.notes["folds"].get(name)
     total = sum(v for v in counts.values() if isinstance(v, int)) if isinstance(counts, Mapping) else 0
     return f"{total} prompts" if total else "size not noted"
-
-
-def _judges(run: RunFolder) -> list[dict[str, Any]]:
-    """The judges a run names, and a line for each main measure that none of them measures: a built-in rule, with no known agreement."""
-    named = [judge for judge in run.notes["judges"] if isinstance(judge, Mapping)]
-    rows = [{name: judge.get(name) for name in ("name", "measures", "agreement")} for judge in named]
-    frame = run.tables["evaluation"]
-    measured = [] if frame is None else wording.main_metrics(frame["metric"])
-    covered = {row["measures"] for row in rows}
-    rows += [{"name": "built-in rule", "measures": name, "agreement": None} for name in measured if name not in covered]
-    return [row | {"measures": wording.metric(str(row["measures"])).label} for row in rows]
 
 
 def _results(run: RunFolder) -> dict[str, Any]:

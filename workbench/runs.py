@@ -19,6 +19,7 @@ COLUMNS = {
     "evaluation": ("condition", "category", "metric", "value", "difference", "difference_low", "difference_high", "n"),
     "scores": ("condition", "category", "label", "prompt_id", "metric", "value"),
     "neurons": ("category", "layer", "neuron", "contribution"),
+    "judge_agreement": ("condition", "kappa", "low", "high", "first_yes", "second_yes", "n"),
     "gate_rates": ("set", "category", "rate", "low", "high", "n", "own_rate"),
     "gate_confusion": ("truth", "opened", "n", "share"),
     "gate_roc": ("against", "false_rate", "recall", "auroc", "low", "high"),

@@ -46,6 +46,7 @@ from workbench.constructions import (
 )
 from workbench.datasets import prompts_from
 from workbench.evaluation import HARD_SAFE, HEADLINE, MARGINS, score_completions
+from workbench.experiments import judge_agreement
 from workbench.framing import FramingJudge, framing_judge_for
 from workbench.gate_report import (
     AT_RANDOM,
@@ -195,6 +196,8 @@ def run(
         _write_csv(folder / "evaluation.csv", result.summary(seed=config.seed, margins=margins))
         _write_csv(folder / "scores.csv", result.to_frame())
         write_jsonl(folder / "completions.jsonl", result.answers())
+        if safety_judge is not None:
+            _write_csv(folder / "judge_agreement.csv", judge_agreement(result))
         beside = beside_a_gate(everything, fired, steered, GATED, seed=config.seed)
         beside = beside.only([name for name in GATE_CONDITIONS if name in set(beside.scores["condition"])] + [steered])
         _write_csv(folder / "gate_comparison.csv", beside.summary(seed=config.seed, margins=margins))

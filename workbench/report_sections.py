@@ -1,4 +1,4 @@
-"""What the report says of a run's gate and of its calibration's front: figures and tables from the run folder."""
+"""Sections of the report: its judges, the calibration's front, the gate. Figures and tables from the run folder, escaped by the page."""
 
 from __future__ import annotations
 
@@ -25,6 +25,32 @@ COMPARED = (
 _PROMPTS = {"all": "risky", "hard_safe": "safe, look risky", "harmless": "everyday"}
 
 
+def judges(run: RunFolder) -> list[dict[str, Any]]:
+    """The judges a run names, and a line for each main measure that none of them measures: a built-in rule, with no known agreement."""
+    named = [judge for judge in run.notes["judges"] if isinstance(judge, Mapping)]
+    rows = [{name: judge.get(name) for name in ("name", "measures", "agreement")} for judge in named]
+    frame = run.tables["evaluation"]
+    measured = [] if frame is None else wording.main_metrics(frame["metric"])
+    covered = {row["measures"] for row in rows}
+    rows += [{"name": "built-in rule", "measures": name, "agreement": None} for name in measured if name not in covered]
+    return [row | {"measures": wording.metric(str(row["measures"])).label} for row in rows]
+
+
+def two_judges(run: RunFolder) -> list[dict[str, str]]:
+    """How far the judge of safety and the list of safety phrases agree, condition by condition."""
+    frame = run.tables["judge_agreement"]
+    return [
+        {
+            "condition": "all conditions" if row["condition"] == wording.POOLED else row["condition"],
+            "kappa": f"{wording.number('kappa', row['kappa'])} {wording.interval('kappa', row['low'], row['high'])}",
+            "first": wording.number("safe", row["first_yes"]),
+            "second": wording.number("safe", row["second_yes"]),
+            "n": f"{row['n']:.0f}",
+        }
+        for row in ([] if frame is None else frame.to_dict("records"))
+    ]
+
+
 def front(run: RunFolder) -> Figure | None:
     """The front of the calibration; None for a run without one."""
     frame = run.tables["tuning"]
@@ -33,7 +59,7 @@ def front(run: RunFolder) -> Figure | None:
     return steering_pictures.front(frame)
 
 
-def gate_section(run: RunFolder) -> dict[str, Any] | None:
+def gate(run: RunFolder) -> dict[str, Any] | None:
     """Figures and tables of the gate; None for a run that has none."""
     rates, confusion, roc = (run.tables[f"gate_{name}"] for name in ("rates", "confusion", "roc"))
     notes = run.notes.get("gate")
