@@ -58,7 +58,7 @@ def main() -> None:
     found: dict[str, Any] = {"about": about(model, prompts, options)}
     tasks: dict[str, Callable[[], Any]] = {
         "extraction": lambda: extraction(model, prompts, options, peers=options.peer),
-        "long": lambda: extraction(model, long_prompts(60), options),
+        "long": lambda: extraction(model, long_prompts(40), options),
         "generation": lambda: generation(model, prompts[:16], options.rounds),
         "sweep": lambda: sweep(model, prompts[:16], options.rounds),
         "machine": lambda: machine(model, prompts),

@@ -86,14 +86,15 @@ def nnsight(folder: str, rows: Rows) -> Any:
     def run() -> None:
         for tokens, mask, spans, _ in batches_of(rows, 32):
             with torch.no_grad(), model.trace({"input_ids": tokens, "attention_mask": mask}):
-                kept = []
+                kept = list().save()  # noqa: C408 - nnsight's own way of keeping values
                 for block in model.model.layers:
-                    kept.append(block.self_attn.output[0].save())
-                    kept.append(block.mlp.down_proj.input.save())
-                    kept.append(block.output[0].save())
+                    kept.append(block.self_attn.output[0])
+                    kept.append(block.mlp.down_proj.input)
+                    kept.append(block.output)
             for value in kept:
+                own = value[0] if isinstance(value, tuple) else value
                 for row, (a, b) in enumerate(spans):
-                    value[row if value.ndim == 3 else slice(None)][a:b].mean(dim=0)
+                    own[row, a:b].mean(dim=0)
 
     return run
 
@@ -119,10 +120,12 @@ def steering_vectors(folder: str, rows: Rows) -> Any:
 
 def repeng(folder: str, rows: Rows) -> Any:
     from repeng.extract import batched_get_hiddens
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        folder
+    )  # its transformers is older than the checkpoint's tokenizer class
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     texts = [tokenizer.decode(ids) for ids, _ in rows]
     layers = list(range(1, model.config.num_hidden_layers))

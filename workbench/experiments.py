@@ -108,6 +108,7 @@ def leakage_matrix(evaluation: Evaluation, metric: str = HEADLINE, *, seed: int 
         raise ValueError(f"no metric {metric!r}; metrics: {', '.join(known)}.{did_you_mean(metric, known)}")
     categories = list(dict.fromkeys(scores["category"]))
     steered = [c for c in dict.fromkeys(scores["condition"]) if c != evaluation.baseline]
+    categories = [*(c for c in steered if c in categories), *(c for c in categories if c not in steered)]
     strange = [c for c in steered if c not in categories]
     if strange:
         raise ValueError(
