@@ -302,6 +302,11 @@ def _write_gate(folder, rng, categories, scores):
             for p in ("risky", "safe")
         ],
     )
+    agreeing = [
+        {"condition": c, "kappa": 0.4, "low": 0.2, "high": 0.6, "first_yes": 0.3, "second_yes": 0.35, "n": 36}
+        for c in ("all", "unsteered", "answer contrast")
+    ]
+    _write_csv(folder / "judge_agreement.csv", agreeing)
     named = {"unsteered": "unsteered", "answer contrast": "gated", "random": "oracle gate"}
     kept = [row | {"condition": named[row["condition"]]} for row in scores if row["condition"] in named]
     _write_csv(folder / "gate_comparison.csv", _summary(kept))

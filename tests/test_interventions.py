@@ -555,3 +555,15 @@ def test_an_end_before_the_first_generated_token_leaves_the_prompt_only(tiny):
 def test_an_end_before_the_start_is_refused():
     with pytest.raises(ValueError, match="until must be a number of generated tokens from 0, or None, got -1"):
         Intervention(Site(1, "resid_post"), AddVector(torch.zeros(4)), until=-1)
+
+
+def test_a_vector_of_a_chat_model_steers_its_base_model_when_asked_to(tiny, tmp_path_factory):
+    """The base model has other weights, the same architecture and no chat template."""
+    base = load_model(tiny_model("llama3", tmp_path_factory.mktemp("base") / "base", seed=3), device="cpu")
+    base.tokenizer.chat_template = None
+    prompts = [Prompt(f"p{i}", f"What is in the garden {i}?", None, "fraud", "unsafe", "test") for i in range(3)]
+    steering = [add_vector(steering_vector(tiny, Site(1, "resid_post")), rho=0.8)]
+    with pytest.raises(ValueError, match=r"refit it, or pass transfer=True"):
+        generate(base, prompts, steering, max_new_tokens=4)
+    steered = generate(base, prompts, steering, max_new_tokens=4, transfer=True)
+    assert [c.tokens for c in steered] != [c.tokens for c in generate(base, prompts, max_new_tokens=4)]

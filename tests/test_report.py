@@ -232,6 +232,11 @@ def test_the_gates_section_says_what_was_asked_and_what_was_counted(page):
     assert "Gate and harm: four cells" in page.text
 
 
+def test_the_agreement_of_two_judges_is_shown_condition_by_condition(page):
+    assert "Do two judges agree?" in page.text
+    assert "0.40 [0.20, 0.60]" in page.text
+
+
 def test_a_gate_that_stays_closed_is_said_in_red(tmp_path):
     run = write_run(tmp_path, prompts_each=2, categories=CATEGORIES)
     notes = json.loads((run / "run.json").read_text())

@@ -128,7 +128,9 @@ def run(
     safety_judge = framing_judge_for(model)
     answers: Any = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
     with _timed(notes, "own answers"):
-        own = _own_answers(model, folds.fit, safety_judge, output=folder / "fit.jsonl", **answers)
+        needs_own = config.constructions is None or any("self" in name for name in config.constructions)
+        kept = {"output": folder / "fit.jsonl", **answers}
+        own = _own_answers(model, folds.fit, safety_judge, **kept) if needs_own else []
     with _timed(notes, "activations"):
         measured = measure(model, folds, folder / "activations", own_answers=own, progress=progress)
     with _timed(notes, "vectors"):

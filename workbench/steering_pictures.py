@@ -85,7 +85,8 @@ def front(frame: pd.DataFrame) -> Figure:
         panels.add(0, j, x=x, y=y, mode="markers", name=UNSTEERED, marker=mark, showlegend=j == 0)
         share = {"tickformat": ".0%"} if metric(name).share else {}
         panels.axis("x", 0, j, title={"text": metric(name).label}, nticks=5, tickangle=0, **share)
-        panels.axis("y", 0, j, tickformat=".0%", rangemode="tozero")
+        highest = max((row[_HEADLINE] for row in [*points, *base] if _known(row, name)), default=1.0)
+        panels.axis("y", 0, j, tickformat=".0%", range=[-0.04, highest + 0.06])
     panels.axis("y", 0, 0, title={"text": plain(metric(_HEADLINE).label)})
     return styled(panels.figure(), height=430, legend=True)
 
