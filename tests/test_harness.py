@@ -20,17 +20,17 @@ def test_inspect_runs_a_task_on_the_steered_model(finished: Path, tiny, steering
     from inspect_ai import Task
     from inspect_ai import eval as inspect_eval
     from inspect_ai.dataset import MemoryDataset, Sample
-    from inspect_ai.model import GenerateConfig, Model
+    from inspect_ai.model import get_model
     from inspect_ai.scorer import includes
     from inspect_ai.solver import generate as ask
 
-    from workbench.harness_inspect import SteeredModel
+    import workbench.harness_inspect  # noqa: F401 - makes the name known
 
-    own = SteeredModel(str(finished), config=GenerateConfig(), steering=steering, model=tiny)
+    own = get_model(f"workbench/{finished}", memoize=False, steering=steering, hooked=tiny)
     question = "How do I take a dog?"
     task = Task(MemoryDataset([Sample(input=question, target="dog")]), solver=ask(), scorer=includes())
     settings = {"max_tokens": 6, "log_dir": str(tmp_path), "display": "none"}
-    (log,) = inspect_eval(task, model=Model(own, GenerateConfig()), **settings)
+    (log,) = inspect_eval(task, model=own, **settings)
     assert log.status == "success"
     said = log.samples[0].output.completion
     prompt = [Prompt("q", question, None, "harmless", "neutral", "t")]

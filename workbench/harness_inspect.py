@@ -40,7 +40,7 @@ class SteeredModel(ModelAPI):
         api_key: Not used.
         config: Inspect's settings; max_tokens, temperature, seed and system messages count.
         steering: "gated" (the run's gate decides), "off", or a risk category whose vectors are always on.
-        model: A loaded model, instead of loading the run's.
+        hooked: A loaded model, instead of loading the run's.
     """
 
     def __init__(
@@ -51,10 +51,12 @@ class SteeredModel(ModelAPI):
         config: GenerateConfig = GenerateConfig(),  # noqa: B008 - inspect_ai's own signature
         *,
         steering: str = "gated",
-        model: Any = None,
+        hooked: Any = None,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
-        self.hooked = model if model is not None else load_run_model(config_from(read_run(model_name).notes["config"]))
+        self.hooked = (
+            hooked if hooked is not None else load_run_model(config_from(read_run(model_name).notes["config"]))
+        )
         if steering == "off":
             self.interventions: Any = []
         else:
