@@ -454,6 +454,7 @@ def markdown(found: dict[str, Any]) -> str:
                 for who in own["seconds"]
             ]
             lines += ["", f"Largest relative difference to raw: {own['largest relative difference to raw']:.1e}.", ""]
+            lines += [f"Measured {own['note']}.", ""] if "note" in own else []
     if "generation" in found:
         own = found["generation"]
         lines += [
@@ -504,7 +505,7 @@ def markdown(found: dict[str, Any]) -> str:
         ]
         lines += [
             "",
-            "Up to 200 prompts with every prompt's vector kept, above with streamed moments.",
+            "Up to 200 prompts with every prompt's vector kept, above with streamed moments. Memory is what a process takes beyond what the tasks above had left it with: it says that nothing grows with the number of prompts, not what a fresh process needs.",
             "",
             "![growth](results.png)",
             "",
