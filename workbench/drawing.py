@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.wording import visible
 
 if TYPE_CHECKING:
+    import pandas as pd
     from plotly.graph_objects import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -89,6 +90,19 @@ def styled(figure: Figure, *, height: int, legend: bool = False, left: int = 70)
     )
     figure.update_annotations(font={"size": 13})
     return figure
+
+
+def check_table(what: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Raise where a table lacks a column or has no rows.
+
+    Raises:
+        ValueError: With the figure's name and what is missing.
+    """
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise ValueError(f"{what} needs columns {', '.join(columns)}; {missing[0]!r} is missing.")
+    if frame.empty:
+        raise ValueError(f"{what}: there are no rows to show.")
 
 
 def plain(text: str) -> str:

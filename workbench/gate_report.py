@@ -24,7 +24,6 @@ from workbench.statistics import rate
 
 if TYPE_CHECKING:
     import pandas as pd
-    from jaxtyping import Bool, Float
 
     from workbench.models import HookedModel
 
@@ -123,6 +122,7 @@ def roc(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
         each row of a curve.
     """
     import pandas as pd
+    from sklearn.metrics import roc_curve
 
     _check(gate, acts)
     scores = gate.scores(acts.values).amax(dim=1).double().numpy()
@@ -132,10 +132,11 @@ def roc(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
         risky, safe = scores[kinds == RISKY], scores[kinds == kind]
         if not len(risky) or not len(safe):
             continue
-        area = float(auroc(np.concatenate([risky, safe]), np.arange(len(risky) + len(safe)) < len(risky)))
+        both, is_risky = np.concatenate([risky, safe]), np.arange(len(risky) + len(safe)) < len(risky)
+        area = float(auroc(both, is_risky))
         low, high = auroc_interval(area, len(risky), len(safe))
-        steps = np.concatenate([[np.inf], np.unique(np.concatenate([risky, safe]))[::-1]])
-        curve = {"against": kind, "false_rate": _above(safe, steps), "recall": _above(risky, steps)}
+        false_rate, recall, _ = roc_curve(is_risky, both, drop_intermediate=False)
+        curve = {"against": kind, "false_rate": false_rate, "recall": recall}
         curves.append(pd.DataFrame(curve).assign(auroc=area, low=low, high=high, n=len(risky) + len(safe)))
     if not curves:
         raise ValueError("a ROC needs risky prompts and safe ones, got one side only.")
@@ -234,12 +235,6 @@ def beside_a_gate(
             if c.condition == (steered if c.prompt.id in chosen else UNSTEERED)
         ]
     return replace(evaluation, scores=pd.concat(made, ignore_index=True), completions=tuple(texts))
-
-
-def _above(scores: Float[np.ndarray, "prompt"], steps: Float[np.ndarray, "step"]) -> Float[np.ndarray, "step"]:
-    """Share of scores at each threshold or above it."""
-    reached: Bool[np.ndarray, "step prompt"] = scores[None] >= steps[:, None]
-    return reached.mean(axis=1)
 
 
 def _check(gate: Gate, acts: ActivationSet) -> None:

@@ -6,10 +6,10 @@ The same rules as in ``visuals``: pure functions of tables, names as plain text,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from workbench.drawing import COLORS, MUTED, Panels, name_in_words, plain, styled
+from workbench.drawing import COLORS, MUTED, Panels, check_table, name_in_words, plain, styled
 from workbench.wording import UNSTEERED, in_order, metric, number, short_sites
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def front(frame: pd.DataFrame) -> Figure:
     Raises:
         ValueError: If a column is missing, or there is no headline in it.
     """
-    _check("front", frame, ("construction", "sites", "sign", "rho", "metric", "value", "front", "chosen"))
+    check_table("front", frame, ("construction", "sites", "sign", "rho", "metric", "value", "front", "chosen"))
     names = [name for name in COSTS if name in set(frame["metric"])]
     if _HEADLINE not in set(frame["metric"]) or not names:
         raise ValueError(f"front: needs rows of {_HEADLINE!r} and of a cost ({', '.join(COSTS)}).")
@@ -103,7 +103,7 @@ def gate_rates(frame: pd.DataFrame) -> Figure:
     Raises:
         ValueError: If a column is missing or there are no rows.
     """
-    _check("gate_rates", frame, ("set", "category", "rate", "low", "high", "n"))
+    check_table("gate_rates", frame, ("set", "category", "rate", "low", "high", "n"))
     kinds = in_order(frame["set"], tuple(SET_NAMES))
     categories = list(dict.fromkeys(frame["category"]))
     panels = Panels(1, len(kinds), titles=[plain(SET_NAMES.get(kind, kind)) for kind in kinds], gap=0)
@@ -144,7 +144,7 @@ def gate_roc(frame: pd.DataFrame) -> Figure:
     Raises:
         ValueError: If a column is missing or there are no rows.
     """
-    _check("gate_roc", frame, ("against", "false_rate", "recall", "auroc", "low", "high"))
+    check_table("gate_roc", frame, ("against", "false_rate", "recall", "auroc", "low", "high"))
     panels = Panels(1, 1, titles=[""], gap=0)
     for k, kind in enumerate(in_order(frame["against"], tuple(SET_NAMES))):
         own = frame[frame["against"] == kind]
@@ -173,7 +173,7 @@ def gate_confusion(frame: pd.DataFrame) -> Figure:
     Raises:
         ValueError: If a column is missing or there are no rows.
     """
-    _check("gate_confusion", frame, ("truth", "opened", "n", "share"))
+    check_table("gate_confusion", frame, ("truth", "opened", "n", "share"))
     return heat_map(
         frame,
         rows="truth",
@@ -204,7 +204,7 @@ def heat_map(
     """
     import plotly.graph_objects as go
 
-    _check("heat_map", frame, (rows, columns, value, text))
+    check_table("heat_map", frame, (rows, columns, value, text))
     down, across = list(dict.fromkeys(frame[rows])), list(dict.fromkeys(frame[columns]))
     tile = {(row[rows], row[columns]): row for row in frame.to_dict("records")}
 
@@ -252,11 +252,3 @@ def _setting(row: Mapping[str, Any], name: str) -> str:
     way = "along" if row["sign"] > 0 else "against"
     shown = [f"{metric(m).label} {number(m, row[m])}" for m in (_HEADLINE, name)]
     return f"{plain(short_sites(row['sites']))}, {way} the vector, strength {row['rho']:.3g}<br>" + "<br>".join(shown)
-
-
-def _check(what: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in frame]
-    if missing:
-        raise ValueError(f"{what} needs columns {', '.join(columns)}; {missing[0]!r} is missing.")
-    if frame.empty:
-        raise ValueError(f"{what}: there are no rows to show.")

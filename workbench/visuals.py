@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.drawing import COLORS, MUTED, Html, Panels, name_in_words, plain, show, styled, token_scores
+from workbench.drawing import COLORS, MUTED, Html, Panels, check_table, name_in_words, plain, show, styled, token_scores
 from workbench.neuron_dashboard import neurons as dashboard
 from workbench.wording import (
     METRICS,
@@ -65,7 +65,7 @@ def separability(frame: pd.DataFrame) -> Figure:
     Raises:
         ValueError: If a column is missing or there are no rows.
     """
-    _check("separability", frame, ("layer", "category", "against", "auroc"))
+    check_table("separability", frame, ("layer", "category", "against", "auroc"))
     frame = frame if "kind" in frame else frame.assign(kind="")
     kinds, categories = list(dict.fromkeys(frame["kind"])), list(dict.fromkeys(frame["category"]))
     sides = in_order(frame["against"], tuple(AGAINST))
@@ -114,12 +114,12 @@ def tuning(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> Figure:
     """
     import pandas as pd
 
-    _check("tuning", frame, ("construction", "sites", "sign", "rho", "metric", "value"))
+    check_table("tuning", frame, ("construction", "sites", "sign", "rho", "metric", "value"))
     names = in_order(frame["metric"], tuple(METRICS))
     names = names[:4] if metrics is None else [name for name in metrics if name in names]
     base = frame[frame["construction"] == UNSTEERED]
     frame = frame[(frame["construction"] != UNSTEERED) & frame["metric"].isin(names)]
-    _check("tuning", frame, ())
+    check_table("tuning", frame, ())
     tried = frame[["construction", "sites"]].drop_duplicates().to_dict("records")
     frame = pd.concat(
         [frame, *(base[base["metric"].isin(names)].assign(**place) for place in tried)]
@@ -181,7 +181,7 @@ def evaluation(frame: pd.DataFrame, category: str = POOLED, metrics: Sequence[st
     Raises:
         ValueError: If a column is missing, or there are no rows of the category or the metrics.
     """
-    _check("evaluation", frame, ("condition", "category", "metric", "value"))
+    check_table("evaluation", frame, ("condition", "category", "metric", "value"))
     rows = _of(frame, "evaluation", "category", category)
     known = in_order(rows["metric"], tuple(METRICS))
     wanted = metrics if metrics is not None else main_metrics(known) or known[:5]
@@ -264,7 +264,7 @@ def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
     """
     import plotly.graph_objects as go
 
-    _check("neurons", frame, ("category", "layer", "neuron", "contribution"))
+    check_table("neurons", frame, ("category", "layer", "neuron", "contribution"))
     rows = _of(frame, "neurons", "category", category)
     rows = rows.sort_values("contribution", key=abs, ascending=False)[:top]
     aurocs = [f"auroc_{side}" for side in AGAINST if f"auroc_{side}" in rows]
@@ -317,7 +317,7 @@ def layer_scores(frame: pd.DataFrame, score: str = "contribution", by: str = "ca
     """
     import plotly.graph_objects as go
 
-    _check("layer_scores", frame, ("layer", score, by))
+    check_table("layer_scores", frame, ("layer", score, by))
     table = frame.pivot_table(index=by, columns="layer", values=score, aggfunc="sum", sort=False)
     table = table.reindex(columns=range(int(frame["layer"].min()), int(frame["layer"].max()) + 1)).fillna(0.0)
     largest = float(table.abs().to_numpy().max()) or 1.0
@@ -378,14 +378,6 @@ def _condition_color(condition: str, conditions: Sequence[str]) -> str:
 
 def _two_lines(label: str) -> str:
     return plain(label).replace(" (", "<br>(", 1)
-
-
-def _check(what: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in frame]
-    if missing:
-        raise ValueError(f"{what} needs columns {', '.join(columns)}; {missing[0]!r} is missing.")
-    if frame.empty:
-        raise ValueError(f"{what}: there are no rows to show.")
 
 
 def _of(frame: pd.DataFrame, what: str, column: str, name: str) -> pd.DataFrame:
