@@ -30,6 +30,7 @@ import torch
 from speed_peers import batches_of, raw_extraction, raw_generation
 
 import workbench as wb
+from workbench.forward import without_shared_prefix
 from workbench.packing import is_packed, pack_linears
 from workbench.storage import write_json, write_text
 from workbench.tokens import encode
@@ -165,13 +166,8 @@ def extraction(
             return wb.cache_activations(model, prompts, sites)
 
     def without_prefix() -> Any:
-        from workbench.forward import _share_prefix
-
-        token = _share_prefix.set(False)
-        try:
+        with without_shared_prefix():
             return wb.cache_activations(model, prompts, sites)
-        finally:
-            _share_prefix.reset(token)
 
     unpacked_hf = raw_model()
     contenders: dict[str, Contender] = {

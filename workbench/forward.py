@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from workbench.growing_cache import grow_in_place
+from workbench.idle_hooks import idle_hooks_bypassed
 from workbench.packing import unpacked
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.tokens import Encoded
 
 _share_prefix: ContextVar[bool] = ContextVar("share_prefix", default=True)
+_fast: ContextVar[bool] = ContextVar("fast", default=True)
 KeyValueCache = Any
 """A transformers ``Cache``: keys and values of the tokens seen so far, one entry a layer."""
 
@@ -62,8 +65,8 @@ def last_logits(
         tokens: New tokens.
         mask: True at real tokens, for the cached columns and the new ones.
         n: Columns from the end.
-        cache: What the model saw before; it is extended in place.
-        use_cache: Return a cache although none was given.
+        cache: What the model saw before; it is extended.
+        use_cache: The cache is wanted afterwards: make one where none was given.
     """
     if not has_key_value_cache(model):
         return model(tokens, attention_mask=mask.long())[:, -n:], None
@@ -74,7 +77,10 @@ def last_logits(
         keywords["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - tokens.shape[1] :]
     if cache is not None:
         keywords["past_key_values"] = cache
-    return model(tokens, return_type="logits_and_cache", use_cache=use_cache or cache is not None, **keywords)
+        if use_cache:
+            grow_in_place(cache)
+    with fast(model):
+        return model(tokens, return_type="logits_and_cache", use_cache=use_cache or cache is not None, **keywords)
 
 
 def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], int]) -> int:
@@ -84,7 +90,7 @@ def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], i
         encoded: The rows.
         keep: First position of a row whose activations or logits are needed; the prefix ends before it.
     """
-    if not _share_prefix.get():
+    if not (_fast.get() and _share_prefix.get()):
         return 0
     first, last = min(row.ids for row in encoded), max(row.ids for row in encoded)  # all others lie between these
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
@@ -115,15 +121,33 @@ def rows_of_cache(cache: KeyValueCache, rows: Int[Tensor, " batch"]) -> KeyValue
     return chosen
 
 
+def fast(model: HookedModel) -> AbstractContextManager[None]:
+    """Context for passes with the same hooks: every pass takes it, around many it is only looked for once which hooks are idle."""
+    return idle_hooks_bypassed(model) if _fast.get() else nullcontext()
+
+
+@contextmanager
+def without_shared_prefix() -> Iterator[None]:
+    """Every row computed from its first token inside the block, for comparison."""
+    token = _share_prefix.set(False)
+    try:
+        yield
+    finally:
+        _share_prefix.reset(token)
+
+
 @contextmanager
 def plain(model: HookedModel) -> Iterator[None]:
-    """The slow routes inside the block, for comparison: no shared template prefix, no packed linear layers. The numbers are the same to rounding."""
-    token = _share_prefix.set(False)
+    """The slow routes inside the block, for comparison. The numbers are the same to rounding.
+
+    No shared template prefix, no packed linear layers, and every component of TransformerLens runs, its hooks idle or not.
+    """
+    token = _fast.set(False)
     try:
         with unpacked(model):
             yield
     finally:
-        _share_prefix.reset(token)
+        _fast.reset(token)
 
 
 @contextmanager

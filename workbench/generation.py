@@ -14,6 +14,7 @@ import torch
 
 from workbench.forward import (
     allows_padding_behind,
+    fast,
     forward,
     has_key_value_cache,
     prefix_cache,
@@ -267,7 +268,10 @@ class _DecodeLoop:
         gates: Any = {}
         while step < self.max_new_tokens:  # one turn for each set of rows alive
             groups = [(rows[i].group,) for i in alive.tolist()]
-            with self._steered(groups, prompt_length=width, content=content, gates=gates) as steering:
+            with (
+                self._steered(groups, prompt_length=width, content=content, gates=gates) as steering,
+                fast(self.model),
+            ):
                 while step < self.max_new_tokens:
                     logits, cache = forward(self.model, tokens, mask, cache=cache, use_cache=True)
                     next_tokens = self._choose(logits, draws[alive, step] if draws is not None else None)

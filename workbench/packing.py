@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Choice = Literal["auto", "on", "off"]
+Pair = tuple[Callable[[], "Tensor"], Callable[[], "Tensor"]]
 CHOICES = ("auto", "on", "off")
-ROWS = 512
-"""Rows of the product that is measured: a batch of a few dozen prompts."""
+ROWS = (512, 32)
+"""Rows of the products that are measured: a batch of prompts, and one token of a batch that is being answered."""
 LEAST_GAIN = 1.15
 """Below it packing is not worth the second copy of the weights that it takes."""
 LEAST_WEIGHTS = 10_000_000
@@ -42,7 +43,7 @@ class Packing:
 
     Attributes:
         packed: Whether the linear layers are packed.
-        gain: Time of the plain product over that of the packed one, measured; nan where it was not measured.
+        gain: Time of the plain product over that of the packed one, measured (geometric mean of many rows and few); nan where it was not.
         reason: In a few words.
         n_layers: Linear layers packed.
     """
@@ -84,8 +85,8 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
         return Packing(False, nan, "too small a model to matter")
     shapes = {tuple(m.weight.shape): m for m in linears}
     try:
-        pairs = [_pair(m) for m in shapes.values()]
-        if not all(_close(plain(), packed()) for plain, packed in pairs):
+        pairs = {rows: [_pair(m, rows) for m in shapes.values()] for rows in ROWS}
+        if not all(_close(plain(), packed()) for own in pairs.values() for plain, packed in own):
             return Packing(False, nan, "the packed product gives other numbers here")
     except (AttributeError, RuntimeError, NotImplementedError) as error:
         return Packing(False, nan, f"this torch has no packed product ({type(error).__name__})")
@@ -116,7 +117,7 @@ def unpacked(module: nn.Module) -> Iterator[None]:
 
 
 def _packed(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS[0])
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,9 +139,9 @@ def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _pair(linear: nn.Linear) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+def _pair(linear: nn.Linear, rows: int) -> Pair:
     """The plain and the packed product of a layer with one fixed input."""
-    x = torch.randn(ROWS, linear.in_features, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(rows, linear.in_features, generator=torch.Generator().manual_seed(0))
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
     packed = _packed(weight)
     return lambda: torch.nn.functional.linear(x, weight, bias), lambda: _product(x, packed, bias)
@@ -150,11 +151,18 @@ def _close(plain: Tensor, packed: Tensor) -> bool:
     return bool((plain - packed).abs().max() <= TOLERANCE * plain.abs().max().clamp(min=1e-12))
 
 
-def _known_gain(shapes: list[tuple[int, ...]], pairs: list[Any]) -> float:
+def _known_gain(shapes: list[tuple[int, ...]], pairs: dict[int, list[Pair]]) -> float:
     """The gain as it was measured here before, else measured now and kept."""
     import platformdirs
 
-    what = [torch.__version__, torch.get_num_threads(), platform.processor() or platform.machine(), _cpu_name(), shapes]
+    what = [
+        torch.__version__,
+        torch.get_num_threads(),
+        platform.processor() or platform.machine(),
+        _cpu_name(),
+        shapes,
+        ROWS,
+    ]
     path = Path(platformdirs.user_cache_dir("workbench")) / "packing" / f"{key_of(what)}.json"
     try:
         return float(read_json(path)["gain"])
@@ -173,9 +181,8 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def _gain(pairs: Iterable[tuple[Callable[[], Tensor], Callable[[], Tensor]]]) -> float:
-    """Median over rounds of plain time over packed time, all shapes together, one after the other in each round."""
-    pairs = list(pairs)
+def _gain(pairs: dict[int, list[Pair]]) -> float:
+    """Median over rounds of plain time over packed time, all shapes together, one after the other in each round; geometric mean over rows."""
 
     def seconds(functions: Iterable[Callable[[], Any]]) -> float:
         start = time.perf_counter()
@@ -183,10 +190,9 @@ def _gain(pairs: Iterable[tuple[Callable[[], Tensor], Callable[[], Tensor]]]) ->
             function()
         return time.perf_counter() - start
 
-    ratios = []
+    gains = []
     with torch.no_grad():
-        for _ in range(ROUNDS + 1):
-            plain = seconds(p for p, _ in pairs)
-            packed = seconds(q for _, q in pairs)
-            ratios.append(plain / packed)
-    return statistics.median(ratios[1:])
+        for own in pairs.values():
+            ratios = [seconds(p for p, _ in own) / seconds(q for _, q in own) for _ in range(ROUNDS + 1)]
+            gains.append(statistics.median(ratios[1:]))
+    return statistics.geometric_mean(gains)

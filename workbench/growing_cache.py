@@ -1,0 +1,60 @@
+"""A key-value cache that grows in place: decoding appends to a buffer with room, where transformers copies all it holds for every token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+ROOM = 64
+"""Tokens a buffer takes before it has to be made anew."""
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values of one layer, as the filled part of buffers with room behind it.
+
+    Whatever transformers puts in their place (other rows, fewer tokens) is no longer a part of the buffers and is copied into new ones.
+    """
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        self.__dict__.update(layer.__dict__)
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():  # gradients need what was there before
+            return super().update(key_states, value_states, *args, **keywords)
+        filled: tuple[Any, Any] = self.keys, self.values
+        start, end = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
+        if self.buffers is None or not all(map(_begins, self.buffers, filled, (end, end))):
+            self.buffers = _with_room(filled[0], end), _with_room(filled[1], end)
+        keys, values = self.buffers
+        keys[..., start:end, :], values[..., start:end, :] = key_states, value_states
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        return self.keys, self.values
+
+
+def grow_in_place(cache: Any) -> None:
+    """Give the filled layers of a transformers cache buffers to grow in; sliding windows and other kinds stay as they are."""
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[place] = _GrowingLayer(layer)
+
+
+def _begins(buffer: Tensor, filled: Tensor, end: int) -> bool:
+    """Whether a tensor is the first part of a buffer that reaches so far."""
+    same = buffer.data_ptr() == filled.data_ptr() and buffer.stride() == filled.stride()
+    return same and len(buffer) == len(filled) and end <= buffer.shape[-2]
+
+
+def _with_room(
+    filled: Float[Tensor, "batch head pos d_head"], end: int
+) -> Float[Tensor, "batch head pos_and_room d_head"]:
+    batch, heads, start, d_head = filled.shape
+    buffer = filled.new_empty(batch, heads, end + ROOM, d_head)
+    buffer[..., :start, :] = filled
+    return buffer
