@@ -11,7 +11,7 @@ from test_gates import ALWAYS, gate, through, vector
 from tiny_models import sentences
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workbench import generation
+from workbench import decoding
 from workbench.activations import cache_activations
 from workbench.generation import sweep
 from workbench.interventions import add_vector
@@ -41,13 +41,13 @@ def prompts(n: int = 4) -> list[Prompt]:
 
 @pytest.mark.parametrize("steering", ["none", "vector", "gated", "sampled"])
 def test_a_decoding_step_reads_no_value_back_to_the_host(tiny, steering, monkeypatch):
-    begin = generation._DecodeLoop.__init__
+    begin = decoding.DecodeLoop.__init__
 
     def as_on_a_gpu(self: Any, *args: Any) -> None:
         begin(self, *args)
         self.look_every = 1000
 
-    monkeypatch.setattr(generation._DecodeLoop, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(decoding.DecodeLoop, "__init__", as_on_a_gpu)
     interventions = {
         "vector": [add_vector(vector(tiny), rho=0.1)],
         "gated": through(tiny, gate(tiny, ALWAYS)),

@@ -218,7 +218,7 @@ def calibrate(
     rounds: Sequence[Round] | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
-    batch_size: int = 48,
+    batch_size: int | None = None,
     progress: bool = False,
     transfer: bool = False,
 ) -> Calibration:
@@ -239,7 +239,7 @@ def calibrate(
         rounds: How many settings and prompts a round; ``plan_rounds`` by default.
         max_new_tokens: Length limit of an answer.
         seed: For sampling.
-        batch_size: Rows a batch, at most.
+        batch_size: Rows a batch, at most; see ``sweep``.
         progress: Say on standard error what it will take at most, and show progress bars.
         transfer: Allow vectors of another model of the same architecture.
 

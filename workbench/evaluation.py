@@ -192,7 +192,7 @@ def evaluate(
     max_new_tokens: int = 64,
     seed: int = 0,
     temperature: float = 0.0,
-    batch_size: int = 48,
+    batch_size: int | None = None,
     system_prompt: str | None = None,
     output: PathLike | None = None,
     progress: bool = False,
@@ -212,7 +212,7 @@ def evaluate(
         max_new_tokens: Length limit of an answer; this and the following are the arguments of ``sweep``.
         seed: For sampling.
         temperature: 0 takes the most likely token.
-        batch_size: Rows a batch, at most.
+        batch_size: Rows a batch, at most; see ``sweep``.
         system_prompt: Words for the system turn.
         output: A jsonl file that keeps every answer as soon as it is there.
         progress: Show a progress bar.

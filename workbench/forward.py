@@ -121,6 +121,11 @@ def rows_of_cache(cache: KeyValueCache, rows: Int[Tensor, " batch"]) -> KeyValue
     return chosen
 
 
+def is_fast() -> bool:
+    """Whether the fast routes are on: outside ``plain``."""
+    return _fast.get()
+
+
 def fast(model: HookedModel) -> AbstractContextManager[None]:
     """Context for passes with the same hooks: every pass takes it, around many it is only looked for once which hooks are idle."""
     return idle_hooks_bypassed(model) if _fast.get() else nullcontext()

@@ -33,13 +33,14 @@ class _Slot:
     ends: tuple[Any, ...]
     inner: tuple[Any, ...]
     within: frozenset[int]
+    is_block: bool
 
     def lightest(self) -> Any:
         """What computes the same with the hooks that are set now."""
-        own = self.component
-        if any(map(_is_used, self.inner)) or _is_watched(own):
-            return own
-        return self.outer if any(map(_is_used, self.ends)) else own.original_component
+        if any(map(_is_used, self.inner)):
+            return self.component
+        ends_are_used = any(map(_is_used, self.ends)) or _is_watched(self.component)
+        return self.outer if ends_are_used else self.component.original_component
 
 
 class _OuterHooks(nn.Module):
@@ -48,6 +49,8 @@ class _OuterHooks(nn.Module):
     def __init__(self, component: Any) -> None:
         super().__init__()
         self.__dict__["component"] = component  # not as a submodule: it is in the model already
+        # torch's own hooks on the component fire here in its stead.
+        self.__dict__.update({name: own for name, own in component.__dict__.items() if "_hooks" in name})
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
         own = self.component
@@ -87,9 +90,7 @@ def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
     if model in _INSIDE or not hasattr(model, "original_model") or _computes_its_own_way(model):
         yield
         return
-    if model not in _SLOTS:
-        _SLOTS[model] = _slots(model)
-    slots = _SLOTS[model]
+    slots = _slots_of(model)
     lightest = [slot.lightest() for slot in slots]
     kept = {id(own) for slot, own in zip(slots, lightest, strict=True) if own is slot.component}
     if kept:  # a component with hooks inside may look into those it holds
@@ -111,9 +112,28 @@ def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
             slot.siblings[slot.name] = slot.component
 
 
+def block_slots(model: HookedModel) -> list[_Slot]:
+    """Where the blocks stand, in order."""
+    return [slot for slot in _slots_of(model) if slot.is_block]
+
+
+def blocks_are_idle(model: HookedModel, n: int) -> bool:
+    """Whether no hook is set in the first ``n`` blocks."""
+    modules = [module for slot in block_slots(model)[:n] for module in slot.component.modules()]
+    used = any(_is_used(m) if hasattr(m, "fwd_hooks") else _is_component(m) and _is_watched(m) for m in modules)
+    return not used and not _computes_its_own_way(model)
+
+
+def _slots_of(model: HookedModel) -> list[_Slot]:
+    if model not in _SLOTS:
+        _SLOTS[model] = _slots(model)
+    return _SLOTS[model]
+
+
 def _slots(model: HookedModel) -> list[_Slot]:
     """The slots of the blocks and of what is in them; embeddings and head run once a pass and may stay."""
     modules = dict(model.original_model.named_modules(remove_duplicate=False))
+    blocks = {id(block) for block in model.blocks}
     in_blocks = {id(module) for block in model.blocks for module in block.modules()}
     places: dict[tuple[int, str], str] = {}
     for path, module in modules.items():
@@ -140,7 +160,8 @@ def _slots(model: HookedModel) -> list[_Slot]:
             for n in range(1, len(holders) + 1)
             if _is_component(modules[".".join(holders[:n])])
         )
-        slots.append(_Slot(modules[parent]._modules, name, component, _OuterHooks(component), ends, inner, within))
+        outer, siblings = _OuterHooks(component), modules[parent]._modules
+        slots.append(_Slot(siblings, name, component, outer, ends, inner, within, id(component) in blocks))
     return slots
 
 

@@ -1,0 +1,130 @@
+"""Layers below all that is steered give every condition of a sweep the same: their prompt pass is run once a prompt, not once a row."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from workbench.forward import KeyValueCache, fast, forward, is_fast, rows_of_cache
+from workbench.idle_hooks import block_slots, blocks_are_idle
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+    from torch import Tensor
+
+    from workbench.models import HookedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Below:
+    """What the blocks below a layer computed for a batch's distinct prompts.
+
+    Attributes:
+        layer: The first block that is left to run.
+        output: What the block below it returned.
+        cache: Keys and values of the blocks below; those of the others hold the prefix only.
+        place: For each row of the batch, its prompt's row in these.
+    """
+
+    layer: int
+    output: Any
+    cache: KeyValueCache
+    place: Int[Tensor, " batch"]
+
+    @contextmanager
+    def known(self, model: HookedModel, cache: KeyValueCache) -> Iterator[None]:
+        """The one pass inside the block begins at the layer; afterwards the cache holds what a whole pass would have left."""
+        first, *others = self.output if isinstance(self.output, tuple) else (self.output,)
+        own = first[self.place]
+        output = (own, *others) if isinstance(self.output, tuple) else own
+        with fast(model), _replaced({s: _Known(s.siblings[s.name], output) for s in block_slots(model)[: self.layer]}):
+            yield
+        cache.layers[: self.layer] = rows_of_cache(self.cache, self.place).layers[: self.layer]
+
+
+def run_below(
+    model: HookedModel,
+    layer: int,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch past_and_pos"],
+    cache: KeyValueCache | None,
+    prompts: Sequence[Hashable],
+) -> Below | None:
+    """Run the blocks below a layer for the distinct prompts of a batch, before any steering is set.
+
+    Args:
+        model: A hooked model.
+        layer: The lowest layer at which anything is steered or read.
+        tokens: The batch's tokens behind the cached prefix.
+        mask: True at real tokens, prefix included.
+        cache: The prefix. It is left as it is.
+        prompts: What tells the rows' prompts apart.
+
+    Returns:
+        None where nothing would be saved (fewer than half of the rows repeat a prompt) or the model has no such parts: no cache, hooks of the
+        caller's own below the layer, or the fast routes switched off.
+    """
+    first: dict[Hashable, int] = {}
+    place = [first.setdefault(prompt, len(first)) for prompt in prompts]
+    possible = cache is not None and is_fast() and 0 < layer < model.cfg.n_layers
+    if 2 * len(first) > len(prompts) or not possible or not blocks_are_idle(model, layer):
+        return None
+    rows = torch.tensor([place.index(i) for i in range(len(first))], device=tokens.device)
+    own = rows_of_cache(cache, rows)
+    with fast(model):
+        last = block_slots(model)[layer - 1]
+        stop = _StopBehind(last.siblings[last.name])
+        with _replaced({last: stop}), suppress(_Reached):
+            forward(model, tokens[rows], mask[rows], cache=own, use_cache=True)
+    return Below(layer, stop.output, own, torch.tensor(place, device=tokens.device))
+
+
+class _Reached(Exception):  # noqa: N818 - control flow, not an error
+    """Raised behind the last block that has to be run."""
+
+
+class _InPlaceOf(nn.Module):
+    """Stands where a block stands, and answers what the block would about itself."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+
+class _StopBehind(_InPlaceOf):
+    """Runs the block, keeps what it returned and ends the pass."""
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        self.__dict__["output"] = self.block(*args, **keywords)
+        raise _Reached
+
+
+class _Known(_InPlaceOf):
+    """Returns what the last block below is known to return, whatever comes in."""
+
+    def __init__(self, block: nn.Module, output: Any) -> None:
+        super().__init__(block)
+        self.__dict__["output"] = output
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:  # noqa: ARG002 - as blocks are called
+        return self.output
+
+
+@contextmanager
+def _replaced(modules: dict[Any, nn.Module]) -> Iterator[None]:
+    before = {slot: slot.siblings[slot.name] for slot in modules}
+    try:
+        for slot, module in modules.items():
+            slot.siblings[slot.name] = module
+        yield
+    finally:
+        for slot, module in before.items():
+            slot.siblings[slot.name] = module
