@@ -19,7 +19,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -49,10 +48,14 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help="NAME=python of its environment; may be repeated")
     parser.add_argument("--only", nargs="+", help="tasks: extraction, long, generation, sweep, machine, growth")
     parser.add_argument("--largest", type=int, default=5000, help="prompts of the growth curve, at most")
+    parser.add_argument("--alone", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", default="benchmarks", help="folder of RESULTS.md and results.png")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.alone:
+        alone(*options.alone)
+        return
     model = wb.load_model("embedded", device="cpu")
     wanted = options.only or ["extraction", "long", "generation", "sweep", "machine", "growth"]
     prompts = spread(wb.prompts_from(options.prompts), options.n)
@@ -63,7 +66,7 @@ def main() -> None:
         "generation": lambda: generation(model, prompts[:16], options.rounds),
         "sweep": lambda: sweep(model, prompts[:16], options.rounds),
         "machine": lambda: machine(model, prompts),
-        "growth": lambda: growth(model, options.largest),
+        "growth": lambda: growth(options.largest, options.threads),
     }
     with torch.no_grad():
         for name in wanted:
@@ -209,11 +212,26 @@ def raw_model() -> Any:
 
 
 def shared(encoded: Sequence[Any]) -> str:
+    """What of the prompts need not be run at all, in words."""
+    left = computed_tokens(encoded)
+    mean, n = sum(len(row.ids) for row in encoded) / len(encoded), prefix_of(encoded)
+    behind = sum(len(row.ids) - row.content[1] for row in encoded) / len(encoded)
+    return (
+        f"of {mean:.0f} tokens on average {n} are the shared template prefix and {behind:.0f} come behind what is read: "
+        f"leaving both out is a gain of {mean * len(encoded) / left:.2f} by itself"
+    )
+
+
+def prefix_of(encoded: Sequence[Any]) -> int:
     from workbench.forward import shared_prefix_length
 
-    n = shared_prefix_length(encoded, keep=lambda row: row.content[0])
-    mean = sum(len(row.ids) for row in encoded) / len(encoded)
-    return f"{n} of {mean:.0f} tokens on average: a gain of {mean / (mean - n):.2f} by itself"
+    return shared_prefix_length(encoded, keep=lambda row: row.content[0])
+
+
+def computed_tokens(encoded: Sequence[Any]) -> int:
+    """Tokens that have to be run: the shared prefix once, the rest of each row up to the end of what is read."""
+    n = prefix_of(encoded)
+    return n + sum(row.content[1] - n for row in encoded)
 
 
 def max_error(raw: dict[Any, torch.Tensor], own: Any, sites: Sequence[wb.Site]) -> float:
@@ -319,11 +337,7 @@ def machine(model: Any, prompts: Sequence[wb.Prompt]) -> dict[str, Any]:
     rows = encode(model, prompts)
     sites = [site for kind in KINDS for site in wb.sites_of_kind(model, kind)]
     spent = measured({"extraction": lambda: wb.cache_activations(model, prompts, sites)}, 3)["extraction"]
-    from workbench.forward import shared_prefix_length
-
-    computed = sum(len(row.ids) for row in rows) - (len(rows) - 1) * shared_prefix_length(
-        rows, lambda row: row.content[0]
-    )
+    computed = computed_tokens(rows)
     best = min(times.values())
     return {
         "GFLOP/s a CPU second": {name: 512 * flop / own / 1e9 for name, own in times.items()},
@@ -332,26 +346,47 @@ def machine(model: Any, prompts: Sequence[wb.Prompt]) -> dict[str, Any]:
     }
 
 
-def growth(model: Any, largest: int) -> dict[str, Any]:
-    """CPU seconds and memory over the loaded model, by number of prompts and by their length."""
+def growth(largest: int, threads: int | None) -> dict[str, Any]:
+    """Streamed moments at all sites by number of prompts and by their length, each in a process of its own."""
+
+    def measured_alone(n: int, n_words: int) -> dict[str, float]:
+        command = [sys.executable, __file__, "--alone", str(n), str(n_words)]
+        command += ["--threads", str(threads)] if threads else []
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        return json.loads(run.stdout.strip().splitlines()[-1])
+
+    sizes = [n for n in (50, 200, 800, 2000, 5000) if n <= largest]
+    return {
+        "by prompts": [measured_alone(n, 0) for n in sizes],
+        "by length": [measured_alone(50, n_words) for n_words in (30, 90, 270)],
+    }
+
+
+def alone(n: int, n_words: int) -> None:
+    """Print what ``growth`` wants to know of one size: prompts with a number each, made longer by words about nothing."""
+    model = wb.load_model("embedded", device="cpu")
     base = wb.select_prompts(wb.load_prompts(), label="unsafe")
     sites = [site for kind in KINDS for site in wb.sites_of_kind(model, kind)]
-    rows = []
-    for n in (50, 200, 800, 2000, 5000):
-        if n > largest:
-            break
-        prompts = [replace(base[i % len(base)], id=f"p{i}", text=f"{base[i % len(base)].text} ({i})") for i in range(n)]
-        before = resident()
-        with tempfile.TemporaryDirectory() as store, Peak() as peak:
-            start = time.process_time()
-            wb.class_moments(model, prompts, sites) if n > 200 else wb.cache_activations(
-                model, prompts, sites, store=store
-            )
-            spent = time.process_time() - start
-        rows.append(
-            {"prompts": n, "seconds": spent, "ms a prompt": 1000 * spent / n, "MiB over the model": peak.mib - before}
-        )
-    return {"by prompts": rows}
+    filler = " ".join(["and", "so", "on"] * n_words)[: 4 * n_words]
+    prompts = [
+        replace(base[i % len(base)], id=f"p{i}", text=f"{base[i % len(base)].text} ({i}) {filler}".strip())
+        for i in range(n)
+    ]
+    wb.class_moments(model, prompts[:8], sites)
+    gc.collect()
+    before = resident()
+    with Peak() as peak:
+        start = time.process_time()
+        wb.class_moments(model, prompts, sites)
+        spent = time.process_time() - start
+    n_tokens = computed_tokens(encode(model, prompts))
+    found = {
+        "prompts": n,
+        "tokens": n_tokens / n,
+        "ms a prompt": 1000 * spent / n,
+        "ms a token": 1000 * spent / n_tokens,
+    }
+    print(json.dumps(found | {"MiB over the model": peak.mib - before}))
 
 
 def resident() -> float:
@@ -443,7 +478,7 @@ def markdown(found: dict[str, Any]) -> str:
     for name, title in titles.items():
         if name in found:
             own = found[name]
-            lines += [f"## {title}", "", f"{own['tokens']} tokens; shared template prefix {own['shared prefix']}.", ""]
+            lines += [f"## {title}", "", f"{own['tokens']} tokens; {own['shared prefix']}.", ""]
             lines += ["| | tokens a CPU second | times raw Hugging Face hooks |", "|---|---|---|"]
             lines += [
                 f"| {who} | {own['tokens/s'][who]:.0f} | {own['times faster than raw'][who]:.2f} |"
@@ -490,18 +525,18 @@ def markdown(found: dict[str, Any]) -> str:
         ]
     if "growth" in found:
         lines += [
-            "## Growth with the number of prompts",
+            "## Growth with the number of prompts and their length",
             "",
-            "| prompts | ms a prompt | MiB over the loaded model |",
-            "|---|---|---|",
+            "Streamed moments at all sites, each line in a process of its own. Tokens are those that have to be run, on average.",
+            "",
+            "| prompts | tokens a prompt | ms a prompt | ms a token | MiB over the loaded model |",
+            "|---|---|---|---|---|",
         ]
         lines += [
-            f"| {row['prompts']} | {row['ms a prompt']:.1f} | {row['MiB over the model']:.0f} |"
-            for row in found["growth"]["by prompts"]
+            f"| {row['prompts']} | {row['tokens']:.0f} | {row['ms a prompt']:.1f} | {row['ms a token']:.2f} | {row['MiB over the model']:.0f} |"
+            for row in [*found["growth"]["by prompts"], *found["growth"]["by length"]]
         ]
         lines += [
-            "",
-            "Up to 200 prompts with every prompt's vector kept, above with streamed moments. Memory is what a process takes beyond what the tasks above had left it with: it says that nothing grows with the number of prompts, not what a fresh process needs.",
             "",
             "![growth](results.png)",
             "",

@@ -43,6 +43,7 @@ from workbench.storage import write_json, write_jsonl, write_text
 LAYERS, ALONE, GATE = (10, 12, 14, 16), 15, 9
 MILD, STRONG, ONE_LAYER = 0.06, 0.09, 0.17
 N_RANDOM, N_BESIDE = 8, 30
+FITTED = ("prompt_contrast", "prompt_guided", "answer_contrast_pooled", "self_contrast_pooled")
 MAIN = "self-contrast, rho .06"
 SHOWN = ("safe_helpful_proxy", "safe", "unsafe", "refusal", "relevant_answer", "degenerate", "relevance")
 SHOWN += ("log_perplexity", "distinct_2", "rouge_l", "bleu")
@@ -77,8 +78,10 @@ def main() -> None:
         name: wb.cache_activations(model, rows, [*four, alone], span="response", **store)
         for name, rows in (("answer_contrast", wb.answer_prompts(fit)), ("self_contrast", own))
     }
-    measured = Measured(prompts, answers)
-    vectors: dict[Any, Any] = dict(fit_all(measured, fit))
+    guided = wb.went_along(model, fit, keep_unsafe, output=out / "fit.jsonl", progress=True)
+    print(f"{len(guided)} questions that the model goes along with")
+    measured = Measured(prompts, answers, frozenset(p.id for p in guided))
+    vectors: dict[Any, Any] = dict(fit_all(measured, fit, FITTED))
     for site in four:
         both = (vectors["self_contrast_pooled", site], vectors["answer_contrast_pooled", site])
         vectors["both", site] = {c: summed([v[c] for v in both]) for c in both[0]}
@@ -88,6 +91,7 @@ def main() -> None:
         "openings, rho .06": Setting("answer_contrast_pooled", four, 1, MILD),
         "openings and self-contrast, rho .06": Setting("both", four, 1, MILD),
         "prompt contrast": Setting("prompt_contrast", (alone,), 1, ONE_LAYER),
+        "prompt contrast, guided": Setting("prompt_guided", (alone,), 1, ONE_LAYER),
     }
     gate = wb.fit_gate(prompts[gate_site].of(fit), prompts[gate_site].of(tune))
     held_out = prompts[gate_site].of(test)

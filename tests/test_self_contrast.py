@@ -7,7 +7,7 @@ import pytest
 from workbench.generation import Completion
 from workbench.judges import Verdict
 from workbench.prompts import Prompt
-from workbench.self_contrast import INSTRUCTION, answer_pairs, instructed, kept_by, self_contrast
+from workbench.self_contrast import INSTRUCTION, answer_pairs, instructed, kept_by, self_contrast, went_along
 
 
 def question(i, label="unsafe"):
@@ -64,6 +64,24 @@ def test_pairs_have_one_context_and_differ_in_the_answer(tiny, tmp_path):
         output=tmp_path / "a.jsonl",
     )
     assert again == rows
+
+
+def test_the_questions_the_model_goes_along_with_are_those_a_judge_says_so_of(tiny, tmp_path):
+    prompts = [question(0), question(1), question(2, "safe"), question(3)]
+    asked = []
+
+    def every_second(questions, answers):
+        asked.append((list(questions), list(answers)))
+        return [i % 2 == 0 for i in range(len(answers))]
+
+    self_contrast(
+        tiny, prompts, keep_safe=everything, keep_unsafe=everything, max_new_tokens=5, output=tmp_path / "a.jsonl"
+    )
+    before = (tmp_path / "a.jsonl").read_bytes()
+    found = went_along(tiny, prompts, every_second, max_new_tokens=5, output=tmp_path / "a.jsonl")
+    assert found == [question(0), question(3)]
+    assert (tmp_path / "a.jsonl").read_bytes() == before, "the answers were there already"
+    assert asked[0][0] == [question(i).text for i in (0, 1, 3)]
 
 
 def test_a_question_without_a_kept_answer_on_each_side_gives_no_pair():

@@ -46,7 +46,7 @@ from .recalibration import recalibrate
 from .report import write_report
 from .run_config import RunConfig
 from .safesteer import run
-from .self_contrast import answer_pairs, instructed, self_contrast
+from .self_contrast import answer_pairs, instructed, self_contrast, went_along
 from .separability import layer_separability
 from .sites import Site, sites_of_kind
 from .steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -166,7 +167,7 @@ def cache_activations(
             columns: dict[Site, list[Tensor]] = {site: [] for site in sites}
             for _, pooled in pooled_batches(model, [encoded[i] for i in shard], sites, span, batch_size, max_tokens):
                 for site in sites:
-                    columns[site].append(pooled[site].float().cpu())
+                    columns[site].append(pooled[site].cpu())
                 bar.update(len(pooled[sites[0]]))
             values = {str(site): torch.cat(columns[site]) for site in sites}
             if folder is not None:
@@ -216,7 +217,7 @@ def class_moments(
         added = member.sum(dim=0)
         total = (n + added).clamp(min=1)
         for site in sites:
-            values = pooled[site].cpu()
+            values = pooled[site].cpu().double()
             if site not in mean:
                 mean[site] = torch.zeros(len(classes), values.shape[1], dtype=torch.float64)
                 squares[site] = torch.zeros_like(mean[site])
@@ -253,11 +254,14 @@ def token_activations(
 def pooled_batches(
     model: HookedModel, encoded: Sequence[Encoded], sites: Sequence[Site], span: str, batch_size: int, max_tokens: int
 ) -> Iterator[tuple[Sequence[Encoded], dict[Site, Float[Tensor, "batch d"]]]]:
-    """Forward passes over rows in their order, each giving the span means (float64) of its rows at every site."""
+    """Forward passes over rows in their order, each giving the span means of its rows at every site.
+
+    What comes after a row's span is not run: no earlier token sees it.
+    """
     if batch_size < 1 or max_tokens < 1:
         raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}.")
     device = _device(model)
-    summing = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+    encoded = [dataclasses.replace(row, ids=row.ids[: row.span(span)[1]]) for row in encoded]
     n_prefix = shared_prefix_length(encoded, keep=lambda row: row.span(span)[0]) if has_key_value_cache(model) else 0
     weights: Tensor  # share of each token in its row's mean; set for each batch before the hooks read it
     columns: slice
@@ -265,7 +269,7 @@ def pooled_batches(
 
     def reader(site: Site) -> Callable[[Tensor], None]:
         def read(activation: Tensor) -> None:
-            inside = activation.flatten(2)[:, columns].to(summing).double()
+            inside = activation.flatten(2)[:, columns].float()
             pooled[site] = torch.bmm(weights[:, None], inside)[:, 0]
 
         return read
@@ -278,8 +282,8 @@ def pooled_batches(
                 inside = span_mask(rows, batch, span)[:, n_prefix:]
                 used = inside.any(dim=0).nonzero()
                 columns = slice(int(used[0]), int(used[-1]) + 1)
-                inside = inside[:, columns].to(summing)
-                weights = inside.double() / inside.sum(dim=1, keepdim=True)
+                inside = inside[:, columns]
+                weights = inside.float() / inside.sum(dim=1, keepdim=True)
                 cache = (
                     rows_of_cache(prefix, torch.zeros(len(rows), dtype=torch.long, device=device))
                     if prefix is not None

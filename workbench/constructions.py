@@ -17,8 +17,8 @@ from workbench.sites import Site, sites_of_kind
 from workbench.storage import PathLike
 from workbench.vectors import SteeringVector, fit_steering_vectors
 
-PROMPT, OPENINGS, OWN = "prompt_contrast", "answer_contrast", "self_contrast"
-"""The paper's vector; written openings of answers; the model's own answers. The latter two also pooled over the categories."""
+PROMPT, GUIDED, OPENINGS, OWN = "prompt_contrast", "prompt_guided", "answer_contrast", "self_contrast"
+"""The paper's vector, and with a judge's choice of prompts; written openings of answers; the model's own answers. The latter two also pooled over the categories."""
 POOLED, BOTH = "_pooled", "answer_and_self_pooled"
 
 
@@ -29,6 +29,8 @@ class Measured(NamedTuple):
     """Fit and tune prompts, span content."""
     answers: dict[str, dict[Site, ActivationSet]]
     """Openings and, where there are enough of them, the model's own answers behind questions of the fit fold, span response."""
+    went_along: frozenset[str] = frozenset()
+    """Ids of the fit questions that the model's plain answers go along with, where a judge was asked."""
 
 
 def measure(
@@ -37,6 +39,7 @@ def measure(
     store: PathLike,
     *,
     own_answers: Sequence[Prompt] = (),
+    went_along: Sequence[Prompt] = (),
     progress: bool = False,
 ) -> Measured:
     """Run the fit and tune prompts, and the fit questions with answers behind them, once each for all sites."""
@@ -50,7 +53,7 @@ def measure(
         contrast: cache_activations(model, own, placed, span="response", store=store, progress=progress)
         for contrast, own in rows.items()
     }
-    return Measured(prompts, answers)
+    return Measured(prompts, answers, frozenset(prompt.id for prompt in went_along))
 
 
 def fit_all(measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | None = None) -> Vectors:
@@ -78,6 +81,12 @@ def fit_all(measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | No
                 found = prompt
             elif name == "prompt_own_part" and len(prompt) > 1:
                 found = own_part(prompt)
+            elif name == GUIDED and measured.went_along:
+                kept = [p for p in fit if p.label != "unsafe" or p.id in measured.went_along]
+                guided = {s: acts.of(kept) for s, acts in on_fit.items()}
+                found = fit_steering_vectors(
+                    guided[site], residual=guided[Site(site.layer, "resid_post")], method="prompt_guided"
+                )
             elif name == OWN + POOLED and own_answers is not None:
                 found = pooled(_contrast(own_answers, residual, OWN))
             elif name == BOTH and own_answers is not None:

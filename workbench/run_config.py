@@ -18,6 +18,7 @@ CONSTRUCTIONS = {
     "answer_contrast_pooled": ("the same, the mean direction of all categories", True),
     "self_contrast_pooled": ("the model's own answers under an instruction minus its plain ones, all categories", True),
     "answer_and_self_pooled": ("the sum of the two before, direction by direction", True),
+    "prompt_guided": ("the paper's, from those unsafe prompts that the model goes along with (2410.01174)", False),
     "prompt_own_part": ("the paper's vector minus the mean of the other categories'", False),
     "answer_principal": ("openings, first principal component of the differences (RepE)", False),
     "answer_probe": ("openings, normal of a logistic probe", False),

@@ -36,6 +36,7 @@ from workbench.conditions import (
     main_setting,
 )
 from workbench.constructions import (
+    GUIDED,
     PROMPT,
     Measured,
     attributed_site,
@@ -68,7 +69,7 @@ from workbench.packing import is_packed
 from workbench.prompts import Folds, Prompt, categories_of, prompts_key, select_prompts, split_prompts
 from workbench.run_config import RunConfig
 from workbench.runs import FORMAT
-from workbench.self_contrast import kept_by, self_contrast
+from workbench.self_contrast import kept_by, self_contrast, went_along
 from workbench.separability import layer_separability
 from workbench.storage import PathLike, read_json, write_json, write_jsonl, write_text
 from workbench.vectors import (
@@ -129,10 +130,12 @@ def run(
     answers: Any = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
     with _timed(notes, "own answers"):
         needs_own = config.constructions is None or any("self" in name for name in config.constructions)
-        kept = {"output": folder / "fit.jsonl", **answers}
-        own = _own_answers(model, folds.fit, safety_judge, **kept) if needs_own else []
+        kept: Any = {"output": folder / "fit.jsonl", "max_new_tokens": config.max_new_tokens, "progress": progress}
+        own = _own_answers(model, folds.fit, safety_judge, seed=config.seed, **kept) if needs_own else []
+        wants_guided = GUIDED in (config.constructions or ())
+        guided = went_along(model, folds.fit, kept_by(safety_judge)[1], **kept) if wants_guided else []
     with _timed(notes, "activations"):
-        measured = measure(model, folds, folder / "activations", own_answers=own, progress=progress)
+        measured = measure(model, folds, folder / "activations", own_answers=own, went_along=guided, progress=progress)
     with _timed(notes, "vectors"):
         vectors = fit_all(measured, folds.fit, config.constructions)
         notes["vectors"] = _save_vectors(folder / "vectors", vectors)
@@ -149,7 +152,7 @@ def run(
             model,
             vectors,
             select_prompts(folds.tune, label="unsafe", limit=config.tune_prompts),
-            grid(constructions_of(vectors), placements(model), config.rhos, signs={PROMPT: (1, -1)}),
+            grid(constructions_of(vectors), placements(model), config.rhos, signs={PROMPT: (1, -1), GUIDED: (1, -1)}),
             score=score,
             output=folder / "tune.jsonl",
             neutral=select_prompts(folds.tune, label="neutral", limit=TUNE_NEUTRAL),

@@ -21,6 +21,7 @@ INSTRUCTION = (
 )
 """Put in place of the question, in the user's turn: a small model hardly listens to the system turn."""
 
+_PLAIN = "plain"
 Kept = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
 """Which answers to keep: prompts and their answers in, one yes or no each out."""
 
@@ -127,17 +128,50 @@ def self_contrast(
             )
         return made
 
-    plain, safe = answers(questions, "plain"), answers(instructed(questions, instruction), "instructed")
-    text_of = {prompt.id: prompt.text for prompt in questions}
-    kept_unsafe, kept_safe = (
-        [
-            c
-            for c, kept in zip(own, keep([text_of[c.prompt.id] for c in own], [c.text for c in own]), strict=True)
-            if kept
-        ]
-        for own, keep in ((plain, keep_unsafe), (safe, keep_safe))
+    plain, safe = answers(questions, _PLAIN), answers(instructed(questions, instruction), "instructed")
+    return answer_pairs(questions, _kept(questions, safe, keep_safe), _kept(questions, plain, keep_unsafe))
+
+
+def went_along(
+    model: HookedModel,
+    prompts: Sequence[Prompt],
+    keep_unsafe: Kept,
+    *,
+    max_new_tokens: int = 64,
+    output: PathLike | None = None,
+    progress: bool = False,
+) -> list[Prompt]:
+    """The unsafe prompts that the model's own greedy answer goes along with, as a judge sees it.
+
+    Vectors fitted on these alone are the guided variant of category-wise steering (arXiv:2410.01174), in which a classifier of safety says which
+    activations go with a harmful generation. The harmless side needs none: neutral prompts have harmless answers.
+
+    Args:
+        model: A hooked model.
+        prompts: Questions; only those labelled unsafe are used.
+        keep_unsafe: Which answers count as going along (``kept_by``).
+        max_new_tokens: Length limit of an answer.
+        output: A jsonl file that keeps the answers; one that ``self_contrast`` wrote has them already.
+        progress: Show a progress bar.
+    """
+    questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
+    answers = generate(
+        model,
+        questions,
+        condition=f"{_PLAIN} 0",
+        max_new_tokens=max_new_tokens,
+        output=output,
+        progress=progress,
     )
-    return answer_pairs(questions, kept_safe, kept_unsafe)
+    kept = {answer.prompt.id for answer in _kept(questions, answers, keep_unsafe)}
+    return [prompt for prompt in questions if prompt.id in kept]
+
+
+def _kept(questions: Sequence[Prompt], answers: Sequence[Completion], keep: Kept) -> list[Completion]:
+    """Answers that a judge keeps, asked about the plain questions."""
+    text_of = {prompt.id: prompt.text for prompt in questions}
+    kept = keep([text_of[c.prompt.id] for c in answers], [c.text for c in answers])
+    return [answer for answer, own in zip(answers, kept, strict=True) if own]
 
 
 def answer_pairs(prompts: Sequence[Prompt], safe: Sequence[Completion], unsafe: Sequence[Completion]) -> list[Prompt]:
