@@ -20,7 +20,6 @@ from workbench.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
-from workbench.growing_cache import ROOM
 from workbench.intervening import intervene
 from workbench.interventions import Intervention
 from workbench.shared_layers import run_below
@@ -196,6 +195,8 @@ def rows_that_fit(model: HookedModel, n_tokens: int) -> tuple[int, int]:
         model: A hooked model.
         n_tokens: Length of the longest row, its answer included.
     """
+    from workbench.growing_cache import ROOM
+
     cfg = model.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     size = next(iter(model.parameters())).element_size()

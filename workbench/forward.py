@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.growing_cache import grow_in_place
 from workbench.idle_hooks import idle_hooks_bypassed
 from workbench.packing import unpacked
 
@@ -78,6 +77,10 @@ def last_logits(
     if cache is not None:
         keywords["past_key_values"] = cache
         if use_cache:
+            from workbench.growing_cache import (
+                grow_in_place,  # a subclass of transformers' own, which takes seconds to import
+            )
+
             grow_in_place(cache)
     with fast(model):
         return model(tokens, return_type="logits_and_cache", use_cache=use_cache or cache is not None, **keywords)

@@ -10,13 +10,10 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from workbench.models import HookedModel
@@ -66,18 +63,26 @@ class _OuterHooks(nn.Module):
 
 
 _OPTIONAL = ("use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "use_attn_result")
-_FUSED = "workbench_sdpa"
 _SLOTS: weakref.WeakKeyDictionary[Any, list[_Slot]] = weakref.WeakKeyDictionary()
 _INSIDE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _mask(*args: Any, **keywords: Any) -> Any:
-    """The mask of fused attention, always written out: to find out whether it could be left out, the host would wait for the device at every step."""
-    return sdpa_mask(*args, **keywords | {"allow_is_causal_skip": False})
+@cache
+def _fused_attention() -> str:
+    """Name under which transformers finds torch's fused attention with the mask always written out.
 
+    To find out whether the mask could be left out, the host would wait for the device at every step.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
 
-AttentionInterface.register(_FUSED, sdpa_attention_forward)
-AttentionMaskInterface.register(_FUSED, _mask)
+    def mask(*args: Any, **keywords: Any) -> Any:
+        return sdpa_mask(*args, **keywords | {"allow_is_causal_skip": False})
+
+    AttentionInterface.register("workbench_sdpa", sdpa_attention_forward)
+    AttentionMaskInterface.register("workbench_sdpa", mask)
+    return "workbench_sdpa"
 
 
 @contextmanager
@@ -103,7 +108,7 @@ def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
         for slot, own in zip(slots, lightest, strict=True):
             slot.siblings[slot.name] = own
         if fused:
-            config._attn_implementation = _FUSED
+            config._attn_implementation = _fused_attention()
         yield
     finally:
         _INSIDE.discard(model)
@@ -185,6 +190,8 @@ def _is_attention(module: Any) -> bool:
 
 
 def _is_projection(component: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
     return isinstance(component.original_component, nn.Linear | Conv1D)
 
 
