@@ -249,12 +249,13 @@ def test_no_logits_and_no_layer_above_the_last_site(tiny) -> None:
     assert len(head) <= 1
 
 
-def test_one_pass_serves_all_sites_and_the_template_is_not_run_again(tiny) -> None:
+def test_one_pass_serves_all_sites_and_runs_the_users_words_alone(tiny) -> None:
     rows = encode(tiny, PROMPTS)
+    assert all(row.content[1] < len(row.ids) for row in rows)
     with calls_of(tiny.original_model.model.layers[0]) as calls:
         cache_activations(tiny, PROMPTS, all_sites(tiny))
-    widths = [max(len(row.ids) for row in rows) - rows[0].content[0]]
-    assert [width for _, width in calls[1:]] == widths
+    begin = rows[0].content[0]  # the template before the words is run once, what comes behind them never
+    assert [width for _, width in calls] == [begin, max(row.content[1] for row in rows) - begin]
 
 
 @few
