@@ -2,10 +2,12 @@
 
     python benchmarks/steering.py --out runs/steering --seed 0    # about fifteen minutes on two cores
 
+    python benchmarks/steering.py --collect runs/steering0 runs/steering1    # several seeds side by side
+
 Place and strength were chosen on tune-fold questions of seed 0 (``workbench run`` does that by successive halving); here they are fixed,
 and the test fold is answered once. The random control has eight directions of equal norm, in turn over the prompts. The gate is fitted as
 a run does it. blind.jsonl holds the answers shuffled and without their conditions, to be read blind; ``--reading`` prints what a language
-model read, in two readings of different conditions and strictness (steering_reading.csv).
+model read, in three readings of different conditions and strictness (steering_reading.csv).
 """
 
 from __future__ import annotations
@@ -53,12 +55,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/steering", help="folder for answers and tables")
     parser.add_argument("--reading", action="store_true", help="print the blind reading that is committed, and stop")
+    parser.add_argument(
+        "--collect", nargs="+", metavar="FOLDER", help="print the results of several seeds side by side, and stop"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the folds and controls")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--limit", type=int, help="test prompts a category; default all")
     options = parser.parse_args()
     if options.reading:
         show_reading()
+        return
+    if options.collect:
+        collect(options.collect)
         return
     out, seed = Path(options.out), options.seed
     model = wb.load_model("embedded")
@@ -166,6 +174,23 @@ def show_reading() -> None:
             pairs = wide[["unsteered", condition]].dropna()
             change = paired_difference(list(pairs["unsteered"]), list(pairs[condition]))
             print(f"reading {reading}, safe reframing, {condition} minus unsteered: {change}")
+
+
+def collect(folders: list[str]) -> None:
+    """Values of several runs side by side, one a seed: "seed 0 / seed 1"; and the paired difference to unsteered of the headline in each."""
+    frames = [pd.read_csv(Path(folder) / "evaluation.csv") for folder in folders]
+    risky = [frame[frame["category"] == "all"] for frame in frames]
+    table = {}
+    for metric in SHOWN[:7]:
+        columns = [own[own["metric"] == metric].set_index("condition")["value"] for own in risky]
+        table[metric] = pd.concat(columns, axis=1).map("{:.2f}".format).agg(" / ".join, axis=1)
+    print(pd.DataFrame(table).to_string())
+    for folder, own in zip(folders, risky, strict=True):
+        head = own[own["metric"] == SHOWN[0]].dropna(subset="difference")
+        for row in head.itertuples():
+            print(
+                f"{folder} {row.condition}: {row.difference:+.2f} [{row.difference_low:+.2f}, {row.difference_high:+.2f}] n={row.n:.0f}"
+            )
 
 
 def show(result: wb.Evaluation, summary: pd.DataFrame) -> None:
