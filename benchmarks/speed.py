@@ -512,6 +512,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"{own['times faster']:.2f} times faster. Same tokens: {own['answers with the tokens of Hugging Face']}.",
             "",
         ]
+        lines += [f"Measured {own['note']}.", ""] if "note" in own else []
     if "machine" in found:
         own = found["machine"]
         lines += ["## The machine's own limits", "", "| | |", "|---|---|"]
