@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from workbench.models import ModelInfo
-from workbench.neuron_dashboard import neurons, visible, write_dashboard
+from workbench.neuron_dashboard import neurons_page, visible, write_dashboard
 from workbench.neuron_profiles import Example, Histogram, NeuronProfile
 from workbench.neuron_weights import Vocabulary, WeightCosine
 
@@ -102,7 +102,7 @@ def profile(layer=1, neuron=2, text="words"):
 
 
 def test_the_page_needs_nothing_from_outside_and_runs_nothing():
-    html = neurons(table(), [profile()], [profile(1, 5)], category="fraud")
+    html = neurons_page(table(), [profile()], [profile(1, 5)], category="fraud")
     page = Page(html)
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "img", "iframe", "object", "embed", "link", "base", "form", "input", "video", "audio"}
@@ -115,7 +115,7 @@ def test_the_page_needs_nothing_from_outside_and_runs_nothing():
 
 
 def test_the_policy_allows_its_own_style_sheet_alone():
-    html = neurons(table(), [profile()], category="fraud")
+    html = neurons_page(table(), [profile()], category="fraud")
     policy = next(a["content"] for tag, a in Page(html).tags if a.get("http-equiv") == "Content-Security-Policy")
     style = re.search(r"<style>(.*?)</style>", html, flags=re.S)[1]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -137,7 +137,7 @@ def test_hostile_text_stays_text_wherever_it_comes_from(text, tmp_path):
         highest=(Example(text, text, text, (text, text), (1.0, 2.0), 1), *hostile.highest),
     )
     written = write_dashboard(tmp_path / "page.html", rows, [hostile], [replace(hostile, neuron=9)]).read_text("utf-8")
-    page, plain = Page(written), Page(neurons(table(categories=("plain",)), [profile()], [profile(1, 9)]))
+    page, plain = Page(written), Page(neurons_page(table(categories=("plain",)), [profile()], [profile(1, 9)]))
     assert {tag for tag, _ in page.tags} <= {tag for tag, _ in plain.tags}
     assert not [name for _, a in page.tags for name in a if name.startswith("on") or name == "style"]
     assert visible(text) in page.words
@@ -151,7 +151,7 @@ def test_characters_that_hide_or_reorder_text_are_shown_as_their_code():
 
 
 def test_harmful_prompts_are_folded_and_the_others_open():
-    page = Page(neurons(table(), [profile(text="word")], [profile(1, 5, text="random")], category="fraud"))
+    page = Page(neurons_page(table(), [profile(text="word")], [profile(1, 5, text="random")], category="fraud"))
     folded = "".join(page.folded)
     assert "secretword" in folded
     assert "secretrandom" in folded
@@ -162,7 +162,7 @@ def test_harmful_prompts_are_folded_and_the_others_open():
 
 
 def test_tokens_are_colored_by_sign_and_size_and_the_peak_is_framed():
-    html = neurons(table(), [profile()], category="fraud")
+    html = neurons_page(table(), [profile()], category="fraud")
     assert '<i class="p10 peak" title="4"> secretwords</i>' in html
     assert '<i class="n2 peak" title="−1"> lowwords</i>' in html
     assert '<i title="−0.2">↵</i>' in html  # too small for a color
@@ -172,7 +172,7 @@ def test_tokens_are_colored_by_sign_and_size_and_the_peak_is_framed():
 def test_controls_stand_beside_targets_of_their_layer():
     targets = [profile(1, 2), profile(2, 2), profile(0, 0)]
     controls = [profile(2, 9), profile(1, 9), profile(1, 10)]
-    html = neurons(table(), targets, controls, category="fraud")
+    html = neurons_page(table(), targets, controls, category="fraud")
     pairs = [
         re.findall(r'<article class="card (\w+)[^"]*" id="(\w+)"', part)
         for part in html.split('<div class="pair">')[1:]
@@ -191,35 +191,35 @@ def test_controls_stand_beside_targets_of_their_layer():
 def test_every_score_of_the_table_is_shown_and_what_is_missing_is_a_dash():
     rows = table()
     own = rows[(rows.category == "fraud") & (rows.layer == 1) & (rows.neuron == 2)].iloc[0]
-    words = Page(neurons(rows, [profile()], category="fraud")).words
+    words = Page(neurons_page(rows, [profile()], category="fraud")).words
     assert f"{own.auroc_twins:.2f}" in words
     assert f"{own.q_twins:.3f}".lstrip("0") in words
     assert f"rank {own['rank']}" in words
-    bare = neurons(rows[["category", "layer", "neuron", "contribution"]], [profile()], category="fraud")
+    bare = neurons_page(rows[["category", "layer", "neuron", "contribution"]], [profile()], category="fraud")
     assert "AUROC against" not in bare
     assert "L1 N2" in bare
-    assert "AUROC against safe twins" in neurons(rows, category="fraud")
-    assert "AUROC against everyday" not in neurons(rows, category="fraud")  # nan throughout
+    assert "AUROC against safe twins" in neurons_page(rows, category="fraud")
+    assert "AUROC against everyday" not in neurons_page(rows, category="fraud")  # nan throughout
 
 
 def test_a_page_of_a_whole_model_stays_small():
     rows = table(30, 1536, ("fraud",))
-    html = neurons(rows, [profile(layer, 3) for layer in range(30)], [profile(layer, 4) for layer in range(30)])
+    html = neurons_page(rows, [profile(layer, 3) for layer in range(30)], [profile(layer, 4) for layer in range(30)])
     assert len(html) < 2_000_000
     assert "46,080 in 30 layers" in html
 
 
 def test_scores_that_are_all_equal_or_rows_of_one_layer_still_draw():
     rows = table(1, 4, ("fraud",)).assign(contribution=0.0)
-    assert "nan" not in neurons(rows).lower()
+    assert "nan" not in neurons_page(rows).lower()
 
 
 def test_a_wrong_table_or_category_is_refused():
     with pytest.raises(ValueError, match=r"holds 2 categories; say category=..., one of 'fraud', 'malware'"):
-        neurons(table())
+        neurons_page(table())
     with pytest.raises(ValueError, match="Did you mean 'malware'"):
-        neurons(table(), category="malwar")
+        neurons_page(table(), category="malwar")
     with pytest.raises(ValueError, match="contribution is missing"):
-        neurons(table().drop(columns="contribution"), category="fraud")
+        neurons_page(table().drop(columns="contribution"), category="fraud")
     with pytest.raises(ValueError, match="every row is missing"):
-        neurons(table().iloc[:0])
+        neurons_page(table().iloc[:0])

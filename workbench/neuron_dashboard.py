@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workbench.drawing import Html
 from workbench.neuron_pictures import anchor, number, ridges, score_map
 from workbench.sites import did_you_mean
 from workbench.storage import PathLike, write_text
@@ -41,7 +43,7 @@ _LONGEST = 80  # characters of one token
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
-def neurons(
+def neurons_page(
     table: pd.DataFrame,
     profiles: Sequence[NeuronProfile] = (),
     controls: Sequence[NeuronProfile] | None = None,
@@ -93,6 +95,27 @@ def neurons(
     )
 
 
+def show_neurons(
+    table: pd.DataFrame,
+    profiles: Sequence[NeuronProfile] = (),
+    controls: Sequence[NeuronProfile] | None = None,
+    *,
+    category: str | None = None,
+    height: int = 900,
+) -> Html:
+    """A category's neurons as a page inside a notebook: map, ranked list, a card for each profile with its control beside it.
+
+    Args:
+        table: From ``attribute_neurons``, whole.
+        profiles: Cards, in this order; see ``neuron_profiles.profile_neurons``.
+        controls: Profiles of random neurons of the same layers.
+        category: Which; may be left out where the table holds one.
+        height: Of the frame, in pixels.
+    """
+    page = html.escape(neurons_page(table, profiles, controls, category=category), quote=True)
+    return Html(f'<iframe sandbox srcdoc="{page}" style="width:100%;height:{height}px;border:0"></iframe>')
+
+
 def write_dashboard(
     path: PathLike,
     table: pd.DataFrame,
@@ -102,7 +125,7 @@ def write_dashboard(
     category: str | None = None,
 ) -> Path:
     """Write the page of ``neurons`` to a file and return its path."""
-    write_text(path, neurons(table, profiles, controls, category=category))
+    write_text(path, neurons_page(table, profiles, controls, category=category))
     return Path(path)
 
 

@@ -6,14 +6,12 @@ plain text: Plotly would read tags in it as markup. Colors stay apart for color-
 
 from __future__ import annotations
 
-import html
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench.drawing import COLORS, MUTED, Html, Panels, check_table, name_in_words, plain, show, styled, token_scores
-from workbench.neuron_dashboard import neurons as dashboard
 from workbench.wording import (
     METRICS,
     POOLED,
@@ -31,14 +29,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-    from workbench.neuron_profiles import NeuronProfile
 
 __all__ = [
     "Html",
     "evaluation",
     "layer_scores",
     "neuron_map",
-    "neurons",
     "separability",
     "show",
     "token_scores",
@@ -228,27 +224,6 @@ def evaluation(frame: pd.DataFrame, category: str = POOLED, metrics: Sequence[st
         panels.axis("x", i, j, tickformat=f"{sign}~g", ticksuffix=unit, nticks=5, tickangle=0, title=text)
         panels.axis("y", i, j, range=[len(conditions) - 0.4, -0.6], showgrid=False, zeroline=False, **ticks)
     return styled(panels.figure(), height=blocks * (170 + 52 * len(conditions)), left=120)
-
-
-def neurons(
-    table: pd.DataFrame,
-    profiles: Sequence[NeuronProfile] = (),
-    controls: Sequence[NeuronProfile] | None = None,
-    *,
-    category: str | None = None,
-    height: int = 900,
-) -> Html:
-    """A category's neurons as a page inside a notebook: map, ranked list, a card for each profile with its control beside it.
-
-    Args:
-        table: From ``attribute_neurons``, whole.
-        profiles: Cards, in this order; see ``neuron_profiles.profile_neurons``.
-        controls: Profiles of random neurons of the same layers.
-        category: Which; may be left out where the table holds one.
-        height: Of the frame, in pixels.
-    """
-    page = html.escape(dashboard(table, profiles, controls, category=category), quote=True)
-    return Html(f'<iframe sandbox srcdoc="{page}" style="width:100%;height:{height}px;border:0"></iframe>')
 
 
 def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
