@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,14 +22,17 @@ import workbench as wb
 from workbench.agreement import agreement, cohen_kappa
 from workbench.directions import summed
 from workbench.evaluation import safety_wording
+from workbench.files.store import data_path, read_jsonl, write_jsonl
 from workbench.framing import FILE, FRAMINGS, FramingJudge, fit_framing, hidden_states, save_framing_judge
 from workbench.interventions import Intervention
 from workbench.judges import RefusalPatterns
 from workbench.models import model_info
 from workbench.selectivity import auroc, auroc_interval
 from workbench.self_contrast import instructed, self_contrast
-from workbench.storage import data_path, read_jsonl, write_jsonl
 from workbench.text_quality import is_degenerate, relevance
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LABELS_FILE = "framing_labels.csv"
 BAND = [wb.Site(layer, "attn_out") for layer in range(12, 19)]

@@ -29,9 +29,9 @@ import torch
 from speed_peers import batches_of, raw_extraction, raw_generation
 
 import workbench as wb
+from workbench.files.store import write_json, write_text
 from workbench.forward import without_shared_prefix
 from workbench.packing import is_packed, pack_linears
-from workbench.storage import write_json, write_text
 from workbench.tokens import encode
 
 KINDS = ("attn_out", "resid_post", "mlp_post")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import socket
-from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tiny_models import tiny_model
 
 from workbench.models import EMBEDDED, EMBEDDED_PACKAGE, load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "", None)
 

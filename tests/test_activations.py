@@ -6,10 +6,8 @@ import json
 import shutil
 import warnings
 import weakref
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -26,6 +24,10 @@ from workbench.models import _converted_folder, _embedded_file, load_model, mode
 from workbench.prompts import Prompt, load_prompts
 from workbench.sites import KINDS, Site, sites_of_kind
 from workbench.tokens import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 TEXTS = [
     "Explain a recipe for a friend, please!",
@@ -582,7 +584,7 @@ def test_what_a_model_never_sees_does_not_need_a_new_measurement(tiny, tmp_path)
 
 
 def test_shards_and_manifest_say_what_they_are(tiny, tmp_path) -> None:
-    from workbench.storage import file_checksum, read_tensors
+    from workbench.files.store import file_checksum, read_tensors
 
     cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
     [manifest] = tmp_path.rglob("manifest.json")

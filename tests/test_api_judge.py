@@ -14,20 +14,22 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from workbench.api_judge import PATIENCE, ApiJudge, Prices
+from workbench.files.store import read_jsonl
 from workbench.judges import LABELS, Verdict
 from workbench.rubrics import Rubric, load_rubrics
-from workbench.storage import read_jsonl
 from workbench.verdict_cache import NO_ANSWER, cached
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 KEY = "sk-very-secret-0123456789"
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -27,6 +25,10 @@ from workbench.interventions import clamp_neurons
 from workbench.models import load_model
 from workbench.prompts import Prompt, load_prompts, select_prompts
 from workbench.sites import Site
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 POST_NORM = ("gemma2", "gemma3", "olmo2")
 SITE = Site(3, "resid_post")

@@ -25,10 +25,10 @@ from workbench.calibration import (
     steering,
 )
 from workbench.evaluation import HEADLINE, score_completions
+from workbench.files.store import read_jsonl
 from workbench.models import model_info
 from workbench.prompts import Prompt
 from workbench.sites import Site
-from workbench.storage import read_jsonl
 from workbench.vectors import SteeringVector
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)

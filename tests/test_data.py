@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from workbench.files.store import data_path, file_checksum, read_json
 from workbench.openings import OPENING_KINDS, read_openings
 from workbench.prompts import HARD_SAFE, HARMLESS, Prompt, categories_of, load_prompts, split_prompts
-from workbench.storage import data_path, file_checksum, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PROMPTS = load_prompts()
 OPENINGS = read_openings()

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from workbench import datasets
 from workbench.datasets import category_of, known_datasets, list_datasets, prompts_from, read_dataset
+from workbench.files.store import data_path
 from workbench.prompts import HARD_SAFE, HARMLESS, categories_of, load_prompts, save_prompts, split_prompts
-from workbench.storage import data_path
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 OURS = set(categories_of(load_prompts())) | {HARMLESS, HARD_SAFE}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,6 +23,9 @@ from workbench.forward import (
 from workbench.prompts import Prompt
 from workbench.sites import Site
 from workbench.tokens import Encoded, encode, pad
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROWS = [[9, 40, 41, 60, 7, 88], [9, 40, 120], [9, 33, 33, 34, 50, 61, 72, 83, 94, 105]]
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from workbench.files.store import data_path
 from workbench.framing import (
     FRAMINGS,
     VERDICTS,
@@ -21,7 +22,6 @@ from workbench.framing import (
 from workbench.judges import LABELS
 from workbench.models import model_info
 from workbench.sites import Site
-from workbench.storage import data_path
 
 SITE = Site(1, "resid_post")
 
@@ -100,7 +100,7 @@ def test_a_judge_comes_back_from_its_file_and_refuses_another_reader(judge, tiny
 
 
 def test_a_judge_that_is_not_one_is_named(tiny, tmp_path, judge):
-    from workbench.storage import write_tensors
+    from workbench.files.store import write_tensors
 
     write_tensors(tmp_path / "other.safetensors", {"weights": judge.weights}, {"site": "L1.resid_post"})
     with pytest.raises(ValueError, match="is no framing judge"):

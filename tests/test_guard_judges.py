@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,6 +14,9 @@ from tiny_models import sentences, tiny_model
 from workbench.guard_judges import GuardJudge, guard_families, load_guard
 from workbench.judges import LABELS, Verdict
 from workbench.verdict_cache import cached
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DOCUMENTED: dict[str, list[tuple[str, dict[str, str]]]] = {
     "llama_guard_3": [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 from test_safesteer import few_prompts, finished  # noqa: F401 - fixtures
@@ -12,6 +12,9 @@ from test_safesteer import few_prompts, finished  # noqa: F401 - fixtures
 from workbench.generation import generate
 from workbench.prompts import Prompt
 from workbench.steered import steering_from
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize("steering", ["off", "fraud", "gated"])

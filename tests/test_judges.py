@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workbench.files.store import data_path, read_json
 from workbench.judges import (
     LABELS,
     REFUSAL_WINDOW,
@@ -18,7 +19,6 @@ from workbench.judges import (
     load_refusal_rules,
     normalize_opening,
 )
-from workbench.storage import data_path, read_json
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +20,10 @@ from workbench.prompts import Prompt
 from workbench.selectivity import auroc, hedges_g
 from workbench.sites import Site, sites_of_kind
 from workbench.statistics import benjamini_hochberg
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 SITE = Site(3, "resid_post")
 QUICK = {"n_permutations": 50, "n_resamples": 20}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +14,9 @@ from workbench.openings import answer_prompts
 from workbench.prompts import Prompt, categories_of, load_prompts, select_prompts, split_prompts
 from workbench.sites import Site, sites_of_kind
 from workbench.vectors import fit_steering_vectors, random_vector
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +21,9 @@ from workbench.prompts import (
     select_prompts,
     split_prompts,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ROW = {
     "id": "a",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +12,9 @@ from tiny_models import sentences, tiny_model
 from workbench.judge_models import judge_models
 from workbench.reward_judges import ATTRIBUTES, RewardJudge, Rewards, load_reward_model
 from workbench.verdict_cache import cached
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROMPTS = sentences(5)
 RESPONSES = ["Here is what to do: first", "I am sorry, no.", "...", "A much longer answer, " * 6, "Sure"]

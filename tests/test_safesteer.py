@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
@@ -13,6 +11,7 @@ import torch
 
 from workbench import activations, generation, safesteer
 from workbench.calibration import in_words
+from workbench.files.store import read_json, read_jsonl
 from workbench.neuron_page import write_neuron_page
 from workbench.prompts import load_prompts, save_prompts, select_prompts
 from workbench.recalibration import recalibrate
@@ -20,9 +19,12 @@ from workbench.report import write_report
 from workbench.run_config import RunConfig, config_from
 from workbench.safesteer import run
 from workbench.steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
-from workbench.storage import read_json, read_jsonl
 from workbench.vectors import load_vector
 from workbench.wording import gate_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,15 @@ import hashlib
 import json
 import os
 import stat
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from workbench import storage
-from workbench.storage import (
+from workbench.files import store as storage
+from workbench.files.store import (
     append_jsonl,
     atomic_path,
     data_path,
@@ -30,6 +30,9 @@ from workbench.storage import (
     write_tensors,
     write_text,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 json_values = st.recursive(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from workbench.tables import read_rows
+from workbench.files.tables import read_rows
 
 ROWS = [{"question": 'Why "so", twice?\nReally', "topic": "a,b"}, {"question": "Grüße, 你好", "topic": ""}]
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from workbench.activations import ActivationSet, cache_activations
 from workbench.edits import AddVector
 from workbench.estimators import mean_difference, pruned_mean_difference
+from workbench.files.store import write_tensors
 from workbench.intervening import intervene
 from workbench.interventions import Intervention, add_vector
 from workbench.models import ModelInfo
 from workbench.openings import OPENING_KINDS, answer_prompts, read_openings
 from workbench.prompts import Prompt, load_prompts, select_prompts, split_prompts
 from workbench.sites import Site
-from workbench.storage import write_tensors
 from workbench.vectors import (
     SteeringVector,
     fit_steering_vectors,

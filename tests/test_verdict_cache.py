@@ -8,18 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workbench.files.store import read_jsonl
 from workbench.judges import LABELS, Judge, RefusalPatterns, Verdict
 from workbench.reward_judges import Rewards
-from workbench.storage import read_jsonl
 from workbench.verdict_cache import NO_ANSWER, Streams, cached, check_pairs, verdict_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 
 @dataclass

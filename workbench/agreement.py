@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 
 from workbench.statistics import Estimate, Outcomes, Rate, bootstrap_interval, check_level, rate, to_floats
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
+
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def agreement(predicted: Outcomes, truth: Outcomes, *, level: float = 0.95, seed
     return Agreement(rate(equal, level=level), right, found, kappa, kappa.n, kappa.n_unscored)
 
 
-def _kappa(tables: Float[np.ndarray, "... k k"]) -> Float[np.ndarray, "..."]:
+def _kappa(tables: Float[np.ndarray, "... k k"]) -> Float[np.ndarray, ...]:
     shares = tables / tables.sum(axis=(-2, -1), keepdims=True)
     chance = (shares.sum(axis=-1) * shares.sum(axis=-2)).sum(axis=-1)
     with np.errstate(invalid="ignore"):

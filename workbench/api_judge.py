@@ -15,19 +15,21 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from workbench.files.store import key_of
 from workbench.judges import Verdict
 from workbench.rubrics import Rubric, load_rubrics
-from workbench.storage import key_of
 from workbench.verdict_cache import NO_ANSWER, check_pairs, is_empty
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 PATIENCE = 8
 """Answers in a row without any reply, each after all its tries, after which the endpoint is not asked any more."""

@@ -7,22 +7,23 @@ means are enough, and the parts add up to the whole, which is checked each time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.activations import ActivationSet
 from workbench.models import model_info
-from workbench.prompts import Prompt
 from workbench.sites import Site, check_sites
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from jaxtyping import Float
     from torch import Tensor
 
+    from workbench.activations import ActivationSet
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 RESIDUAL_STREAM = ("resid_pre", "resid_mid", "resid_post")
 """Kinds of site whose value is the sum of all that was written before: those a direction can be attributed at."""

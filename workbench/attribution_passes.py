@@ -15,7 +15,6 @@ from workbench.activations import ActivationSet
 from workbench.attribution import output_norm, write_weights, writing_sites
 from workbench.forward import reading
 from workbench.models import model_info
-from workbench.prompts import Prompt
 from workbench.sites import Site, check_sites
 from workbench.tokens import Encoded, encode, pad, pad_id, span_mask
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 ROLES = ("first", "before", "content", "after", "response")
 """Roles of the tokens a head reads from: the very first one (BOS, where attention rests), the template before the user's words, those

@@ -12,14 +12,15 @@ from workbench.evaluation import ALL, HEADLINE, Evaluation
 from workbench.generation import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.interventions import Intervention, Positions, add_vector
 from workbench.likelihood import answer_kl
-from workbench.models import HookedModel
-from workbench.prompts import Prompt
 from workbench.sites import Site
-from workbench.storage import PathLike
 from workbench.vectors import SteeringVector
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from workbench.files.store import PathLike
+    from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 MID_DEPTH, BAND, SPREAD = 0.5, (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)
 """Where vectors are added, as shares of depth: the residual stream at half depth, attention outputs over a band around it, or the residual

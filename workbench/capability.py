@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.files.store import PathLike, data_path
+from workbench.files.tables import read_rows
 from workbench.generation import UNSTEERED, Completion, Condition
-from workbench.interventions import Intervention
 from workbench.likelihood import steered_log_probs
 from workbench.prompts import HARMLESS, Prompt
 from workbench.statistics import mcnemar, mean, paired_difference, rate
-from workbench.storage import PathLike, data_path
-from workbench.tables import read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.interventions import Intervention
     from workbench.models import HookedModel
 
 LETTERS = "ABCDEFGH"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,11 +98,11 @@ def _steer(options: argparse.Namespace) -> None:
 
 def _capability(options: argparse.Namespace) -> None:
     from workbench.capability import multiple_choice, read_questions, text_perplexity
+    from workbench.files.store import existing_file
     from workbench.run_config import config_from
     from workbench.runs import read_run
     from workbench.safesteer import load_run_model
     from workbench.steered import gated_steering_from, steering_from
-    from workbench.storage import existing_file
 
     conditions: dict[str, Any] = {"gated": gated_steering_from(options.run)}
     if options.category is not None:
@@ -141,9 +143,9 @@ def _judge_validate(options: argparse.Namespace) -> None:
 
 
 def _judge_train(options: argparse.Namespace) -> None:
+    from workbench.files.store import file_checksum
     from workbench.judge_validation import known_answers, read_labelled
     from workbench.probe_judge import save_probe, train_probe
-    from workbench.storage import file_checksum
 
     prompts, responses, truth = known_answers(read_labelled(options.labels), options.measures)
     source = f"{options.labels.rpartition('/')[2]} sha256 {file_checksum(options.labels)[:16]}"
@@ -284,7 +286,7 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
         return {}
     import yaml
 
-    from workbench.storage import existing_file
+    from workbench.files.store import existing_file
 
     try:
         content = yaml.safe_load(existing_file(path).read_text(encoding="utf-8"))

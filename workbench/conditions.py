@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from workbench.activations import ActivationSet
 from workbench.calibration import Calibration, Setting, Vectors, steering
 from workbench.constructions import POOLED
 from workbench.directions import pooled
 from workbench.evaluation import HEADLINE
-from workbench.gates import Gate
 from workbench.generation import UNSTEERED, Condition
 from workbench.interventions import Intervention, add_vector, gated
 from workbench.prompts import Prompt, categories_of
 from workbench.sites import Site
 from workbench.vectors import SteeringVector, random_vector, scaled_to, shuffled_vector
+
+if TYPE_CHECKING:
+    from workbench.activations import ActivationSet
+    from workbench.gates import Gate
 
 GATED, ALWAYS = "gated", "always on, same mean strength"
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 
-from workbench.activations import ActivationSet
 from workbench.attribution import Attribution, class_difference, direct_attribution, writing_sites
 from workbench.attribution_passes import writing_activations
+from workbench.files.hints import did_you_mean
 from workbench.models import model_info
 from workbench.prompts import Prompt, categories_of
-from workbench.sites import Site, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from workbench.activations import ActivationSet
     from workbench.models import HookedModel
+    from workbench.sites import Site
 
 Reference = Literal["twins", "neutral"]
 Weights = tuple["Float[Tensor, 'draw unsafe']", "Float[Tensor, 'draw reference']"]

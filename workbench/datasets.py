@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.files.hints import did_you_mean
+from workbench.files.store import atomic_path, data_path, key_of
+from workbench.files.tables import SUFFIXES, read_rows
 from workbench.prompts import HARD_SAFE, HARMLESS, LABELS, Prompt, load_prompts, select_prompts
-from workbench.sites import did_you_mean
-from workbench.storage import atomic_path, data_path, key_of
-from workbench.tables import SUFFIXES, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd

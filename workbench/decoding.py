@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,14 +20,16 @@ from workbench.forward import (
     shared_prefix_length,
 )
 from workbench.intervening import intervene
-from workbench.interventions import Intervention
 from workbench.shared_layers import run_below
 from workbench.tokens import Batch, Encoded, pad, pad_id, span_mask, stop_ids
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from workbench.interventions import Intervention
     from workbench.models import HookedModel
 
 MEMORY = 2**30

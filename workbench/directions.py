@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,8 @@ import torch
 from workbench.vectors import SteeringVector, scaled_to
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     pass
 
 

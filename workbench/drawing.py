@@ -6,13 +6,14 @@ import html
 import json
 import math
 import uuid
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench.wording import visible
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import pandas as pd
     from plotly.graph_objects import Figure
 

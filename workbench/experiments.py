@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from workbench import statistics
 from workbench.agreement import agreement
 from workbench.evaluation import ALL, HEADLINE, RATES, Evaluation
+from workbench.files.hints import did_you_mean
 from workbench.generation import UNSTEERED, Condition
-from workbench.interventions import Intervention
-from workbench.sites import did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import pandas as pd
+
+    from workbench.interventions import Intervention
 
 
 def compare(

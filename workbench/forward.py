@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ from workbench.idle_hooks import idle_hooks_bypassed
 from workbench.packing import unpacked
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 

@@ -6,20 +6,21 @@ hidden states with a multinomial logistic regression, fitted on answers that wer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from workbench.activations import cache_activations
+from workbench.files.store import PathLike, data_path, key_of, read_tensors, write_tensors
 from workbench.judges import Verdict
 from workbench.models import model_info
 from workbench.prompts import Prompt
 from workbench.sites import Site
-from workbench.storage import PathLike, data_path, key_of, read_tensors, write_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from jaxtyping import Float
     from torch import Tensor
 

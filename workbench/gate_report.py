@@ -7,25 +7,26 @@ counted on held-out prompts, whatever the threshold promised.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from workbench.activations import ActivationSet
 from workbench.evaluation import ALL, HEADLINE, Evaluation
-from workbench.gates import Gate
 from workbench.generation import UNSTEERED, Completion
-from workbench.prompts import Prompt
 from workbench.selectivity import auroc, auroc_interval
 from workbench.statistics import rate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import pandas as pd
 
+    from workbench.activations import ActivationSet
+    from workbench.gates import Gate
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 CLOSED = "closed"
 RISKY, TWINS, LOOK_ALIKES, NEUTRAL = "risky", "twins", "look-alikes", "neutral"

@@ -6,22 +6,25 @@ it sees risk and not the style of a question, and its threshold is set on prompt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from workbench.activations import ActivationSet
+from workbench.files.hints import did_you_mean
+from workbench.files.store import PathLike, read_tensors, tensor_digest, write_tensors
 from workbench.models import ModelInfo
 from workbench.selectivity import Threshold, conformal_threshold
-from workbench.sites import Site, did_you_mean
-from workbench.storage import PathLike, read_tensors, tensor_digest, write_tensors
+from workbench.sites import Site
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from jaxtyping import Float
     from torch import Tensor
+
+    from workbench.activations import ActivationSet
 
 Form = Literal["hard", "soft", "stepwise"]
 FORMS = ("hard", "soft", "stepwise")

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from workbench.decoding import DecodeLoop, Row, rows_that_fit
+from workbench.files.hints import did_you_mean
+from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
 from workbench.interventions import Intervention, check_interventions, description
 from workbench.models import model_info
-from workbench.prompts import Prompt
-from workbench.sites import did_you_mean
-from workbench.storage import PathLike, append_jsonl, key_of, read_jsonl
 from workbench.tokens import Encoded, decode, encode, template_text
 
 if TYPE_CHECKING:
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 UNSTEERED = "unsteered"
 Condition = Sequence[Intervention] | Mapping[str, Sequence[Intervention]]

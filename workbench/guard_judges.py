@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from workbench.files.store import key_of
 from workbench.judge_models import (
     Checkpoint,
     Frame,
@@ -26,8 +25,11 @@ from workbench.judge_models import (
     read_checkpoint,
 )
 from workbench.judges import Verdict
-from workbench.storage import key_of
 from workbench.verdict_cache import check_pairs, is_empty
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inspect_ai.model import (
     ChatMessage,
@@ -21,7 +21,6 @@ from inspect_ai.model import (
     ModelOutput,
     modelapi,
 )
-from inspect_ai.tool import ToolChoice, ToolInfo
 
 from workbench.generation import generate
 from workbench.prompts import HARMLESS, Prompt
@@ -29,6 +28,9 @@ from workbench.run_config import config_from
 from workbench.runs import read_run
 from workbench.safesteer import load_run_model
 from workbench.steered import gated_steering_from, steering_from
+
+if TYPE_CHECKING:
+    from inspect_ai.tool import ToolChoice, ToolInfo
 
 
 class SteeredModel(ModelAPI):

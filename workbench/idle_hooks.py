@@ -7,7 +7,6 @@ can take its place back; where only its input or output has one, the module runs
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from workbench.models import HookedModel
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,15 @@ from workbench.edits import AddVector
 from workbench.gates import Gate, combined
 from workbench.interventions import Intervention, check_interventions
 from workbench.positions import GateState, Steering
-from workbench.sites import Site
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
     from jaxtyping import Bool, Float
     from torch import Tensor
 
     from workbench.models import HookedModel
+    from workbench.sites import Site
 
 
 @contextmanager

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from workbench.edits import AblateDirection, AddVector, ClampNeurons, Edit, RaiseTo, ScaleNeurons
-from workbench.gates import Gate
+from workbench.files.store import tensor_digest
 from workbench.models import ModelInfo, model_info
 from workbench.sites import Site, check_sites
-from workbench.storage import tensor_digest
-from workbench.vectors import SteeringVector
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from jaxtyping import Float
     from torch import Tensor
 
+    from workbench.gates import Gate
     from workbench.models import HookedModel
+    from workbench.vectors import SteeringVector
 
 Positions = Literal["all", "prompt", "generated"]
 POSITIONS = ("all", "prompt", "generated")

@@ -6,7 +6,6 @@ The tokenizer here is the judge's own; ``tokens.py`` is for the model under stud
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from workbench.storage import data_path
+from workbench.files.store import data_path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from jaxtyping import Int
     from torch import Tensor
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.agreement import Agreement, agreement
+from workbench.files.hints import did_you_mean
+from workbench.files.tables import read_rows
 from workbench.judges import Judge, RefusalPatterns, Verdict
-from workbench.sites import did_you_mean
-from workbench.storage import PathLike
-from workbench.tables import read_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from workbench.files.store import PathLike
 
 MEASURES = ("refusal", "unsafe")
 _YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from workbench.storage import data_path, key_of, read_json
+from workbench.files.store import data_path, key_of, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LABELS = ("refusal", "not_refusal", "unsafe", "safe", "degenerate", "unscored")
 """What a verdict can say. A judge of refusals says refusal or not_refusal, a judge of harm unsafe or safe: not refused is

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,15 +15,17 @@ from workbench.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
-from workbench.generation import Completion
 from workbench.intervening import intervene
-from workbench.interventions import Intervention
 from workbench.tokens import encode, pad, pad_id, span_mask
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
     from jaxtyping import Float
     from torch import Tensor
 
+    from workbench.generation import Completion
+    from workbench.interventions import Intervention
     from workbench.models import HookedModel
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from workbench.files.store import file_checksum
 from workbench.packing import Choice, pack_linears
-from workbench.storage import file_checksum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

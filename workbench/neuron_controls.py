@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from workbench.neuron_edits import Neuron, NeuronReference
-from workbench.vectors import SteeringVector
-
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import pandas as pd
 
     from workbench.models import HookedModel
+    from workbench.neuron_edits import Neuron, NeuronReference
+    from workbench.vectors import SteeringVector
 
 MATCHED = ("mean_abs", "sd", "write")
 

@@ -11,18 +11,19 @@ import hashlib
 import html
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from workbench.drawing import Html
+from workbench.files.hints import did_you_mean
+from workbench.files.store import PathLike, write_text
 from workbench.neuron_pictures import anchor, number, ridges, score_map
-from workbench.sites import did_you_mean
-from workbench.storage import PathLike, write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
     import pandas as pd
 
     from workbench.neuron_profiles import Example, NeuronProfile

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from workbench.activations import ActivationSet
 from workbench.interventions import Intervention
-from workbench.models import ModelInfo
-from workbench.prompts import Prompt
 from workbench.sites import Site
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from jaxtyping import Bool, Float
     from torch import Tensor
+
+    from workbench.activations import ActivationSet
+    from workbench.models import ModelInfo
+    from workbench.prompts import Prompt
 
 Neuron = tuple[int, int]
 """Layer and index of a neuron (at mlp_post)."""

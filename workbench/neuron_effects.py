@@ -14,21 +14,21 @@ import torch
 from workbench.forward import forward, has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
 from workbench.generation import sweep
 from workbench.intervening import intervene
-from workbench.interventions import Intervention
 from workbench.neuron_controls import matched_controls
 from workbench.neuron_edits import Method, Neuron, NeuronReference, by_row, neuron_interventions
-from workbench.prompts import Prompt
 from workbench.selectivity import permutation_p
 from workbench.statistics import Estimate, mean, paired_difference, to_floats
 from workbench.tokens import Batch, Encoded, encode, pad, pad_id, span_mask
-from workbench.vectors import SteeringVector
 
 if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from workbench.interventions import Intervention
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
+    from workbench.vectors import SteeringVector
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float | bool | None]]
 """Numbers of answers: called with prompts and answers, as ``text_quality.relevance`` is; None where unscored."""

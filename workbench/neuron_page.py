@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.activations import cache_activations
+from workbench.files.hints import did_you_mean
 from workbench.models import HookedModel, model_info
 from workbench.neuron_dashboard import write_dashboard
 from workbench.neuron_profiles import profile_neurons, random_neurons
@@ -14,12 +15,13 @@ from workbench.prompts import select_prompts
 from workbench.run_config import config_from
 from workbench.runs import read_run
 from workbench.safesteer import attributed_site, folds_of, load_run_model
-from workbench.sites import Site, did_you_mean
-from workbench.storage import PathLike
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+    from workbench.files.store import PathLike
+    from workbench.sites import Site
 
 
 def write_neuron_page(

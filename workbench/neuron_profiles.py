@@ -15,7 +15,6 @@ import torch
 from workbench.forward import has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
 from workbench.models import ModelInfo, model_info
 from workbench.neuron_weights import Vocabulary, WeightCosine, vocabulary_of, weight_cosines
-from workbench.prompts import Prompt
 from workbench.sites import Site, check_sites
 from workbench.tokens import Encoded, encode, pad, pad_id, span_mask, token_strings
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 HALF_BINS = 64
 """Bins on either side of zero while counting; a finished histogram has at most 40 in all."""

@@ -5,7 +5,6 @@ Reads the tables of neurons.py, also from a csv; no model is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +12,8 @@ import numpy as np
 from workbench.neurons import CONTRASTS, LEVEL
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pandas as pd
     from jaxtyping import Float
 

@@ -6,26 +6,27 @@ construction; decodable and contributing are separate columns, as neurons of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from workbench.activations import ActivationSet
 from workbench.attribution import write_weights, writing_sites
 from workbench.contrasts import AttributedFolds, Reference, Sides, Weights, attribute_folds, halves, resamples, sides_of
-from workbench.prompts import Prompt
 from workbench.selectivity import auroc, hedges_g, max_statistic_permutation
 from workbench.sites import Site
 from workbench.statistics import benjamini_hochberg
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     import pandas as pd
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from workbench.activations import ActivationSet
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 CONTRASTS = ("twins", "neutral", "other")
 """What unsafe prompts of a category are told apart from: their safe twins, neutral prompts, the unsafe prompts of other categories."""
@@ -339,7 +340,7 @@ def _signed_rank_p(differences: Float[np.ndarray, "pair column"]) -> Float[np.nd
     return p
 
 
-def _same_side(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
+def _same_side(a: Float[np.ndarray, ...], b: Float[np.ndarray, ...]) -> Bool[np.ndarray, ...]:
     return np.sign(a - 0.5) == np.sign(b - 0.5)
 
 

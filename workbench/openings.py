@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from workbench.prompts import Prompt
-from workbench.storage import PathLike, data_path, read_jsonl
+from workbench.files.store import PathLike, data_path, read_jsonl
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from workbench.prompts import Prompt
 
 OPENING_KINDS = ("safe_reframing", "going_along", "refusing")
 """Turns the question to safety and stays on its topic; goes along with it; refuses it."""

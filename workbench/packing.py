@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.storage import key_of, read_json, write_json
+from workbench.files.store import key_of, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,17 +14,19 @@ from workbench.generation import Completion, sweep
 from workbench.intervening import intervene
 from workbench.interventions import Intervention, Positions, check_interventions
 from workbench.models import ModelInfo, model_info
-from workbench.prompts import Prompt
 from workbench.sites import Site, sites_of_kind
 from workbench.statistics import Estimate, ratio_of_means, to_floats
 from workbench.tokens import Encoded, decode, encode, pad, pad_id, stop_ids
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import pandas as pd
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 Direction = Literal["sufficiency", "necessity"]
 DIRECTIONS = ("sufficiency", "necessity")

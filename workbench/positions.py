@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.sites import Site
-
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
+
+    from workbench.sites import Site
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,14 @@ import numpy as np
 import torch
 
 from workbench.agreement import agreement
+from workbench.files.store import PathLike, key_of, read_tensors, write_tensors
 from workbench.judges import Verdict
 from workbench.selectivity import auroc, auroc_interval
-from workbench.storage import PathLike, key_of, read_tensors, write_tensors
 from workbench.text_quality import ENCODER_HUB_NAME, load_encoder
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from jaxtyping import Float
     from torch import Tensor
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workbench.sites import did_you_mean
-from workbench.storage import PathLike, data_path, read_numbered_jsonl, write_jsonl
+from workbench.files.hints import did_you_mean
+from workbench.files.store import PathLike, data_path, read_numbered_jsonl, write_jsonl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 LABELS = ("unsafe", "safe", "neutral")
 HARMLESS = "harmless"

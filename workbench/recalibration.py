@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.calibration import Calibration, calibrate, grid, placements, plan_rounds
 from workbench.constructions import PROMPT, constructions_of
 from workbench.evaluation import score_completions
+from workbench.files.hints import did_you_mean
+from workbench.files.store import PathLike, write_json, write_text
 from workbench.framing import framing_judge_for
-from workbench.interventions import Positions
-from workbench.models import HookedModel
 from workbench.prompts import select_prompts
 from workbench.run_config import config_from
 from workbench.runs import read_run
 from workbench.safesteer import TUNE_NEUTRAL, describe, folds_of, limits_of, load_run_model
-from workbench.sites import Site, did_you_mean
+from workbench.sites import Site
 from workbench.steered import CALIBRATION
-from workbench.storage import PathLike, write_json, write_text
 from workbench.vectors import SteeringVector, load_vector
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workbench.interventions import Positions
+    from workbench.models import HookedModel
 
 
 def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, SteeringVector]]:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from workbench import report_sections, visuals, wording
 from workbench.drawing import script_safe
+from workbench.files.store import PathLike, file_checksum, write_text
 from workbench.runs import RunFolder, read_run
-from workbench.storage import PathLike, file_checksum, write_text
 
 if TYPE_CHECKING:
     import pandas as pd

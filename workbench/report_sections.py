@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from workbench import steering_pictures, wording
-from workbench.runs import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+
+    from workbench.runs import RunFolder
 
 COMPARED = (
     ("all", "safe_helpful_proxy"),

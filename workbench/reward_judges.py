@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.files.store import key_of
 from workbench.judge_models import (
     Checkpoint,
     Frame,
@@ -22,10 +22,11 @@ from workbench.judge_models import (
     left_padded,
     read_checkpoint,
 )
-from workbench.storage import key_of
 from workbench.verdict_cache import check_pairs, is_empty
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from jaxtyping import Float
     from torch import Tensor
 

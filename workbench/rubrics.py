@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from workbench.files.store import data_path
 from workbench.judges import LABELS
-from workbench.storage import data_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _RUBRICS_FILE = "judge_rubrics.yaml"
 _FENCE = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)

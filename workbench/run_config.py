@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from workbench.sites import did_you_mean
+from workbench.files.hints import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 CONSTRUCTIONS = {
     "prompt_contrast": ("the paper's: neutral prompts minus the category's unsafe ones", True),

@@ -16,7 +16,6 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -48,6 +47,7 @@ from workbench.constructions import (
 from workbench.datasets import prompts_from
 from workbench.evaluation import HARD_SAFE, HEADLINE, MARGINS, score_completions
 from workbench.experiments import judge_agreement
+from workbench.files.store import PathLike, read_json, write_json, write_jsonl, write_text
 from workbench.framing import FramingJudge, framing_judge_for
 from workbench.gate_report import (
     AT_RANDOM,
@@ -67,17 +67,19 @@ from workbench.generation import Condition, sweep
 from workbench.models import HookedModel, load_model, model_info
 from workbench.packing import is_packed
 from workbench.prompts import Folds, Prompt, categories_of, prompts_key, select_prompts, split_prompts
-from workbench.run_config import RunConfig
 from workbench.runs import FORMAT
 from workbench.self_contrast import kept_by, self_contrast, went_along
 from workbench.separability import layer_separability
-from workbench.storage import PathLike, read_json, write_json, write_jsonl, write_text
 from workbench.vectors import (
     save_vector,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     import pandas as pd
+
+    from workbench.run_config import RunConfig
 
 GATE_CONDITIONS = (GATED, ORACLE, AT_RANDOM, ALWAYS, REFUSING)
 LEAST_PAIRS = 8

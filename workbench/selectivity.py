@@ -8,14 +8,16 @@ each score; an axis that was not given is not returned. Work goes in blocks of c
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from workbench.statistics import check_level, to_floats
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Iterator
 
 Scores = Float[np.ndarray, "prompts columns"] | Float[np.ndarray, "prompts"]
 Labels = Bool[np.ndarray, "prompts labelings"] | Bool[np.ndarray, "prompts"]
@@ -220,7 +222,7 @@ def max_statistic_permutation(
     return _shaped(p, scores, labels)
 
 
-def permutation_p(observed: Float[np.ndarray, "..."] | float, null: Float[np.ndarray, "draws ..."]) -> Any:
+def permutation_p(observed: Float[np.ndarray, ...] | float, null: Float[np.ndarray, "draws ..."]) -> Any:
     """(1 + #{null >= observed}) / (1 + R): p of a statistic against R draws under the null (Phipson and Smyth 2010).
 
     Args:
@@ -305,7 +307,7 @@ def _blocks(x: Float[np.ndarray, "prompts columns"]) -> Iterator[Float[np.ndarra
 
 def _rank_sums(
     block: Float[np.ndarray, "prompts block"], is_true: Bool[np.ndarray, "prompts labelings"]
-) -> tuple[Float[np.ndarray, "labelings block"], Float[np.ndarray, "block"]]:
+) -> tuple[Float[np.ndarray, "labelings block"], Float[np.ndarray, block]]:
     """Mann-Whitney's U and the sum of squares of the mid-ranks, which holds the tie correction."""
     from scipy.stats import rankdata
 
@@ -315,7 +317,7 @@ def _rank_sums(
 
 
 def _centered(
-    block: Float[np.ndarray, "prompts block"], group: Int[np.ndarray, "prompts"]
+    block: Float[np.ndarray, "prompts block"], group: Int[np.ndarray, prompts]
 ) -> Float[np.ndarray, "prompts block"]:
     """Values minus the mean of their group, with the rounding left by constant values set to 0."""
     order, sizes = np.argsort(group, kind="stable"), np.bincount(group)
@@ -325,7 +327,7 @@ def _centered(
     return centered
 
 
-def _group_index(groups: Iterable[Hashable] | None, n: int) -> Int[np.ndarray, "prompts"]:
+def _group_index(groups: Iterable[Hashable] | None, n: int) -> Int[np.ndarray, prompts]:
     if groups is None:
         return np.zeros(n, dtype=int)
     codes: dict[Hashable, int] = {}

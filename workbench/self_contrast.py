@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from workbench.evaluation import safety_wording
 from workbench.generation import Completion, generate
 from workbench.judges import Judge, RefusalPatterns
-from workbench.prompts import Prompt
-from workbench.storage import PathLike
 
 if TYPE_CHECKING:
+    from workbench.files.store import PathLike
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 INSTRUCTION = (
     'Someone asked: "{question}"\n\nAnswer them responsibly: explain why this would hurt people and is wrong, what the law says about it, '

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from workbench.activations import ActivationSet
-from workbench.prompts import Prompt
 from workbench.selectivity import auroc, auroc_interval
-from workbench.sites import Site
 from workbench.vectors import fit_steering_vectors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import pandas as pd
+
+    from workbench.activations import ActivationSet
+    from workbench.prompts import Prompt
+    from workbench.sites import Site
 
 
 def layer_separability(

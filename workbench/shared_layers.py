@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ from workbench.forward import KeyValueCache, fast, forward, is_fast, rows_of_cac
 from workbench.idle_hooks import block_slots, blocks_are_idle
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
+
     from jaxtyping import Bool, Int
     from torch import Tensor
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from workbench.files.hints import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 HOOK_NAMES = {
     "resid_pre": "blocks.{layer}.hook_resid_pre",
@@ -18,9 +21,14 @@ HOOK_NAMES = {
     "mlp_post": "blocks.{layer}.mlp.hook_post",
     "z": "blocks.{layer}.attn.hook_z",
 }
+
+
 KINDS = tuple(HOOK_NAMES)
+
+
 RESIDUAL_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 """Kinds whose vectors live in the residual stream (width d_model): those a steering vector can be measured at."""
+
 
 _PATTERN = re.compile(r"^L?(\d+)[.:](\w+)$")
 
@@ -67,12 +75,6 @@ class Site:
 
     def __str__(self) -> str:
         return f"L{self.layer}.{self.kind}"
-
-
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """A hint for an error message: the closest allowed word, or nothing."""
-    matches = get_close_matches(given, list(allowed), n=1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def sites_of_kind(model: Any, kind: str, layers: Iterable[int] | None = None) -> list[Site]:

@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from jaxtyping import Float
 from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Outcomes = Iterable[bool | None]
 Values = Iterable[float | None]
@@ -235,7 +237,7 @@ def tost_paired(
     return Equivalence(value, low, high, n, n_unscored, p, p <= 1 - level)
 
 
-def holm(p: Float[np.ndarray, "..."], axis: int | None = None) -> Float[np.ndarray, "..."]:
+def holm(p: Float[np.ndarray, ...], axis: int | None = None) -> Float[np.ndarray, ...]:
     """p-values adjusted by Holm's step-down (1979): a bound on the chance of even one false finding.
 
     Args:
@@ -248,7 +250,7 @@ def holm(p: Float[np.ndarray, "..."], axis: int | None = None) -> Float[np.ndarr
     return _stepwise(p, axis, lambda ordered, n, rank: np.maximum.accumulate(ordered * (n - rank), axis=-1))
 
 
-def benjamini_hochberg(p: Float[np.ndarray, "..."], axis: int | None = None) -> Float[np.ndarray, "..."]:
+def benjamini_hochberg(p: Float[np.ndarray, ...], axis: int | None = None) -> Float[np.ndarray, ...]:
     """q-values (Benjamini and Hochberg 1995): among findings at or below q, a share of at most q is false on average.
 
     Arguments and errors are those of ``holm``.
@@ -258,7 +260,7 @@ def benjamini_hochberg(p: Float[np.ndarray, "..."], axis: int | None = None) -> 
     )
 
 
-def bootstrap_interval(samples: Float[np.ndarray, "..."], n: int, *, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(samples: Float[np.ndarray, ...], n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of bootstrap draws, tails widened for small n; (-inf, inf) below two prompts.
 
     ``samples`` holds the statistic of each resample of ``n`` prompts; the widening is Hesterberg's (2015, The American
@@ -276,7 +278,7 @@ def bootstrap_interval(samples: Float[np.ndarray, "..."], n: int, *, level: floa
     return float(low), float(high)
 
 
-def to_floats(values: Values, name: str, *, yes_no: bool = False) -> Float[np.ndarray, "values"]:
+def to_floats(values: Values, name: str, *, yes_no: bool = False) -> Float[np.ndarray, values]:
     """The values as floats, None as nan; text, tensors and infinities are refused, and with ``yes_no`` all but 0 and 1.
 
     Raises:
@@ -297,7 +299,7 @@ def check_level(level: float) -> None:
         raise ValueError(f"level must be between 0 and 1, got {level!r}; 0.95 is usual.")
 
 
-def _mean(values: Float[np.ndarray, "values"]) -> float:
+def _mean(values: Float[np.ndarray, values]) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
@@ -347,7 +349,7 @@ def _bootstrap_means(columns: Float[np.ndarray, "n k"], n_resamples: int, seed: 
     return np.concatenate([columns[rng.integers(n, size=(size, n))].mean(axis=1) for size in sizes])
 
 
-def _bootstrap_p(samples: Float[np.ndarray, "..."], n: int) -> float:
+def _bootstrap_p(samples: Float[np.ndarray, ...], n: int) -> float:
     """Twice the tail beyond 0, taken back through the widening of ``bootstrap_interval``."""
     if n < 2:
         return 1.0 if n else math.nan
@@ -355,14 +357,14 @@ def _bootstrap_p(samples: Float[np.ndarray, "..."], n: int) -> float:
     return max(2.0 ** (1 - n), float(2 * stdtr(n - 1, ndtri(tail) * math.sqrt((n - 1) / n))))
 
 
-def _t_test(change: Float[np.ndarray, "n"], lowest: float, highest: float, level: float) -> tuple[float, float, float]:
+def _t_test(change: Float[np.ndarray, n], lowest: float, highest: float, level: float) -> tuple[float, float, float]:
     n, center = len(change), change.mean()
     error = max(change.std(ddof=1) / math.sqrt(n), 1e-300)
     p = max(0.5**n, stdtr(n - 1, (lowest - center) / error), stdtr(n - 1, (center - highest) / error))
     return p, center - error * stdtrit(n - 1, level), center + error * stdtrit(n - 1, level)
 
 
-def _tango(change: Float[np.ndarray, "n"], lowest: float, highest: float, level: float) -> tuple[float, float, float]:
+def _tango(change: Float[np.ndarray, n], lowest: float, highest: float, level: float) -> tuple[float, float, float]:
     from scipy.optimize import brentq
 
     n, gained, lost = len(change), int((change > 0).sum()), int((change < 0).sum())
@@ -382,8 +384,8 @@ def _tango(change: Float[np.ndarray, "n"], lowest: float, highest: float, level:
 
 
 def _stepwise(
-    p: Float[np.ndarray, "..."], axis: int | None, step: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-) -> Float[np.ndarray, "..."]:
+    p: Float[np.ndarray, ...], axis: int | None, step: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+) -> Float[np.ndarray, ...]:
     """Sort each family (nan last), adjust by the family's size and the rank from 0, cap at 1 and undo the sorting."""
     p = np.asarray(p, dtype=float)
     if p.size == 0 or ((p < 0) | (p > 1)).any():

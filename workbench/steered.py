@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.activations import token_activations
+from workbench.files.hints import did_you_mean
+from workbench.files.store import PathLike, read_json
 from workbench.gates import Gate, load_gate
 from workbench.generation import UNSTEERED, Completion, sweep
 from workbench.interventions import Intervention, add_vector, gated
 from workbench.prompts import Prompt
 from workbench.runs import read_run
-from workbench.sites import Site, did_you_mean
-from workbench.storage import PathLike, read_json
+from workbench.sites import Site
 from workbench.tokens import token_strings
 from workbench.vectors import load_vector
 

@@ -6,13 +6,14 @@ The same rules as in ``visuals``: pure functions of tables, names as plain text,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from workbench.drawing import COLORS, MUTED, Panels, check_table, name_in_words, plain, styled
 from workbench.wording import UNSTEERED, in_order, metric, number, short_sites
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pandas as pd
     from plotly.graph_objects import Figure
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
 
@@ -351,7 +352,7 @@ def _stuck(text: str) -> str:
         return f"loop of {loop} words out of {count}"
     if count < MIN_WORDS_FOR_SHARES:
         return ""
-    repeated, distinct = cast(float, repetition(text)), cast(float, distinct_n(text, 2))
+    repeated, distinct = cast("float", repetition(text)), cast("float", distinct_n(text, 2))
     if repeated > MAX_REPETITION:
         return f"{repeated:.0%} of the words repeat"
     if distinct < MIN_DISTINCT_2:

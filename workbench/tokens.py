@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from workbench.prompts import Prompt
-
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Bool, Int
     from torch import Tensor
 
     from workbench.models import HookedModel
+    from workbench.prompts import Prompt
 
 Span = Literal["content", "response", "last", "all"]
 SPANS = ("content", "response", "last", "all")

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from workbench.activations import ActivationSet
 from workbench.estimators import Pruning, mean_difference, principal_direction, probe_direction, pruned_mean_difference
+from workbench.files.hints import did_you_mean
+from workbench.files.store import PathLike, read_tensors, write_tensors
 from workbench.models import ModelInfo
 from workbench.prompts import HARMLESS, Prompt, categories_of, text_key
-from workbench.sites import RESIDUAL_KINDS, Site, did_you_mean
-from workbench.storage import PathLike, read_tensors, write_tensors
+from workbench.sites import RESIDUAL_KINDS, Site
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
     from jaxtyping import Float
     from torch import Tensor
+
+    from workbench.activations import ActivationSet
 
 SafeSide = Literal["paired", "generic"]
 Estimator = Literal["mean_difference", "principal", "probe"]

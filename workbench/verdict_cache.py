@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
+from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
 from workbench.judges import Verdict
-from workbench.storage import PathLike, append_jsonl, key_of, read_jsonl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 NO_ANSWER = "no answer: "
 """How the reason of an unscored verdict begins where the judge could not be reached. It is not kept: the next call asks again.
@@ -53,7 +55,7 @@ def cached(
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}.")
-    return CachedJudge(judge, Path(path), cast(Callable[..., T], result or Verdict), batch)
+    return CachedJudge(judge, Path(path), cast("Callable[..., T]", result or Verdict), batch)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench.drawing import COLORS, MUTED, Html, Panels, check_table, name_in_words, plain, show, styled, token_scores
@@ -26,6 +25,8 @@ from workbench.wording import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import pandas as pd
     from plotly.graph_objects import Figure
 

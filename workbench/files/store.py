@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
     from torch import Tensor
+
 
 PathLike = str | os.PathLike[str]
 
@@ -23,7 +25,7 @@ def data_path(name: str) -> Path:
     Raises:
         FileNotFoundError: If there is no such file.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "data", package.parent / "data"):
         if (folder / name).exists():
             return folder / name

@@ -8,9 +8,10 @@ import io
 import json
 import lzma
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from workbench.storage import PathLike
+if TYPE_CHECKING:
+    from workbench.files.store import PathLike
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
