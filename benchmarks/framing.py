@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import workbench as wb
-from workbench.agreement import agreement, cohen_kappa
 from workbench.directions import summed
 from workbench.evaluation import safety_wording
 from workbench.files.store import data_path, read_jsonl, write_jsonl
@@ -27,8 +26,9 @@ from workbench.framing import FILE, FRAMINGS, FramingJudge, fit_framing, hidden_
 from workbench.interventions import Intervention
 from workbench.judges import RefusalPatterns
 from workbench.models import model_info
-from workbench.selectivity import auroc, auroc_interval
 from workbench.self_contrast import instructed, self_contrast
+from workbench.stats.agreement import agreement, cohen_kappa
+from workbench.stats.selectivity import auroc, auroc_interval
 from workbench.text_quality import is_degenerate, relevance
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from workbench.agreement import agreement
 from workbench.files.store import read_json
 from workbench.judges import RefusalPatterns
 from workbench.probe_judge import train_probe
-from workbench.selectivity import auroc, auroc_interval
+from workbench.stats.agreement import agreement
+from workbench.stats.selectivity import auroc, auroc_interval
 
 
 def main() -> None:

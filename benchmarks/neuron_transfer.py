@@ -14,8 +14,8 @@ import argparse
 import numpy as np
 
 import workbench as wb
-from workbench.selectivity import auroc
-from workbench.statistics import mean
+from workbench.stats.estimates import mean
+from workbench.stats.selectivity import auroc
 
 CATEGORIES = ("hate_speech", "privacy_violation", "illegal_activity")
 TOP = 50

@@ -40,7 +40,7 @@ from workbench.gate_report import (
     roc,
 )
 from workbench.self_contrast import instructed, kept_by, self_contrast
-from workbench.statistics import paired_difference, rate
+from workbench.stats.estimates import paired_difference, rate
 
 LAYERS, ALONE, GATE = (10, 12, 14, 16), 15, 9
 MILD, STRONG, ONE_LAYER = 0.06, 0.09, 0.17

@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from workbench import statistics
+from workbench.stats import estimates as statistics
 
 CATEGORIES = ("hate_speech", "privacy_violation", "illegal_activity", "malware", "fraud")
 CONDITIONS = ("unsteered", "prompt contrast", "answer contrast", "random", "shuffled labels", "other category")

@@ -27,7 +27,7 @@ from workbench.likelihood import answer_log_probs
 from workbench.models import model_info
 from workbench.prompts import Prompt
 from workbench.sites import Site
-from workbench.statistics import holm
+from workbench.stats.estimates import holm
 from workbench.text_quality import bleu, distinct_n, perplexity_from_log_probs, rouge_l
 from workbench.vectors import SteeringVector
 

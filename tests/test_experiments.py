@@ -17,7 +17,7 @@ from workbench.interventions import add_vector
 from workbench.models import model_info
 from workbench.prompts import Prompt, text_key
 from workbench.sites import Site
-from workbench.statistics import mcnemar, paired_difference, tost_paired
+from workbench.stats.estimates import mcnemar, paired_difference, tost_paired
 from workbench.vectors import SteeringVector
 
 

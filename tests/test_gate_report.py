@@ -30,9 +30,9 @@ from workbench.gates import Gate
 from workbench.generation import UNSTEERED, Completion
 from workbench.models import model_info
 from workbench.prompts import Prompt
-from workbench.selectivity import Threshold
 from workbench.sites import Site
-from workbench.statistics import wilson_interval
+from workbench.stats.estimates import wilson_interval
+from workbench.stats.selectivity import Threshold
 from workbench.steering_pictures import front, gate_confusion, gate_rates, gate_roc
 
 READ = Site(0, "resid_post")

@@ -19,8 +19,8 @@ from workbench.intervening import intervene
 from workbench.interventions import activate, add_vector, gated, raise_to, suppress
 from workbench.models import model_info
 from workbench.prompts import Prompt
-from workbench.selectivity import Threshold
 from workbench.sites import Site
+from workbench.stats.selectivity import Threshold
 from workbench.tokens import encode, pad, pad_id, span_mask
 from workbench.vectors import SteeringVector
 

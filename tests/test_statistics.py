@@ -18,17 +18,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import ttost_paired
 
-from workbench.agreement import agreement, cohen_kappa
-from workbench.selectivity import (
-    auroc,
-    auroc_interval,
-    auroc_p_values,
-    conformal_threshold,
-    hedges_g,
-    max_statistic_permutation,
-    permutation_p,
-)
-from workbench.statistics import (
+from workbench.stats.agreement import agreement, cohen_kappa
+from workbench.stats.estimates import (
     Estimate,
     Rate,
     benjamini_hochberg,
@@ -41,6 +32,15 @@ from workbench.statistics import (
     ratio_of_means,
     tost_paired,
     wilson_interval,
+)
+from workbench.stats.selectivity import (
+    auroc,
+    auroc_interval,
+    auroc_p_values,
+    conformal_threshold,
+    hedges_g,
+    max_statistic_permutation,
+    permutation_p,
 )
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)

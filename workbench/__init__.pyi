@@ -6,8 +6,6 @@ from . import (
     neuron_profiles,
     neuron_tables,
     patching,
-    selectivity,
-    statistics,
     steering_pictures,
     text_quality,
     visuals,
@@ -49,6 +47,8 @@ from .safesteer import run
 from .self_contrast import answer_pairs, instructed, self_contrast, went_along
 from .separability import layer_separability
 from .sites import Site, sites_of_kind
+from .stats import estimates as statistics
+from .stats import selectivity
 from .steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
 from .tokens import encode, token_strings
 from .vectors import (

@@ -13,7 +13,7 @@ from workbench.files.tables import read_rows
 from workbench.generation import UNSTEERED, Completion, Condition
 from workbench.likelihood import steered_log_probs
 from workbench.prompts import HARMLESS, Prompt
-from workbench.statistics import mcnemar, mean, paired_difference, rate
+from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from workbench import statistics
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, data_path, read_json
 from workbench.generation import UNSTEERED, Completion, Condition, sweep
 from workbench.judges import Judge, RefusalPatterns
 from workbench.likelihood import answer_log_probs
 from workbench.prompts import Prompt, text_key
+from workbench.stats import estimates as statistics
 from workbench.text_quality import (
     bleu,
     distinct_n,

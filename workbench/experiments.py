@@ -6,11 +6,11 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
-from workbench import statistics
-from workbench.agreement import agreement
 from workbench.evaluation import ALL, HEADLINE, RATES, Evaluation
 from workbench.files.hints import did_you_mean
 from workbench.generation import UNSTEERED, Condition
+from workbench.stats import estimates as statistics
+from workbench.stats.agreement import agreement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

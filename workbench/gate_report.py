@@ -15,8 +15,8 @@ import torch
 
 from workbench.evaluation import ALL, HEADLINE, Evaluation
 from workbench.generation import UNSTEERED, Completion
-from workbench.selectivity import auroc, auroc_interval
-from workbench.statistics import rate
+from workbench.stats.estimates import rate
+from workbench.stats.selectivity import auroc, auroc_interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,8 +15,8 @@ import torch
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, tensor_digest, write_tensors
 from workbench.models import ModelInfo
-from workbench.selectivity import Threshold, conformal_threshold
 from workbench.sites import Site
+from workbench.stats.selectivity import Threshold, conformal_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

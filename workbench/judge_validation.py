@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.agreement import Agreement, agreement
 from workbench.files.hints import did_you_mean
 from workbench.files.tables import read_rows
 from workbench.judges import Judge, RefusalPatterns, Verdict
+from workbench.stats.agreement import Agreement, agreement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -16,8 +16,8 @@ from workbench.generation import sweep
 from workbench.intervening import intervene
 from workbench.neuron_controls import matched_controls
 from workbench.neuron_edits import Method, Neuron, NeuronReference, by_row, neuron_interventions
-from workbench.selectivity import permutation_p
-from workbench.statistics import Estimate, mean, paired_difference, to_floats
+from workbench.stats.estimates import Estimate, mean, paired_difference, to_floats
+from workbench.stats.selectivity import permutation_p
 from workbench.tokens import Batch, Encoded, encode, pad, pad_id, span_mask
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.selectivity import permutation_p
 from workbench.sites import Site
+from workbench.stats.selectivity import permutation_p
 from workbench.tokens import token_strings
 
 if TYPE_CHECKING:

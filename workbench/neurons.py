@@ -13,9 +13,9 @@ import torch
 
 from workbench.attribution import write_weights, writing_sites
 from workbench.contrasts import AttributedFolds, Reference, Sides, Weights, attribute_folds, halves, resamples, sides_of
-from workbench.selectivity import auroc, hedges_g, max_statistic_permutation
 from workbench.sites import Site
-from workbench.statistics import benjamini_hochberg
+from workbench.stats.estimates import benjamini_hochberg
+from workbench.stats.selectivity import auroc, hedges_g, max_statistic_permutation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

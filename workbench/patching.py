@@ -15,7 +15,7 @@ from workbench.intervening import intervene
 from workbench.interventions import Intervention, Positions, check_interventions
 from workbench.models import ModelInfo, model_info
 from workbench.sites import Site, sites_of_kind
-from workbench.statistics import Estimate, ratio_of_means, to_floats
+from workbench.stats.estimates import Estimate, ratio_of_means, to_floats
 from workbench.tokens import Encoded, decode, encode, pad, pad_id, stop_ids
 
 if TYPE_CHECKING:

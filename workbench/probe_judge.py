@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from workbench.agreement import agreement
 from workbench.files.store import PathLike, key_of, read_tensors, write_tensors
 from workbench.judges import Verdict
-from workbench.selectivity import auroc, auroc_interval
+from workbench.stats.agreement import agreement
+from workbench.stats.selectivity import auroc, auroc_interval
 from workbench.text_quality import ENCODER_HUB_NAME, load_encoder
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from workbench.selectivity import auroc, auroc_interval
+from workbench.stats.selectivity import auroc, auroc_interval
 from workbench.vectors import fit_steering_vectors
 
 if TYPE_CHECKING:

@@ -197,7 +197,7 @@ def control_differences(scores: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from workbench.statistics import holm, paired_difference
+    from workbench.stats.estimates import holm, paired_difference
 
     rows = scores[scores["label"] == "unsafe"] if "label" in scores else scores
     conditions = list(dict.fromkeys(rows["condition"]))
@@ -283,7 +283,7 @@ def _effects(rows: Sequence[dict[str, Any]]) -> list[int]:
     """+1, -1 or 0 a row: rose, fell, or no effect found."""
     import numpy as np
 
-    from workbench.statistics import holm
+    from workbench.stats.estimates import holm
 
     corrected = holm(np.array([row.get("p", math.nan) for row in rows], dtype=float))
     return [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench.statistics import Estimate, Outcomes, Rate, bootstrap_interval, check_level, rate, to_floats
+from workbench.stats.estimates import Estimate, Outcomes, Rate, bootstrap_interval, check_level, rate, to_floats
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable

@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from workbench.statistics import check_level, to_floats
+from workbench.stats.estimates import check_level, to_floats
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
 
+
 Scores = Float[np.ndarray, "prompts columns"] | Float[np.ndarray, "prompts"]
+
+
 Labels = Bool[np.ndarray, "prompts labelings"] | Bool[np.ndarray, "prompts"]
+
+
 BLOCK = 4096
 """Columns worked on at once: a block of 250 rows takes 8 MB in float64."""
 

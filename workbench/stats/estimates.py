@@ -19,8 +19,13 @@ from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+
 Outcomes = Iterable[bool | None]
+
+
 Values = Iterable[float | None]
+
+
 Clusters = Iterable[Hashable] | None
 
 
