@@ -12,6 +12,8 @@ from tiny_models import D_MODEL
 
 from workbench.activations import ActivationSet
 from workbench.evaluation import HEADLINE, Evaluation
+from workbench.figures.gates import gate_confusion, gate_rates, gate_roc
+from workbench.figures.results import front
 from workbench.gate_report import (
     AT_RANDOM,
     CLOSED,
@@ -33,7 +35,6 @@ from workbench.prompts import Prompt
 from workbench.sites import Site
 from workbench.stats.estimates import wilson_interval
 from workbench.stats.selectivity import Threshold
-from workbench.steering_pictures import front, gate_confusion, gate_rates, gate_roc
 
 READ = Site(0, "resid_post")
 KINDS = (("unsafe", "fraud"), ("unsafe", "malware"), ("safe", "fraud"), ("safe", "hard_safe"), ("neutral", "harmless"))

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from synthetic_run import HOSTILE, write_run
 
-from workbench import report, wording
+from workbench import report
+from workbench.figures import wording
 from workbench.report import write_report
 from workbench.runs import read_run
 

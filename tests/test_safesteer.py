@@ -11,6 +11,7 @@ import torch
 
 from workbench import activations, generation, safesteer
 from workbench.calibration import in_words
+from workbench.figures.wording import gate_lines
 from workbench.files.store import read_json, read_jsonl
 from workbench.neuron_page import write_neuron_page
 from workbench.prompts import load_prompts, save_prompts, select_prompts
@@ -20,7 +21,6 @@ from workbench.run_config import RunConfig, config_from
 from workbench.safesteer import run
 from workbench.steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
 from workbench.vectors import load_vector
-from workbench.wording import gate_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_run import HOSTILE, write_run
 
-from workbench import drawing, evaluation, generation, visuals, wording
+from workbench import evaluation, generation
+from workbench.figures import results as visuals
+from workbench.figures import style as drawing
+from workbench.figures import wording
 from workbench.runs import read_run
 
 CATEGORIES = ("fraud", "malware")

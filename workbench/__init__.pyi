@@ -6,18 +6,18 @@ from . import (
     neuron_profiles,
     neuron_tables,
     patching,
-    steering_pictures,
     text_quality,
-    visuals,
 )
 from .activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
 from .calibration import Limits, Setting, calibrate, grid, plan_rounds
 from .capability import multiple_choice, read_questions, text_perplexity
 from .datasets import list_datasets, prompts_from, read_dataset
-from .drawing import show, token_scores
 from .estimators import mean_difference, pruned_mean_difference
 from .evaluation import Evaluation, evaluate, score_completions
 from .experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
+from .figures import gates as steering_pictures
+from .figures import results as visuals
+from .figures.notebook import show, token_scores
 from .forward import plain
 from .framing import FramingJudge, load_framing_judge
 from .gates import Gate, fit_gate, load_gate, save_gate

@@ -76,11 +76,11 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _steer(options: argparse.Namespace) -> None:
+    from workbench.figures.wording import gate_lines, visible
     from workbench.run_config import config_from
     from workbench.runs import read_run
     from workbench.safesteer import load_run_model
     from workbench.steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
-    from workbench.wording import gate_lines, visible
 
     chosen: dict[str, Any] = {"construction": options.construction, "calibrated": options.calibrated}
     if options.category is None:

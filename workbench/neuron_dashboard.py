@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench.drawing import Html
+from workbench.figures.notebook import Html
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, write_text
 from workbench.neuron_pictures import anchor, number, ridges, score_map

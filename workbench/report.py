@@ -15,8 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench import report_sections, visuals, wording
-from workbench.drawing import script_safe
+from workbench import report_sections
+from workbench.figures import results as visuals
+from workbench.figures import wording
+from workbench.figures.notebook import script_safe
 from workbench.files.store import PathLike, file_checksum, write_text
 from workbench.runs import RunFolder, read_run
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from workbench import steering_pictures, wording
+from workbench.figures import gates as steering_pictures
+from workbench.figures import wording
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,8 +10,9 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from workbench.drawing import COLORS, MUTED, Html, Panels, check_table, name_in_words, plain, show, styled, token_scores
-from workbench.wording import (
+from workbench.figures.notebook import Html, show, token_scores
+from workbench.figures.style import COLORS, MUTED, Panels, check_table, name_in_words, plain, styled
+from workbench.figures.wording import (
     METRICS,
     POOLED,
     UNSTEERED,
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pandas as pd
+    from plotly.graph_objects import Figure
+from workbench.figures.gates import _known
+from workbench.figures.neuron_maps import layer_scores, neuron_map
 
 __all__ = [
     "Html",
@@ -42,11 +52,20 @@ __all__ = [
     "tuning",
 ]
 
+
 AGAINST = {"twins": "against safe twins", "other": "against other risks", "neutral": "against everyday prompts"}
 """What a category is told from, hardest first."""
+
+
 _DASHES = ("solid", "dash", "dot")
+
+
 _SYMBOLS = ("circle", "diamond", "square")
+
+
 _SIDES = ("middle left", "middle right", "top center", "bottom center")
+
+
 _VALUE, _CHANGE = ("value", "low", "high"), ("difference", "difference_low", "difference_high")
 
 
@@ -227,95 +246,6 @@ def evaluation(frame: pd.DataFrame, category: str = POOLED, metrics: Sequence[st
     return styled(panels.figure(), height=blocks * (170 + 52 * len(conditions)), left=120)
 
 
-def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
-    """Where the neurons of a category sit: layer by contribution, colored by how well each tells the category from others.
-
-    Args:
-        frame: Columns category, layer, neuron and contribution; auroc_* if there are.
-        category: Which.
-        top: How many, largest absolute contribution first.
-
-    Raises:
-        ValueError: If a column is missing or the category has no rows.
-    """
-    import plotly.graph_objects as go
-
-    check_table("neurons", frame, ("category", "layer", "neuron", "contribution"))
-    rows = _of(frame, "neurons", "category", category)
-    rows = rows.sort_values("contribution", key=abs, ascending=False)[:top]
-    aurocs = [f"auroc_{side}" for side in AGAINST if f"auroc_{side}" in rows]
-    marker: dict[str, Any] = {"size": 11, "line": {"width": 1, "color": MUTED}, "color": COLORS[0]}
-    shade = next((name for name in aurocs if rows[name].notna().any()), None)
-    if shade is not None:
-        bar = {"title": {"text": "AUROC<br>" + AGAINST[shade[6:]].replace(" ", "<br>", 1)}, "thickness": 12}
-        marker |= {
-            "color": rows[shade].tolist(),
-            "colorscale": "RdBu",
-            "reversescale": True,
-            "cmin": 0,
-            "cmax": 1,
-            "colorbar": bar,
-        }
-    names = [f"L{row['layer']} N{row['neuron']}" for row in rows.to_dict("records")]
-    hover = [
-        f"{name}<br>contribution {row['contribution']:+.3g}"
-        + "".join(f"<br>AUROC {plain(column[6:])} {row[column]:.2f}" for column in aurocs)
-        for name, row in zip(names, rows.to_dict("records"), strict=True)
-    ]
-    points = go.Scatter(
-        x=rows["layer"].tolist(),
-        y=rows["contribution"].tolist(),
-        mode="markers+text",
-        text=[name if place < 5 else "" for place, name in enumerate(names)],
-        textposition=[_SIDES[place % len(_SIDES)] for place in range(len(names))],
-        textfont={"size": 11},
-        marker=marker,
-        customdata=hover,
-        hovertemplate="%{customdata}<extra></extra>",
-    )
-    figure = go.Figure(points)
-    figure.add_hline(y=0, line={"color": MUTED, "width": 1})
-    figure.update_xaxes(title="layer", dtick=5)
-    figure.update_yaxes(title="contribution")
-    return styled(figure, height=380)
-
-
-def layer_scores(frame: pd.DataFrame, score: str = "contribution", by: str = "category") -> Figure:
-    """A score summed by layer and group, as a heat map: in which layers a category's neurons (or heads) write.
-
-    Args:
-        frame: One row a part of the model: columns layer, ``by`` and ``score``.
-        score: Column that is summed.
-        by: Column that makes the rows of the map.
-
-    Raises:
-        ValueError: If a column is missing or there are no rows.
-    """
-    import plotly.graph_objects as go
-
-    check_table("layer_scores", frame, ("layer", score, by))
-    table = frame.pivot_table(index=by, columns="layer", values=score, aggfunc="sum", sort=False)
-    table = table.reindex(columns=range(int(frame["layer"].min()), int(frame["layer"].max()) + 1)).fillna(0.0)
-    largest = float(table.abs().to_numpy().max()) or 1.0
-    tiles = go.Heatmap(
-        z=table.to_numpy().tolist(),
-        x=table.columns.tolist(),
-        y=[name_in_words(str(name)) for name in table.index],
-        colorscale="RdBu",
-        reversescale=True,
-        zmin=-largest,
-        zmax=largest,
-        xgap=1,
-        ygap=1,
-        colorbar={"title": {"text": name_in_words(score)}, "thickness": 12},
-        hovertemplate="%{y}, layer %{x}: %{z:.3g}<extra></extra>",
-    )
-    figure = go.Figure(tiles)
-    figure.update_xaxes(title="layer", showgrid=False, dtick=5)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    return styled(figure, height=max(210, 110 + 26 * len(table)), left=130)
-
-
 def _cells(*axes: Sequence[str]) -> Iterable[tuple[tuple[int, str], ...]]:
     """Every combination, each with its places: for panels by row, column and line."""
     return itertools.product(*(list(enumerate(axis)) for axis in axes))
@@ -363,3 +293,82 @@ def _of(frame: pd.DataFrame, what: str, column: str, name: str) -> pd.DataFrame:
             f"{what}: no rows of {column} {name!r}; there are: {', '.join(map(repr, dict.fromkeys(frame[column])))}."
         )
     return rows
+
+
+COSTS = ("relevance", "degenerate", "refusal", "neutral_kl")
+"""What steering may cost, set against the share of safe and helpful answers."""
+
+
+_HEADLINE = "safe_helpful_proxy"
+
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
+
+
+def front(frame: pd.DataFrame) -> Figure:
+    """Every setting by what it gains and what it costs; those on the front are filled, the chosen ones have a ring.
+
+    Args:
+        frame: tuning.csv or ``Calibration.table``: columns construction, sites, sign, rho, metric, value, front and chosen.
+
+    Returns:
+        One panel a cost: share of safe and helpful answers against it. A small open mark left the search in an earlier round, on fewer prompts.
+
+    Raises:
+        ValueError: If a column is missing, or there is no headline in it.
+    """
+    check_table("front", frame, ("construction", "sites", "sign", "rho", "metric", "value", "front", "chosen"))
+    names = [name for name in COSTS if name in set(frame["metric"])]
+    if _HEADLINE not in set(frame["metric"]) or not names:
+        raise ValueError(f"front: needs rows of {_HEADLINE!r} and of a cost ({', '.join(COSTS)}).")
+    keys = ["construction", "sites", "sign", "rho"] + [k for k in ("positions", "until", "round") if k in frame]
+    wide = frame.fillna({"until": -1} if "until" in frame else {}).pivot_table(
+        index=[*keys, "front", "chosen"], columns="metric", values="value", dropna=True, observed=True
+    )
+    points = wide.reset_index().to_dict("records")
+    base = [row for row in points if row["construction"] == UNSTEERED]
+    points = [row for row in points if row["construction"] != UNSTEERED]
+    last = max((row.get("round", 0) for row in points), default=0)
+    constructions = list(dict.fromkeys(row["construction"] for row in points))
+    panels = Panels(1, len(names), titles=["" for _ in names], gap=0)
+    for j, name in enumerate(names):
+        for k, construction in enumerate(constructions):
+            own = [row for row in points if row["construction"] == construction and _known(row, name)]
+            symbol = _SYMBOLS[k % len(_SYMBOLS)]
+            panels.add(
+                0,
+                j,
+                x=[row[name] for row in own],
+                y=[row[_HEADLINE] for row in own],
+                mode="markers",
+                name=name_in_words(construction),
+                legendgroup=construction,
+                showlegend=j == 0,
+                marker={
+                    "color": COLORS[k % len(COLORS)],
+                    "symbol": [symbol if row["front"] else f"{symbol}-open" for row in own],
+                    "size": [11 if row.get("round", 0) == last else 6 for row in own],
+                },
+                customdata=[_setting(row, name) for row in own],
+                hovertemplate="%{customdata}<extra>" + name_in_words(construction) + "</extra>",
+            )
+        chosen = [row for row in points if row["chosen"] and _known(row, name)]
+        ring = {"size": 19, "symbol": "circle-open", "color": MUTED, "line": {"width": 2}}
+        x, y = [row[name] for row in chosen], [row[_HEADLINE] for row in chosen]
+        panels.add(0, j, x=x, y=y, mode="markers", name="chosen", marker=ring, showlegend=j == 0, hoverinfo="skip")
+        known = [row for row in base if _known(row, name)]
+        x, y = [row[name] for row in known], [row[_HEADLINE] for row in known]
+        mark = {"size": 12, "symbol": "x", "color": MUTED}
+        panels.add(0, j, x=x, y=y, mode="markers", name=UNSTEERED, marker=mark, showlegend=j == 0)
+        share = {"tickformat": ".0%"} if metric(name).share else {}
+        panels.axis("x", 0, j, title={"text": metric(name).label}, nticks=5, tickangle=0, **share)
+        highest = max((row[_HEADLINE] for row in [*points, *base] if _known(row, name)), default=1.0)
+        panels.axis("y", 0, j, tickformat=".0%", range=[-0.04, highest + 0.06])
+    panels.axis("y", 0, 0, title={"text": plain(metric(_HEADLINE).label)})
+    return styled(panels.figure(), height=430, legend=True)
+
+
+def _setting(row: Mapping[str, Any], name: str) -> str:
+    way = "along" if row["sign"] > 0 else "against"
+    shown = [f"{metric(m).label} {number(m, row[m])}" for m in (_HEADLINE, name)]
+    return f"{plain(short_sites(row['sites']))}, {way} the vector, strength {row['rho']:.3g}<br>" + "<br>".join(shown)

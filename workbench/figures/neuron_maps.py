@@ -1,0 +1,105 @@
+"""Results to figures. Pure functions of tables: no figure sees a model, reads a result's file or needs the network.
+
+Tables are those of a run folder (evaluation.csv, tuning.csv, separability.csv, neurons.csv). Every name that comes from one is shown as
+plain text: Plotly would read tags in it as markup. Colors stay apart for color-blind readers, and no meaning rests on color alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from workbench.figures.style import COLORS, MUTED, check_table, name_in_words, plain, styled
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+from workbench.figures.results import _SIDES, AGAINST, _of
+
+
+def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
+    """Where the neurons of a category sit: layer by contribution, colored by how well each tells the category from others.
+
+    Args:
+        frame: Columns category, layer, neuron and contribution; auroc_* if there are.
+        category: Which.
+        top: How many, largest absolute contribution first.
+
+    Raises:
+        ValueError: If a column is missing or the category has no rows.
+    """
+    import plotly.graph_objects as go
+
+    check_table("neurons", frame, ("category", "layer", "neuron", "contribution"))
+    rows = _of(frame, "neurons", "category", category)
+    rows = rows.sort_values("contribution", key=abs, ascending=False)[:top]
+    aurocs = [f"auroc_{side}" for side in AGAINST if f"auroc_{side}" in rows]
+    marker: dict[str, Any] = {"size": 11, "line": {"width": 1, "color": MUTED}, "color": COLORS[0]}
+    shade = next((name for name in aurocs if rows[name].notna().any()), None)
+    if shade is not None:
+        bar = {"title": {"text": "AUROC<br>" + AGAINST[shade[6:]].replace(" ", "<br>", 1)}, "thickness": 12}
+        marker |= {
+            "color": rows[shade].tolist(),
+            "colorscale": "RdBu",
+            "reversescale": True,
+            "cmin": 0,
+            "cmax": 1,
+            "colorbar": bar,
+        }
+    names = [f"L{row['layer']} N{row['neuron']}" for row in rows.to_dict("records")]
+    hover = [
+        f"{name}<br>contribution {row['contribution']:+.3g}"
+        + "".join(f"<br>AUROC {plain(column[6:])} {row[column]:.2f}" for column in aurocs)
+        for name, row in zip(names, rows.to_dict("records"), strict=True)
+    ]
+    points = go.Scatter(
+        x=rows["layer"].tolist(),
+        y=rows["contribution"].tolist(),
+        mode="markers+text",
+        text=[name if place < 5 else "" for place, name in enumerate(names)],
+        textposition=[_SIDES[place % len(_SIDES)] for place in range(len(names))],
+        textfont={"size": 11},
+        marker=marker,
+        customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+    figure = go.Figure(points)
+    figure.add_hline(y=0, line={"color": MUTED, "width": 1})
+    figure.update_xaxes(title="layer", dtick=5)
+    figure.update_yaxes(title="contribution")
+    return styled(figure, height=380)
+
+
+def layer_scores(frame: pd.DataFrame, score: str = "contribution", by: str = "category") -> Figure:
+    """A score summed by layer and group, as a heat map: in which layers a category's neurons (or heads) write.
+
+    Args:
+        frame: One row a part of the model: columns layer, ``by`` and ``score``.
+        score: Column that is summed.
+        by: Column that makes the rows of the map.
+
+    Raises:
+        ValueError: If a column is missing or there are no rows.
+    """
+    import plotly.graph_objects as go
+
+    check_table("layer_scores", frame, ("layer", score, by))
+    table = frame.pivot_table(index=by, columns="layer", values=score, aggfunc="sum", sort=False)
+    table = table.reindex(columns=range(int(frame["layer"].min()), int(frame["layer"].max()) + 1)).fillna(0.0)
+    largest = float(table.abs().to_numpy().max()) or 1.0
+    tiles = go.Heatmap(
+        z=table.to_numpy().tolist(),
+        x=table.columns.tolist(),
+        y=[name_in_words(str(name)) for name in table.index],
+        colorscale="RdBu",
+        reversescale=True,
+        zmin=-largest,
+        zmax=largest,
+        xgap=1,
+        ygap=1,
+        colorbar={"title": {"text": name_in_words(score)}, "thickness": 12},
+        hovertemplate="%{y}, layer %{x}: %{z:.3g}<extra></extra>",
+    )
+    figure = go.Figure(tiles)
+    figure.update_xaxes(title="layer", showgrid=False, dtick=5)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return styled(figure, height=max(210, 110 + 26 * len(table)), left=130)

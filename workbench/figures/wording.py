@@ -1,0 +1,156 @@
+"""Results in words: names of metrics and conditions, numbers as a reader wants them, and the verdict of a run in plain sentences."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+UNSTEERED = "unsteered"
+
+
+POOLED = "all"
+
+
+CONTROLS = ("random", "shuffled", "other category")
+"""How the names of control conditions begin; the first is the one the verdict rests on."""
+
+
+HARMLESS = ("harmless", "neutral", "hard_safe")
+"""Categories of prompts without risk; they are no part of the pooled rows."""
+
+
+MAIN = ("safe_helpful_proxy", "relevant_answer", "refusal", "degenerate", "relevance")
+"""What the verdict speaks of, the first that is there being the main measure."""
+
+
+LEVEL = 0.05
+"""Largest corrected p that is called an effect."""
+
+
+class Metric(NamedTuple):
+    """How a metric is shown: its name in words, whether it is a share of prompts, which way is better (0: neither by itself)."""
+
+    label: str
+    share: bool
+    better: int
+
+
+METRICS = {
+    "safe_helpful_proxy": Metric("safe and helpful (proxy)", True, 1),
+    "relevant_answer": Metric("relevant answers", True, 0),
+    "refusal": Metric("refusals", True, 0),
+    "degenerate": Metric("broken text", True, -1),
+    "relevance": Metric("relevance", False, 1),
+    "safe": Metric("judged safe", True, 1),
+    "unsafe": Metric("judged unsafe", True, -1),
+    "safety_wording": Metric("safety wording", True, 0),
+    "perplexity": Metric("perplexity", False, -1),
+    "log_perplexity": Metric("log perplexity", False, -1),
+    "distinct_2": Metric("distinct word pairs", False, 1),
+    "rouge_l": Metric("ROUGE-L to unsteered", False, 0),
+    "bleu": Metric("BLEU to unsteered", False, 0),
+    "neutral_kl": Metric("KL on everyday prompts, nats", False, -1),
+    "n_words": Metric("words an answer", False, 0),
+}
+"""Known metrics, most telling first. Relevant answers are not better as such: going along with a bad request is relevant too."""
+
+
+def metric(name: str) -> Metric:
+    """How a metric is shown; an unknown one by its own name."""
+    return METRICS.get(name, Metric(name.replace("_", " "), False, 0))
+
+
+def in_order(names: Iterable[str], first: Sequence[str]) -> list[str]:
+    """Names without repeats: those of ``first`` in its order, then the others as they come."""
+    unique = list(dict.fromkeys(names))
+    return [name for name in first if name in unique] + [name for name in unique if name not in first]
+
+
+def is_control(condition: str) -> bool:
+    """Whether a condition is a control: steering by a vector that should do nothing in particular."""
+    return condition.startswith(CONTROLS)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a list in a sentence; nothing for none."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def visible(text: str) -> str:
+    """The text with characters spelled out that hide or reorder others (bidi marks, zero width, control codes, lone surrogates).
+
+    Line ends, tabs and the joiners that emoji and several scripts need stay as they are.
+    """
+    return "".join(
+        f"⟨U+{ord(char):04X}⟩"
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in "\n\t\u200c\u200d"
+        else char
+        for char in text
+    )
+
+
+def number(name: str, value: float, *, signed: bool = False) -> str:
+    """A metric's value as it is read: shares as per cent (changes as points), the rest with two or three digits; a dash for none."""
+    if not math.isfinite(value):
+        return "–"
+    sign = "+" if signed else ""
+    if metric(name).share:
+        return _minus(f"{round(100 * value) + 0:{sign}d}").replace("+0", "0") + (" points" if signed else " %")
+    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 0.005 or value == 0 else 3
+    return _minus(f"{value:{sign}.{digits}f}")
+
+
+def interval(name: str, low: float, high: float, *, signed: bool = False) -> str:
+    """An interval in the units of ``number``, in brackets; nothing where it has no ends."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    low_text, high_text = (number(name, end, signed=signed).split(" ")[0] for end in (low, high))
+    return f"[{low_text}, {high_text}]"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def gate_lines(threshold: float, reading: Any) -> list[str]:
+    """What a gate makes of a question, as lines of text: the decision, and the scores token by token of the category that scores highest.
+
+    Args:
+        threshold: Score above which the gate opens.
+        reading: ``steered.GateReading``.
+    """
+    order = reading.decided.argsort(descending=True).tolist()
+    ranked = ", ".join(f"{reading.categories[i]} {_minus(f'{float(reading.decided[i]):+.1f}')}" for i in order[:3])
+    opened = [reading.categories[i] for i in order if reading.opening[i] > 0]
+    said = f"opens for {listed(opened)}" if opened else "stays closed"
+    tokens = " ".join(
+        f"{visible(token).strip() or '␣'}({_minus(f'{float(score):+.0f}')})"
+        for token, score in zip(reading.tokens, reading.scores[:, order[0]], strict=True)
+    )
+    return [
+        f"gate: {said}; it opens above {_minus(f'{threshold:.1f}')}, highest scores: {ranked}",
+        f"{reading.categories[order[0]]} by token: {tokens}",
+    ]
+
+
+def p_value(p: float) -> str:
+    """A p-value in three digits, without the zero before the point."""
+    return (
+        "" if not math.isfinite(p) else "< .001" if p < 0.0005 else f"{p:.3f}".replace("0.", ".", 1) if p < 1 else "1"
+    )
+
+
+def short_sites(sites: str) -> str:
+    """Sites of one kind in a row of layers as a range: ``L12.attn_out L13.attn_out`` is ``L12–13.attn_out``."""
+    found = [re.fullmatch(r"L(\d+)\.(\w+)", site) for site in re.split(r"[\s,;]+", sites.strip())]
+    if len(found) < 2 or not all(found):
+        return sites
+    layers, kinds = [int(match[1]) for match in found if match], {match[2] for match in found if match}
+    in_a_row = layers == list(range(layers[0], layers[-1] + 1))
+    return f"L{layers[0]}–{layers[-1]}.{kinds.pop()}" if in_a_row and len(kinds) == 1 else sites
