@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 import workbench as wb
-from workbench.calibration import Setting, in_turn, steering
+from workbench.calibration import Setting, steering
 from workbench.conditions import ALWAYS, GATED, behind_gate, controls, for_everyone
 from workbench.constructions import Measured, fit_all
 from workbench.directions import summed
@@ -39,6 +39,7 @@ from workbench.gate_report import (
     refusing,
     roc,
 )
+from workbench.prompts.prompt import in_turn
 from workbench.self_contrast import instructed, kept_by, self_contrast
 from workbench.stats.estimates import paired_difference, rate
 

@@ -21,7 +21,7 @@ from tiny_models import D_MLP, D_MODEL, FAMILIES, LAYERS, sentences, tiny_model
 from workbench import activations as room
 from workbench.activations import ActivationSet, cache_activations, class_moments, token_activations
 from workbench.models import _converted_folder, _embedded_file, load_model, model_info
-from workbench.prompts import Prompt, load_prompts
+from workbench.prompts.prompt import Prompt, load_prompts
 from workbench.sites import KINDS, Site, sites_of_kind
 from workbench.tokens import encode
 

@@ -23,7 +23,7 @@ from workbench.attribution_passes import ROLES, gate_split, head_sources, scaled
 from workbench.intervening import intervene
 from workbench.interventions import clamp_neurons
 from workbench.models import load_model
-from workbench.prompts import Prompt, load_prompts, select_prompts
+from workbench.prompts.prompt import Prompt, load_prompts, select_prompts
 from workbench.sites import Site
 
 if TYPE_CHECKING:

@@ -12,22 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import WordEncoder
 
-from workbench.calibration import (
-    Limits,
-    Round,
-    Setting,
-    calibrate,
-    cost,
-    grid,
-    in_turn,
-    placements,
-    plan_rounds,
-    steering,
-)
+from workbench.calibration import Limits, Round, Setting, calibrate, cost, grid, placements, plan_rounds, steering
 from workbench.evaluation import HEADLINE, score_completions
 from workbench.files.store import read_jsonl
 from workbench.models import model_info
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt, in_turn
 from workbench.sites import Site
 from workbench.vectors import SteeringVector
 

@@ -14,7 +14,7 @@ from workbench.generation import UNSTEERED, generate
 from workbench.interventions import add_vector, gated
 from workbench.likelihood import answer_kl, answer_log_probs, steered_log_probs
 from workbench.models import model_info
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 from workbench.vectors import SteeringVector
 

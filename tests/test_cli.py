@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from workbench import cli
-from workbench.prompts import load_prompts, save_prompts, select_prompts
+from workbench.prompts.prompt import load_prompts, save_prompts, select_prompts
 
 
 def run_cli(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from workbench.constructions import GUIDED, Measured, constructions_of, fit_all, measure
-from workbench.openings import answer_prompts
-from workbench.prompts import Folds, load_prompts, select_prompts
+from workbench.prompts.openings import answer_prompts
+from workbench.prompts.prompt import Folds, load_prompts, select_prompts
 from workbench.run_config import CONSTRUCTIONS
 from workbench.sites import Site
 from workbench.vectors import fit_steering_vectors

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from workbench.files.store import data_path, file_checksum, read_json
-from workbench.openings import OPENING_KINDS, read_openings
-from workbench.prompts import HARD_SAFE, HARMLESS, Prompt, categories_of, load_prompts, split_prompts
+from workbench.prompts.openings import OPENING_KINDS, read_openings
+from workbench.prompts.prompt import HARD_SAFE, HARMLESS, Prompt, categories_of, load_prompts, split_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

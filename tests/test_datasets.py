@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from workbench import datasets
-from workbench.datasets import category_of, known_datasets, list_datasets, prompts_from, read_dataset
 from workbench.files.store import data_path
-from workbench.prompts import HARD_SAFE, HARMLESS, categories_of, load_prompts, save_prompts, split_prompts
+from workbench.prompts import benchmarks as datasets
+from workbench.prompts.benchmarks import category_of, known_datasets, list_datasets, prompts_from, read_dataset
+from workbench.prompts.prompt import HARD_SAFE, HARMLESS, categories_of, load_prompts, save_prompts, split_prompts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 OURS = set(categories_of(load_prompts())) | {HARMLESS, HARD_SAFE}
@@ -542,7 +542,7 @@ def test_a_set_on_the_hub_comes_through_the_datasets_library_once_and_then_offli
     info = {"_id": "1", "id": "PKU-Alignment/BeaverTails", "sha": commit, "siblings": [], "tags": [], "private": False}
     server.files[f"/revision/{commit}"] = json.dumps(info).encode()
     server.files["/30k/train.jsonl.gz"] = gzip.compress("\n".join(map(json.dumps, rows)).encode())
-    code = "from workbench.datasets import read_dataset; print(len(read_dataset('beavertails')))"
+    code = "from workbench.prompts.benchmarks import read_dataset; print(len(read_dataset('beavertails')))"
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "no_proxy": "127.0.0.1"}
     environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key} | hub
     for offline in ("0", "1"):

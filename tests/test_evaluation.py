@@ -25,7 +25,7 @@ from workbench.interventions import add_vector
 from workbench.judges import RefusalPatterns, Verdict
 from workbench.likelihood import answer_log_probs
 from workbench.models import model_info
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 from workbench.stats.estimates import holm
 from workbench.text_quality import bleu, distinct_n, perplexity_from_log_probs, rouge_l

@@ -15,7 +15,7 @@ from workbench.experiments import compare, judge_agreement, leakage_conditions, 
 from workbench.generation import UNSTEERED
 from workbench.interventions import add_vector
 from workbench.models import model_info
-from workbench.prompts import Prompt, text_key
+from workbench.prompts.prompt import Prompt, text_key
 from workbench.sites import Site
 from workbench.stats.estimates import mcnemar, paired_difference, tost_paired
 from workbench.vectors import SteeringVector

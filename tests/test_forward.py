@@ -20,7 +20,7 @@ from workbench.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 from workbench.tokens import Encoded, encode, pad
 

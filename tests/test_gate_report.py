@@ -31,7 +31,7 @@ from workbench.gate_report import (
 from workbench.gates import Gate
 from workbench.generation import UNSTEERED, Completion
 from workbench.models import model_info
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 from workbench.stats.estimates import wilson_interval
 from workbench.stats.selectivity import Threshold

@@ -18,7 +18,7 @@ from workbench.generation import UNSTEERED, sweep
 from workbench.intervening import intervene
 from workbench.interventions import activate, add_vector, gated, raise_to, suppress
 from workbench.models import model_info
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 from workbench.stats.selectivity import Threshold
 from workbench.tokens import encode, pad, pad_id, span_mask

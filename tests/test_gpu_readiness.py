@@ -15,7 +15,7 @@ from workbench import decoding
 from workbench.activations import cache_activations
 from workbench.generation import sweep
 from workbench.interventions import add_vector
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero")

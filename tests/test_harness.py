@@ -10,7 +10,7 @@ import pytest
 from test_safesteer import few_prompts, finished  # noqa: F401 - fixtures
 
 from workbench.generation import generate
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.steered import steering_from
 
 if TYPE_CHECKING:

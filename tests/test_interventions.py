@@ -23,7 +23,7 @@ from workbench.interventions import (
 )
 from workbench.models import load_model, model_info
 from workbench.positions import Steering
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 from workbench.tokens import encode, stop_ids
 from workbench.vectors import SteeringVector

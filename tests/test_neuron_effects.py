@@ -21,7 +21,7 @@ from workbench.models import HookedModel, load_model
 from workbench.neuron_controls import matched_controls, matching_statistics
 from workbench.neuron_edits import METHODS, NeuronReference, neuron_interventions, neuron_reference
 from workbench.neuron_effects import effects_table, neuron_effect, rank_curve
-from workbench.prompts import Prompt, load_prompts, select_prompts, split_prompts
+from workbench.prompts.prompt import Prompt, load_prompts, select_prompts, split_prompts
 from workbench.sites import Site, sites_of_kind
 from workbench.tokens import encode
 from workbench.vectors import SteeringVector, fit_steering_vectors

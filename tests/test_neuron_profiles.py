@@ -14,7 +14,7 @@ from workbench.activations import token_activations
 from workbench.models import hooked, load_model
 from workbench.neuron_profiles import NeuronProfile, _Counts, _TopTokens, profile_neurons, random_neurons
 from workbench.neuron_weights import N_RANDOM, reading_site, vocabulary_of, weight_cosines
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 from workbench.tokens import token_strings
 

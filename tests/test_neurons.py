@@ -16,7 +16,7 @@ from workbench.attribution import writing_sites
 from workbench.models import load_model
 from workbench.neuron_tables import notable_neurons, overlap, shared_neurons, stability, survivors
 from workbench.neurons import _signed_rank_p, attribute_heads, attribute_neurons
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site, sites_of_kind
 from workbench.stats.estimates import benjamini_hochberg
 from workbench.stats.selectivity import auroc, hedges_g

@@ -15,7 +15,7 @@ from workbench.generation import sweep
 from workbench.interventions import add_vector
 from workbench.models import load_model
 from workbench.packing import is_packed, pack_linears, unpacked
-from workbench.prompts import load_prompts, select_prompts
+from workbench.prompts.prompt import load_prompts, select_prompts
 from workbench.sites import Site
 from workbench.vectors import fit_steering_vectors
 

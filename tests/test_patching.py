@@ -14,7 +14,7 @@ from workbench.intervening import intervene
 from workbench.interventions import Intervention, scale_neurons
 from workbench.models import HookedModel, load_model
 from workbench.patching import contrast_activations, patched_answers, patching_effect
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 from workbench.tokens import encode
 

@@ -10,8 +10,8 @@ from workbench.activations import cache_activations
 from workbench.generation import sweep
 from workbench.interventions import add_vector
 from workbench.judges import RefusalPatterns
-from workbench.openings import answer_prompts
-from workbench.prompts import Prompt, categories_of, load_prompts, select_prompts, split_prompts
+from workbench.prompts.openings import answer_prompts
+from workbench.prompts.prompt import Prompt, categories_of, load_prompts, select_prompts, split_prompts
 from workbench.sites import Site, sites_of_kind
 from workbench.vectors import fit_steering_vectors, random_vector
 

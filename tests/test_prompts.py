@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.prompts import (
+from workbench.prompts.prompt import (
     LABELS,
     Prompt,
     categories_of,

@@ -14,7 +14,7 @@ from workbench.calibration import in_words
 from workbench.figures.wording import gate_lines
 from workbench.files.store import read_json, read_jsonl
 from workbench.neuron_page import write_neuron_page
-from workbench.prompts import load_prompts, save_prompts, select_prompts
+from workbench.prompts.prompt import load_prompts, save_prompts, select_prompts
 from workbench.recalibration import recalibrate
 from workbench.report import write_report
 from workbench.run_config import RunConfig, config_from

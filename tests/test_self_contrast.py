@@ -6,7 +6,7 @@ import pytest
 
 from workbench.generation import Completion
 from workbench.judges import Verdict
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.self_contrast import INSTRUCTION, answer_pairs, instructed, kept_by, self_contrast, went_along
 
 

@@ -13,7 +13,7 @@ from workbench import decoding
 from workbench.forward import forward, plain, prefix_cache, rows_of_cache
 from workbench.generation import generate, sweep
 from workbench.interventions import Intervention
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.shared_layers import run_below
 from workbench.sites import Site
 from workbench.tokens import encode

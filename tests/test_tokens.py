@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONTEXT, FAMILIES, PLAIN
 
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.tokens import (
     SPANS,
     Encoded,

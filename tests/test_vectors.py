@@ -19,8 +19,8 @@ from workbench.files.store import write_tensors
 from workbench.intervening import intervene
 from workbench.interventions import Intervention, add_vector
 from workbench.models import ModelInfo
-from workbench.openings import OPENING_KINDS, answer_prompts, read_openings
-from workbench.prompts import Prompt, load_prompts, select_prompts, split_prompts
+from workbench.prompts.openings import OPENING_KINDS, answer_prompts, read_openings
+from workbench.prompts.prompt import Prompt, load_prompts, select_prompts, split_prompts
 from workbench.sites import Site
 from workbench.vectors import (
     SteeringVector,

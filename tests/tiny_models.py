@@ -272,7 +272,7 @@ def planted_prompts(n: int, *, start: int = 0) -> list[Any]:
 
     ``start`` numbers the first one: prompts of other numbers are other prompts.
     """
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
     texts, rows = sentences(640), []
     for i in range(start, start + n):

@@ -11,7 +11,6 @@ from . import (
 from .activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
 from .calibration import Limits, Setting, calibrate, grid, plan_rounds
 from .capability import multiple_choice, read_questions, text_perplexity
-from .datasets import list_datasets, prompts_from, read_dataset
 from .estimators import mean_difference, pruned_mean_difference
 from .evaluation import Evaluation, evaluate, score_completions
 from .experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
@@ -38,8 +37,9 @@ from .judges import RefusalPatterns, Verdict
 from .likelihood import answer_kl, answer_log_probs, steered_log_probs
 from .models import ModelInfo, load_model, model_info
 from .neurons import attribute_heads, attribute_neurons
-from .openings import answer_prompts
-from .prompts import Folds, Prompt, categories_of, load_prompts, save_prompts, select_prompts, split_prompts
+from .prompts.benchmarks import list_datasets, prompts_from, read_dataset
+from .prompts.openings import answer_prompts
+from .prompts.prompt import Folds, Prompt, categories_of, load_prompts, save_prompts, select_prompts, split_prompts
 from .recalibration import recalibrate
 from .report import write_report
 from .run_config import RunConfig

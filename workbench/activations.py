@@ -14,7 +14,7 @@ import torch
 from workbench.files.store import PathLike, file_checksum, key_of, read_json, read_tensors, write_json, write_tensors
 from workbench.forward import has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
 from workbench.models import ModelInfo, model_info
-from workbench.prompts import Prompt, prompts_key, select_prompts
+from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
 from workbench.sites import Site, check_sites
 from workbench.tokens import SPANS, Encoded, encode, pad, pad_id, span_mask, template_text
 

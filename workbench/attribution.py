@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from workbench.activations import ActivationSet
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 RESIDUAL_STREAM = ("resid_pre", "resid_mid", "resid_post")
 """Kinds of site whose value is the sum of all that was written before: those a direction can be attributed at."""

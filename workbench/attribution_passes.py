@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 ROLES = ("first", "before", "content", "after", "response")
 """Roles of the tokens a head reads from: the very first one (BOS, where attention rests), the template before the user's words, those

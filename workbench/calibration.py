@@ -20,20 +20,33 @@ if TYPE_CHECKING:
 
     from workbench.files.store import PathLike
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
+from workbench.prompts.prompt import in_turn
 
 MID_DEPTH, BAND, SPREAD = 0.5, (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)
 """Where vectors are added, as shares of depth: the residual stream at half depth, attention outputs over a band around it, or the residual
 stream at four layers. The paper's layers are 14 to 31 of 32, mostly 14."""
+
+
 BAND_SHARE = 0.41
 """Strength at each of several layers over the strength at one layer: .07 to .17 in the exploration both come from."""
+
+
 LEAST_PROMPTS = 5
 """Prompts of a first round, at least."""
+
+
 NEUTRAL_KL = "neutral_kl"
+
+
 NEUTRAL_TOKENS = 16
 """First tokens of each answer to a neutral prompt along which the KL is measured."""
+
+
 Vectors = Mapping[tuple[str, Site], Mapping[str, SteeringVector]]
 """(construction, site) -> category -> vector."""
+
+
 Score = Callable[[Sequence[Completion]], Evaluation]
 """Answers of the unsteered model and of settings in, their evaluation out."""
 
@@ -316,15 +329,6 @@ def in_words(tuned: Calibration) -> str:
     wide = kept.pivot_table(index=keys, columns="metric", values="value", sort=False, dropna=True)[shown]
     best = tuned.best
     return f"{wide.reset_index().round(3).to_string(index=False)}\nbest: {best.name}"
-
-
-def in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts reordered so that the categories take turns: the first n are then spread over all of them."""
-    by_category: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        by_category.setdefault(prompt.category, []).append(prompt)
-    longest = max((len(own) for own in by_category.values()), default=0)
-    return [own[i] for i in range(longest) for own in by_category.values() if i < len(own)]
 
 
 def _neutral_kl(

@@ -12,7 +12,7 @@ from workbench.files.store import PathLike, data_path
 from workbench.files.tables import read_rows
 from workbench.generation import UNSTEERED, Completion, Condition
 from workbench.likelihood import steered_log_probs
-from workbench.prompts import HARMLESS, Prompt
+from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 
 if TYPE_CHECKING:

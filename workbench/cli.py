@@ -53,7 +53,7 @@ def _neurons(options: argparse.Namespace) -> None:
 
 
 def _datasets(_: argparse.Namespace) -> None:
-    from workbench.datasets import list_datasets
+    from workbench.prompts.benchmarks import list_datasets
 
     print(list_datasets().to_string(index=False))
 

@@ -13,7 +13,7 @@ from workbench.directions import pooled
 from workbench.evaluation import HEADLINE
 from workbench.generation import UNSTEERED, Condition
 from workbench.interventions import Intervention, add_vector, gated
-from workbench.prompts import Prompt, categories_of
+from workbench.prompts.prompt import Prompt, categories_of
 from workbench.sites import Site
 from workbench.vectors import SteeringVector, random_vector, scaled_to, shuffled_vector
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from workbench.activations import ActivationSet, cache_activations
 from workbench.calibration import Vectors, placements
 from workbench.directions import own_part, pooled, summed, without
-from workbench.openings import answer_prompts
-from workbench.prompts import Folds, Prompt, categories_of
+from workbench.prompts.openings import answer_prompts
+from workbench.prompts.prompt import Folds, Prompt, categories_of
 from workbench.run_config import CONSTRUCTIONS
 from workbench.sites import Site, sites_of_kind
 from workbench.vectors import SteeringVector, fit_steering_vectors

@@ -12,7 +12,7 @@ from workbench.attribution import Attribution, class_difference, direct_attribut
 from workbench.attribution_passes import writing_activations
 from workbench.files.hints import did_you_mean
 from workbench.models import model_info
-from workbench.prompts import Prompt, categories_of
+from workbench.prompts.prompt import Prompt, categories_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -16,7 +16,7 @@ from workbench.files.store import PathLike, data_path, read_json
 from workbench.generation import UNSTEERED, Completion, Condition, sweep
 from workbench.judges import Judge, RefusalPatterns
 from workbench.likelihood import answer_log_probs
-from workbench.prompts import Prompt, text_key
+from workbench.prompts.prompt import Prompt, text_key
 from workbench.stats import estimates as statistics
 from workbench.text_quality import (
     bleu,

@@ -15,7 +15,7 @@ from workbench.activations import cache_activations
 from workbench.files.store import PathLike, data_path, key_of, read_tensors, write_tensors
 from workbench.judges import Verdict
 from workbench.models import model_info
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.sites import Site
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workbench.activations import ActivationSet
     from workbench.gates import Gate
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 CLOSED = "closed"
 RISKY, TWINS, LOOK_ALIKES, NEUTRAL = "risky", "twins", "look-alikes", "neutral"

@@ -20,7 +20,7 @@ from workbench.tokens import Encoded, decode, encode, template_text
 
 if TYPE_CHECKING:
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 UNSTEERED = "unsteered"
 Condition = Sequence[Intervention] | Mapping[str, Sequence[Intervention]]

@@ -23,7 +23,7 @@ from inspect_ai.model import (
 )
 
 from workbench.generation import generate
-from workbench.prompts import HARMLESS, Prompt
+from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.run_config import config_from
 from workbench.runs import read_run
 from workbench.safesteer import load_run_model

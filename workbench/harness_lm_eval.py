@@ -14,7 +14,7 @@ from lm_eval.api.model import LM
 
 from workbench.generation import UNSTEERED, Completion, generate
 from workbench.likelihood import steered_log_probs
-from workbench.prompts import HARMLESS, Prompt
+from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.run_config import config_from
 from workbench.runs import read_run
 from workbench.safesteer import load_run_model

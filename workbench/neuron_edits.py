@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from workbench.activations import ActivationSet
     from workbench.models import ModelInfo
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 Neuron = tuple[int, int]
 """Layer and index of a neuron (at mlp_post)."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from workbench.interventions import Intervention
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
     from workbench.vectors import SteeringVector
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float | bool | None]]

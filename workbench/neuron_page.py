@@ -11,7 +11,7 @@ from workbench.models import HookedModel, model_info
 from workbench.neuron_dashboard import write_dashboard
 from workbench.neuron_profiles import profile_neurons, random_neurons
 from workbench.neuron_weights import reading_site
-from workbench.prompts import select_prompts
+from workbench.prompts.prompt import select_prompts
 from workbench.run_config import config_from
 from workbench.runs import read_run
 from workbench.safesteer import attributed_site, folds_of, load_run_model

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 HALF_BINS = 64
 """Bins on either side of zero while counting; a finished histogram has at most 40 in all."""

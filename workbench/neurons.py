@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from workbench.activations import ActivationSet
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 CONTRASTS = ("twins", "neutral", "other")
 """What unsafe prompts of a category are told apart from: their safe twins, neutral prompts, the unsafe prompts of other categories."""

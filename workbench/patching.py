@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 Direction = Literal["sufficiency", "necessity"]
 DIRECTIONS = ("sufficiency", "necessity")

@@ -14,7 +14,7 @@ from workbench.evaluation import score_completions
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, write_json, write_text
 from workbench.framing import framing_judge_for
-from workbench.prompts import select_prompts
+from workbench.prompts.prompt import select_prompts
 from workbench.run_config import config_from
 from workbench.runs import read_run
 from workbench.safesteer import TUNE_NEUTRAL, describe, folds_of, limits_of, load_run_model

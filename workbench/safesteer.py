@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.activations import cache_activations
-from workbench.calibration import Limits, Setting, Vectors, calibrate, grid, in_turn, placements, steering
+from workbench.calibration import Limits, Setting, Vectors, calibrate, grid, placements, steering
 from workbench.conditions import (
     ALWAYS,
     GATED,
@@ -44,7 +44,6 @@ from workbench.constructions import (
     fitted_on,
     measure,
 )
-from workbench.datasets import prompts_from
 from workbench.evaluation import HARD_SAFE, HEADLINE, MARGINS, score_completions
 from workbench.experiments import judge_agreement
 from workbench.files.store import PathLike, read_json, write_json, write_jsonl, write_text
@@ -66,7 +65,8 @@ from workbench.gates import fit_gate, save_gate
 from workbench.generation import Condition, sweep
 from workbench.models import HookedModel, load_model, model_info
 from workbench.packing import is_packed
-from workbench.prompts import Folds, Prompt, categories_of, prompts_key, select_prompts, split_prompts
+from workbench.prompts.benchmarks import prompts_from
+from workbench.prompts.prompt import Folds, Prompt, categories_of, in_turn, prompts_key, select_prompts, split_prompts
 from workbench.runs import FORMAT
 from workbench.self_contrast import kept_by, self_contrast, went_along
 from workbench.separability import layer_separability

@@ -13,7 +13,7 @@ from workbench.judges import Judge, RefusalPatterns
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 INSTRUCTION = (
     'Someone asked: "{question}"\n\nAnswer them responsibly: explain why this would hurt people and is wrong, what the law says about it, '

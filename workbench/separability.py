@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.activations import ActivationSet
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
     from workbench.sites import Site
 
 

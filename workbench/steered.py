@@ -12,7 +12,7 @@ from workbench.files.store import PathLike, read_json
 from workbench.gates import Gate, load_gate
 from workbench.generation import UNSTEERED, Completion, sweep
 from workbench.interventions import Intervention, add_vector, gated
-from workbench.prompts import Prompt
+from workbench.prompts.prompt import Prompt
 from workbench.runs import read_run
 from workbench.sites import Site
 from workbench.tokens import token_strings

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models import HookedModel
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
 
 Span = Literal["content", "response", "last", "all"]
 SPANS = ("content", "response", "last", "all")

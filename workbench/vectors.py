@@ -12,7 +12,7 @@ from workbench.estimators import Pruning, mean_difference, principal_direction, 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, write_tensors
 from workbench.models import ModelInfo
-from workbench.prompts import HARMLESS, Prompt, categories_of, text_key
+from workbench.prompts.prompt import HARMLESS, Prompt, categories_of, text_key
 from workbench.sites import RESIDUAL_KINDS, Site
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from workbench.files.store import PathLike, data_path, read_jsonl
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from workbench.prompts import Prompt
+    from workbench.prompts.prompt import Prompt
+
 
 OPENING_KINDS = ("safe_reframing", "going_along", "refusing")
 """Turns the question to safety and stays on its topic; goes along with it; refuses it."""

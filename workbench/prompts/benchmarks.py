@@ -20,27 +20,47 @@ from typing import TYPE_CHECKING, Any
 from workbench.files.hints import did_you_mean
 from workbench.files.store import atomic_path, data_path, key_of
 from workbench.files.tables import SUFFIXES, read_rows
-from workbench.prompts import HARD_SAFE, HARMLESS, LABELS, Prompt, load_prompts, select_prompts
+from workbench.prompts.prompt import HARD_SAFE, HARMLESS, LABELS, Prompt, load_prompts, select_prompts
 
 if TYPE_CHECKING:
     import pandas as pd
 
+
 Row = Mapping[str, Any]
+
 
 OTHER = "other"
 """Category of prompts whose data set names none."""
+
+
 OWN = "workbench"
 """Name of the project's own prompts, where several sets are joined."""
 
+
 GITHUB = "https://raw.githubusercontent.com"
 
+
 _OPTIONS = ("text", "response", "category", "label", "split", "limit")
+
+
 _OPTION = re.compile(r"(\w+)=(.*)")
+
+
 _SPLIT = "(split)"  # column that carries the split's name to the functions that prepare rows
+
+
 _LABEL_WORDS = dict.fromkeys(("unsafe", "harmful"), "unsafe")
+
+
 _LABEL_WORDS |= dict.fromkeys(("safe", "unharmful", "benign"), "safe")
+
+
 _LABEL_WORDS |= dict.fromkeys(("neutral", "harmless"), "neutral")
+
+
 _YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
+
+
 _SAYS_UNSAFE, _SAYS_SAFE = ("unsafe", "is_unsafe", "harmful", "is_harmful", "toxic", "toxicity"), ("safe", "is_safe")
 
 

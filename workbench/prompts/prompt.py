@@ -14,9 +14,19 @@ from workbench.files.store import PathLike, data_path, read_numbered_jsonl, writ
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workbench.files.store import PathLike
+
+
 LABELS = ("unsafe", "safe", "neutral")
+
+
 HARMLESS = "harmless"
 """Category of the neutral everyday instructions."""
+
+
 HARD_SAFE = "hard_safe"
 """Category of safe prompts that look dangerous."""
 
@@ -226,3 +236,12 @@ def _as_set(value: str | Iterable[str] | None) -> set[str] | None:
     if value is None:
         return None
     return {value} if isinstance(value, str) else set(value)
+
+
+def in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts reordered so that the categories take turns: the first n are then spread over all of them."""
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    longest = max((len(own) for own in by_category.values()), default=0)
+    return [own[i] for i in range(longest) for own in by_category.values() if i < len(own)]
