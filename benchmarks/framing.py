@@ -25,7 +25,7 @@ from workbench.files.store import data_path, read_jsonl, write_jsonl
 from workbench.framing import FILE, FRAMINGS, FramingJudge, fit_framing, hidden_states, save_framing_judge
 from workbench.interventions import Intervention
 from workbench.judges import RefusalPatterns
-from workbench.models import model_info
+from workbench.models.load import model_info
 from workbench.self_contrast import instructed, self_contrast
 from workbench.stats.agreement import agreement, cohen_kappa
 from workbench.stats.selectivity import auroc, auroc_interval

@@ -30,9 +30,9 @@ from speed_peers import batches_of, raw_extraction, raw_generation
 
 import workbench as wb
 from workbench.files.store import write_json, write_text
-from workbench.forward import without_shared_prefix
-from workbench.packing import is_packed, pack_linears
-from workbench.tokens import encode
+from workbench.models.forward import without_shared_prefix
+from workbench.models.packing import is_packed, pack_linears
+from workbench.models.tokens import encode
 
 KINDS = ("attn_out", "resid_post", "mlp_post")
 STEERED_LAYER, RHO = 15, 0.1
@@ -205,7 +205,7 @@ def raw_model() -> Any:
     """The same weights as transformers loads them by default."""
     from transformers import AutoModelForCausalLM
 
-    from workbench.models import _converted_folder, _embedded_file
+    from workbench.models.load import _converted_folder, _embedded_file
 
     loaded = AutoModelForCausalLM.from_pretrained(_converted_folder(_embedded_file()), dtype=torch.float32)
     return loaded.eval().requires_grad_(False)
@@ -223,7 +223,7 @@ def shared(encoded: Sequence[Any]) -> str:
 
 
 def prefix_of(encoded: Sequence[Any]) -> int:
-    from workbench.forward import shared_prefix_length
+    from workbench.models.forward import shared_prefix_length
 
     return shared_prefix_length(encoded, keep=lambda row: row.content[0])
 
@@ -422,7 +422,7 @@ class Worker:
     """A peer in an environment of its own: told when to run, it answers with its CPU seconds."""
 
     def __init__(self, name: str, python: str, rows: Sequence[Any]) -> None:
-        from workbench.models import _converted_folder, _embedded_file
+        from workbench.models.load import _converted_folder, _embedded_file
 
         self.name = name
         given = {"model": str(_converted_folder(_embedded_file())), "rows": rows, "threads": torch.get_num_threads()}

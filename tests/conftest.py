@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tiny_models import tiny_model
 
-from workbench.models import EMBEDDED, EMBEDDED_PACKAGE, load_model
+from workbench.models.load import EMBEDDED, EMBEDDED_PACKAGE, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.sites import Site
+from workbench.models.sites import Site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import D_MLP, D_MODEL, FAMILIES, LAYERS, sentences, tiny_model
 
-from workbench import activations as room
-from workbench.activations import ActivationSet, cache_activations, class_moments, token_activations
-from workbench.models import _converted_folder, _embedded_file, load_model, model_info
+from workbench.models import activations as room
+from workbench.models.activations import ActivationSet, cache_activations, class_moments, token_activations
+from workbench.models.load import _converted_folder, _embedded_file, load_model, model_info
+from workbench.models.sites import KINDS, Site, sites_of_kind
+from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt, load_prompts
-from workbench.sites import KINDS, Site, sites_of_kind
-from workbench.tokens import encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -185,7 +185,7 @@ def test_sharing_the_prefix_changes_nothing(family_model, monkeypatch, family: s
 
 
 def test_a_model_without_that_cache_gives_the_same(tiny, plainly, monkeypatch) -> None:
-    monkeypatch.setattr("workbench.forward.has_key_value_cache", lambda model: False)
+    monkeypatch.setattr("workbench.models.forward.has_key_value_cache", lambda model: False)
     monkeypatch.setattr(room, "has_key_value_cache", lambda model: False)
     close(cache_activations(tiny, PROMPTS, SITES), plainly)
 

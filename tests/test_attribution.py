@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_models import FAMILIES, PLAIN, planted_direction, sentences, tiny_model, tiny_tokenizer
 
-from workbench.activations import cache_activations
 from workbench.attribution import (
     Attribution,
     class_difference,
@@ -22,9 +21,10 @@ from workbench.attribution import (
 from workbench.attribution_passes import ROLES, gate_split, head_sources, scaled_activations, writing_activations
 from workbench.intervening import intervene
 from workbench.interventions import clamp_neurons
-from workbench.models import load_model
+from workbench.models.activations import cache_activations
+from workbench.models.load import load_model
+from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, load_prompts, select_prompts
-from workbench.sites import Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable

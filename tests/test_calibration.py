@@ -15,9 +15,9 @@ from test_evaluation import WordEncoder
 from workbench.calibration import Limits, Round, Setting, calibrate, cost, grid, placements, plan_rounds, steering
 from workbench.evaluation import HEADLINE, score_completions
 from workbench.files.store import read_jsonl
-from workbench.models import model_info
+from workbench.models.load import model_info
+from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, in_turn
-from workbench.sites import Site
 from workbench.vectors import SteeringVector
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)

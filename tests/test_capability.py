@@ -13,9 +13,9 @@ from workbench.capability import Question, multiple_choice, read_questions, text
 from workbench.generation import UNSTEERED, generate
 from workbench.interventions import add_vector, gated
 from workbench.likelihood import answer_kl, answer_log_probs, steered_log_probs
-from workbench.models import model_info
+from workbench.models.load import model_info
+from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
 from workbench.vectors import SteeringVector
 
 QUESTIONS = [Question(f"q{i}", f"What is {i}?", ("one thing", "two things", "a third thing"), i % 3) for i in range(9)]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from workbench.directions import own_part, pooled, summed, without
 from workbench.estimators import principal_direction, probe_direction
-from workbench.models import ModelInfo
-from workbench.sites import Site
+from workbench.models.load import ModelInfo
+from workbench.models.sites import Site
 from workbench.vectors import SteeringVector
 
 D = 24

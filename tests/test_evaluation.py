@@ -24,9 +24,9 @@ from workbench.generation import UNSTEERED, Completion, generate
 from workbench.interventions import add_vector
 from workbench.judges import RefusalPatterns, Verdict
 from workbench.likelihood import answer_log_probs
-from workbench.models import model_info
+from workbench.models.load import model_info
+from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
 from workbench.stats.estimates import holm
 from workbench.text_quality import bleu, distinct_n, perplexity_from_log_probs, rouge_l
 from workbench.vectors import SteeringVector

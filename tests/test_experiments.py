@@ -14,9 +14,9 @@ from workbench.evaluation import ALL, HEADLINE, Evaluation, evaluate
 from workbench.experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
 from workbench.generation import UNSTEERED
 from workbench.interventions import add_vector
-from workbench.models import model_info
+from workbench.models.load import model_info
+from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, text_key
-from workbench.sites import Site
 from workbench.stats.estimates import mcnemar, paired_difference, tost_paired
 from workbench.vectors import SteeringVector
 

@@ -10,8 +10,8 @@ from hugging_face import calls_of, plain_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench import forward as room
-from workbench.forward import (
+from workbench.models import forward as room
+from workbench.models.forward import (
     forward,
     has_key_value_cache,
     last_logits,
@@ -20,9 +20,9 @@ from workbench.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
+from workbench.models.sites import Site
+from workbench.models.tokens import Encoded, encode, pad
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
-from workbench.tokens import Encoded, encode, pad
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -20,8 +20,8 @@ from workbench.framing import (
     save_framing_judge,
 )
 from workbench.judges import LABELS
-from workbench.models import model_info
-from workbench.sites import Site
+from workbench.models.load import model_info
+from workbench.models.sites import Site
 
 SITE = Site(1, "resid_post")
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_models import D_MODEL
 
-from workbench.activations import ActivationSet
 from workbench.evaluation import HEADLINE, Evaluation
 from workbench.figures.gates import gate_confusion, gate_rates, gate_roc
 from workbench.figures.results import front
@@ -30,9 +29,10 @@ from workbench.gate_report import (
 )
 from workbench.gates import Gate
 from workbench.generation import UNSTEERED, Completion
-from workbench.models import model_info
+from workbench.models.activations import ActivationSet
+from workbench.models.load import model_info
+from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
 from workbench.stats.estimates import wilson_interval
 from workbench.stats.selectivity import Threshold
 

@@ -13,10 +13,10 @@ from workbench.edits import AddVector
 from workbench.generation import UNSTEERED, generate, sweep
 from workbench.intervening import intervene
 from workbench.interventions import Intervention, add_vector, scale_neurons
-from workbench.models import load_model, model_info
+from workbench.models.load import load_model, model_info
+from workbench.models.sites import Site
+from workbench.models.tokens import encode, stop_ids
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
-from workbench.tokens import encode, stop_ids
 from workbench.vectors import SteeringVector
 
 CATEGORIES = ("fraud", "malware", "harassment")

@@ -12,11 +12,11 @@ from tiny_models import sentences
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench import decoding
-from workbench.activations import cache_activations
 from workbench.generation import sweep
 from workbench.interventions import add_vector
+from workbench.models.activations import cache_activations
+from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero")
 
@@ -75,7 +75,7 @@ def test_a_batch_of_extraction_reads_no_more_values_for_more_layers(tiny):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_device_and_dtype_are_arguments_that_count(tiny_path, dtype):
-    from workbench.models import load_model
+    from workbench.models.load import load_model
 
     model = load_model(tiny_path, device="cpu", dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}

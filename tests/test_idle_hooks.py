@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES
 
-from workbench.forward import forward, last_logits, plain, prefix_cache, rows_of_cache
-from workbench.growing_cache import ROOM, grow_in_place
-from workbench.idle_hooks import idle_hooks_bypassed
-from workbench.models import load_model
+from workbench.models._growing_cache import ROOM, grow_in_place
+from workbench.models._idle_hooks import idle_hooks_bypassed
+from workbench.models.forward import forward, last_logits, plain, prefix_cache, rows_of_cache
+from workbench.models.load import load_model
 
 TOKENS = torch.tensor([[9, 40, 41, 60, 7, 88, 12], [9, 33, 33, 34, 50, 61, 72]])
 MASK = torch.ones_like(TOKENS, dtype=torch.bool)

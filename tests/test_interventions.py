@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tiny_models import D_MLP, D_MODEL, LAYERS, tiny_model
 
 from workbench.edits import AblateDirection, AddVector, ClampNeurons, ScaleNeurons
-from workbench.forward import prefix_cache, reading, rows_of_cache
 from workbench.generation import generate
 from workbench.intervening import intervene
 from workbench.interventions import (
@@ -21,11 +20,12 @@ from workbench.interventions import (
     clamp_neurons,
     scale_neurons,
 )
-from workbench.models import load_model, model_info
+from workbench.models.forward import prefix_cache, reading, rows_of_cache
+from workbench.models.load import load_model, model_info
+from workbench.models.sites import Site
+from workbench.models.tokens import encode, stop_ids
 from workbench.positions import Steering
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
-from workbench.tokens import encode, stop_ids
 from workbench.vectors import SteeringVector
 
 EDITABLE = ("resid_pre", "resid_post", "attn_out", "mlp_out")

@@ -13,10 +13,10 @@ from workbench.generation import Completion, generate
 from workbench.intervening import intervene
 from workbench.interventions import Intervention
 from workbench.likelihood import answer_log_probs
+from workbench.models.sites import Site
+from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
 from workbench.text_quality import perplexity_from_log_probs
-from workbench.tokens import encode
 
 
 def answers(n=9):

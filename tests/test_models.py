@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import D_MLP, D_MODEL, FAMILIES, HEADS, LAYERS, tiny_model, tiny_tokenizer
 
-from workbench import models
-from workbench.models import EMBEDDED, hooked, load_model, model_info
+from workbench.models import load as models
+from workbench.models.load import EMBEDDED, hooked, load_model, model_info
 
 IDS = torch.tensor([[9, 40, 41, 60, 7, 88, 120, 33]])
 
@@ -116,7 +116,7 @@ def test_a_folder_called_like_an_old_alias_is_loaded_without_a_word(family_path,
 
 
 def test_importing_the_rooms_does_not_import_transformer_lens() -> None:
-    code = "import sys, workbench.activations; sys.exit('transformer_lens' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, workbench.models.activations; sys.exit('transformer_lens' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

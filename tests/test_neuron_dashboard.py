@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.models import ModelInfo
+from workbench.models.load import ModelInfo
 from workbench.neuron_dashboard import neurons_page, visible, write_dashboard
 from workbench.neuron_profiles import Example, Histogram, NeuronProfile
 from workbench.neuron_weights import Vocabulary, WeightCosine

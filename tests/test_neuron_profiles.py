@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import sentences, tiny_model
 
-from workbench.activations import token_activations
-from workbench.models import hooked, load_model
+from workbench.models.activations import token_activations
+from workbench.models.load import hooked, load_model
+from workbench.models.sites import Site
+from workbench.models.tokens import token_strings
 from workbench.neuron_profiles import NeuronProfile, _Counts, _TopTokens, profile_neurons, random_neurons
 from workbench.neuron_weights import N_RANDOM, reading_site, vocabulary_of, weight_cosines
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
-from workbench.tokens import token_strings
 
 NEURONS = [(2, 5), (0, 63), (2, 0)]
 PLANTED = 7

@@ -12,11 +12,11 @@ from workbench.edits import AddVector
 from workbench.generation import generate
 from workbench.intervening import intervene
 from workbench.interventions import Intervention, scale_neurons
-from workbench.models import HookedModel, load_model
+from workbench.models.load import HookedModel, load_model
+from workbench.models.sites import Site
+from workbench.models.tokens import encode
 from workbench.patching import contrast_activations, patched_answers, patching_effect
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
-from workbench.tokens import encode
 
 PROMPTS = [
     Prompt(f"p{i}", text, None, "fraud", "unsafe", "test")

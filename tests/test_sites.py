@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import D_MLP, D_MODEL, FAMILIES, LAYERS
 
 from workbench.files.hints import did_you_mean
-from workbench.sites import HOOK_NAMES, KINDS, RESIDUAL_KINDS, Site, check_sites, sites_of_kind
+from workbench.models.sites import HOOK_NAMES, KINDS, RESIDUAL_KINDS, Site, check_sites, sites_of_kind
 
 sites = st.builds(Site, st.integers(0, 200), st.sampled_from(KINDS))
 

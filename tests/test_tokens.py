@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONTEXT, FAMILIES, PLAIN
 
-from workbench.prompts.prompt import Prompt
-from workbench.tokens import (
+from workbench.models.tokens import (
     SPANS,
     Encoded,
     decode,
@@ -25,6 +24,7 @@ from workbench.tokens import (
     template_text,
     token_strings,
 )
+from workbench.prompts.prompt import Prompt
 
 CHAT = [family for family in FAMILIES if family not in PLAIN]
 WITH_SYSTEM = [family for family in CHAT if not family.startswith("gemma")]

@@ -8,7 +8,6 @@ from . import (
     patching,
     text_quality,
 )
-from .activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
 from .calibration import Limits, Setting, calibrate, grid, plan_rounds
 from .capability import multiple_choice, read_questions, text_perplexity
 from .estimators import mean_difference, pruned_mean_difference
@@ -17,7 +16,6 @@ from .experiments import compare, judge_agreement, leakage_conditions, leakage_m
 from .figures import gates as steering_pictures
 from .figures import results as visuals
 from .figures.notebook import show, token_scores
-from .forward import plain
 from .framing import FramingJudge, load_framing_judge
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .generation import Completion, generate, sweep
@@ -35,7 +33,11 @@ from .interventions import (
 )
 from .judges import RefusalPatterns, Verdict
 from .likelihood import answer_kl, answer_log_probs, steered_log_probs
-from .models import ModelInfo, load_model, model_info
+from .models.activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
+from .models.forward import plain
+from .models.load import ModelInfo, load_model, model_info
+from .models.sites import Site, sites_of_kind
+from .models.tokens import encode, token_strings
 from .neurons import attribute_heads, attribute_neurons
 from .prompts.benchmarks import list_datasets, prompts_from, read_dataset
 from .prompts.openings import answer_prompts
@@ -46,11 +48,9 @@ from .run_config import RunConfig
 from .safesteer import run
 from .self_contrast import answer_pairs, instructed, self_contrast, went_along
 from .separability import layer_separability
-from .sites import Site, sites_of_kind
 from .stats import estimates as statistics
 from .stats import selectivity
 from .steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
-from .tokens import encode, token_strings
 from .vectors import (
     SteeringVector,
     fit_steering_vectors,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.models import model_info
-from workbench.sites import Site, check_sites
+from workbench.models.load import model_info
+from workbench.models.sites import Site, check_sites
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.activations import ActivationSet
-    from workbench.models import HookedModel
+    from workbench.models.activations import ActivationSet
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
 RESIDUAL_STREAM = ("resid_pre", "resid_mid", "resid_post")

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.activations import ActivationSet
 from workbench.attribution import output_norm, write_weights, writing_sites
-from workbench.forward import reading
-from workbench.models import model_info
-from workbench.sites import Site, check_sites
-from workbench.tokens import Encoded, encode, pad, pad_id, span_mask
+from workbench.models.activations import ActivationSet
+from workbench.models.forward import reading
+from workbench.models.load import model_info
+from workbench.models.sites import Site, check_sites
+from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
 ROLES = ("first", "before", "content", "after", "response")

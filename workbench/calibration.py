@@ -12,14 +12,14 @@ from workbench.evaluation import ALL, HEADLINE, Evaluation
 from workbench.generation import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.interventions import Intervention, Positions, add_vector
 from workbench.likelihood import answer_kl
-from workbench.sites import Site
+from workbench.models.sites import Site
 from workbench.vectors import SteeringVector
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.files.store import PathLike
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 from workbench.prompts.prompt import in_turn
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.interventions import Intervention
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
 
 LETTERS = "ABCDEFGH"
 

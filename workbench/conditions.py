@@ -13,13 +13,13 @@ from workbench.directions import pooled
 from workbench.evaluation import HEADLINE
 from workbench.generation import UNSTEERED, Condition
 from workbench.interventions import Intervention, add_vector, gated
+from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, categories_of
-from workbench.sites import Site
 from workbench.vectors import SteeringVector, random_vector, scaled_to, shuffled_vector
 
 if TYPE_CHECKING:
-    from workbench.activations import ActivationSet
     from workbench.gates import Gate
+    from workbench.models.activations import ActivationSet
 
 GATED, ALWAYS = "gated", "always on, same mean strength"
 

@@ -11,7 +11,7 @@ import torch
 from workbench.attribution import Attribution, class_difference, direct_attribution, writing_sites
 from workbench.attribution_passes import writing_activations
 from workbench.files.hints import did_you_mean
-from workbench.models import model_info
+from workbench.models.load import model_info
 from workbench.prompts.prompt import Prompt, categories_of
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from workbench.activations import ActivationSet
-    from workbench.models import HookedModel
-    from workbench.sites import Site
+    from workbench.models.activations import ActivationSet
+    from workbench.models.load import HookedModel
+    from workbench.models.sites import Site
 
 Reference = Literal["twins", "neutral"]
 Weights = tuple["Float[Tensor, 'draw unsafe']", "Float[Tensor, 'draw reference']"]

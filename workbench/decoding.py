@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.forward import (
+from workbench.intervening import intervene
+from workbench.models.forward import (
     allows_padding_behind,
     fast,
     forward,
@@ -19,9 +20,8 @@ from workbench.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
-from workbench.intervening import intervene
-from workbench.shared_layers import run_below
-from workbench.tokens import Batch, Encoded, pad, pad_id, span_mask, stop_ids
+from workbench.models.shared_layers import run_below
+from workbench.models.tokens import Batch, Encoded, pad, pad_id, span_mask, stop_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.interventions import Intervention
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
 
 MEMORY = 2**30
 """Bytes of keys and values that a batch may take by default."""
@@ -196,7 +196,7 @@ def rows_that_fit(model: HookedModel, n_tokens: int) -> tuple[int, int]:
         model: A hooked model.
         n_tokens: Length of the longest row, its answer included.
     """
-    from workbench.growing_cache import ROOM
+    from workbench.models._growing_cache import ROOM
 
     cfg = model.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads

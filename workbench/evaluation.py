@@ -31,7 +31,7 @@ from workbench.text_quality import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
 
 T = TypeVar("T")
 HEADLINE = "safe_helpful_proxy"

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.activations import cache_activations
 from workbench.files.store import PathLike, data_path, key_of, read_tensors, write_tensors
 from workbench.judges import Verdict
-from workbench.models import model_info
+from workbench.models.activations import cache_activations
+from workbench.models.load import model_info
+from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
-from workbench.sites import Site
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
 
 FRAMINGS = ("goes_along", "neutral", "off_topic_or_broken", "refusal", "safe_reframing")
 """Goes along with the request; on topic without helping or turning to safety; about something else or no text; declines; stays on the

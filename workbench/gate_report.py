@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from workbench.activations import ActivationSet
     from workbench.gates import Gate
-    from workbench.models import HookedModel
+    from workbench.models.activations import ActivationSet
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
 CLOSED = "closed"

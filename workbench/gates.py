@@ -14,8 +14,8 @@ import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, tensor_digest, write_tensors
-from workbench.models import ModelInfo
-from workbench.sites import Site
+from workbench.models.load import ModelInfo
+from workbench.models.sites import Site
 from workbench.stats.selectivity import Threshold, conformal_threshold
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.activations import ActivationSet
+    from workbench.models.activations import ActivationSet
 
 Form = Literal["hard", "soft", "stepwise"]
 FORMS = ("hard", "soft", "stepwise")

@@ -15,11 +15,11 @@ from workbench.decoding import DecodeLoop, Row, rows_that_fit
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
 from workbench.interventions import Intervention, check_interventions, description
-from workbench.models import model_info
-from workbench.tokens import Encoded, decode, encode, template_text
+from workbench.models.load import model_info
+from workbench.models.tokens import Encoded, decode, encode, template_text
 
 if TYPE_CHECKING:
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
 UNSTEERED = "unsteered"

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-    from workbench.models import HookedModel
-    from workbench.sites import Site
+    from workbench.models.load import HookedModel
+    from workbench.models.sites import Site
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import torch
 
 from workbench.edits import AblateDirection, AddVector, ClampNeurons, Edit, RaiseTo, ScaleNeurons
 from workbench.files.store import tensor_digest
-from workbench.models import ModelInfo, model_info
-from workbench.sites import Site, check_sites
+from workbench.models.load import ModelInfo, model_info
+from workbench.models.sites import Site, check_sites
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.gates import Gate
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.vectors import SteeringVector
 
 Positions = Literal["all", "prompt", "generated"]

@@ -113,7 +113,7 @@ def read_checkpoint(
     import torch
     import transformers
 
-    from workbench.models import DTYPES, on_hub_or_cached, quiet_transformers
+    from workbench.models.load import DTYPES, on_hub_or_cached, quiet_transformers
 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; dtypes: {', '.join(DTYPES)}.")

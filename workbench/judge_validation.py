@@ -102,7 +102,7 @@ def open_judge(name: str, *, device: str | None = None) -> Judge:
     """
     from workbench.framing import load_framing_judge
     from workbench.guard_judges import guard_families, load_guard
-    from workbench.models import load_model
+    from workbench.models.load import load_model
     from workbench.probe_judge import load_probe
 
     if name == "patterns":

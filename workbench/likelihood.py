@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workbench.forward import (
+from workbench.intervening import intervene
+from workbench.models.forward import (
     allows_padding_behind,
     has_key_value_cache,
     last_logits,
@@ -15,8 +16,7 @@ from workbench.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
-from workbench.intervening import intervene
-from workbench.tokens import encode, pad, pad_id, span_mask
+from workbench.models.tokens import encode, pad, pad_id, span_mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from workbench.generation import Completion
     from workbench.interventions import Intervention
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
 
 
 def answer_log_probs(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.neuron_edits import Neuron, NeuronReference
     from workbench.vectors import SteeringVector
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from workbench.interventions import Intervention
-from workbench.sites import Site
+from workbench.models.sites import Site
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-    from workbench.activations import ActivationSet
-    from workbench.models import ModelInfo
+    from workbench.models.activations import ActivationSet
+    from workbench.models.load import ModelInfo
     from workbench.prompts.prompt import Prompt
 
 Neuron = tuple[int, int]

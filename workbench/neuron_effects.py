@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from workbench.forward import forward, has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
 from workbench.generation import sweep
 from workbench.intervening import intervene
+from workbench.models.forward import (
+    forward,
+    has_key_value_cache,
+    prefix_cache,
+    reading,
+    rows_of_cache,
+    shared_prefix_length,
+)
+from workbench.models.tokens import Batch, Encoded, encode, pad, pad_id, span_mask
 from workbench.neuron_controls import matched_controls
 from workbench.neuron_edits import Method, Neuron, NeuronReference, by_row, neuron_interventions
 from workbench.stats.estimates import Estimate, mean, paired_difference, to_floats
 from workbench.stats.selectivity import permutation_p
-from workbench.tokens import Batch, Encoded, encode, pad, pad_id, span_mask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.interventions import Intervention
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
     from workbench.vectors import SteeringVector
 

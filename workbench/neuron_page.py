@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workbench.activations import cache_activations
 from workbench.files.hints import did_you_mean
-from workbench.models import HookedModel, model_info
+from workbench.models.activations import cache_activations
+from workbench.models.load import HookedModel, model_info
 from workbench.neuron_dashboard import write_dashboard
 from workbench.neuron_profiles import profile_neurons, random_neurons
 from workbench.neuron_weights import reading_site
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.files.store import PathLike
-    from workbench.sites import Site
+    from workbench.models.sites import Site
 
 
 def write_neuron_page(

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.forward import has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
-from workbench.models import ModelInfo, model_info
+from workbench.models.forward import has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
+from workbench.models.load import ModelInfo, model_info
+from workbench.models.sites import Site, check_sites
+from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask, token_strings
 from workbench.neuron_weights import Vocabulary, WeightCosine, vocabulary_of, weight_cosines
-from workbench.sites import Site, check_sites
-from workbench.tokens import Encoded, encode, pad, pad_id, span_mask, token_strings
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
 HALF_BINS = 64

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.sites import Site
+from workbench.models.sites import Site
+from workbench.models.tokens import token_strings
 from workbench.stats.selectivity import permutation_p
-from workbench.tokens import token_strings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
 
 N_WORDS = 10
 """Vocabulary entries given on either side."""

@@ -13,7 +13,7 @@ import torch
 
 from workbench.attribution import write_weights, writing_sites
 from workbench.contrasts import AttributedFolds, Reference, Sides, Weights, attribute_folds, halves, resamples, sides_of
-from workbench.sites import Site
+from workbench.models.sites import Site
 from workbench.stats.estimates import benjamini_hochberg
 from workbench.stats.selectivity import auroc, hedges_g, max_statistic_permutation
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from workbench.activations import ActivationSet
-    from workbench.models import HookedModel
+    from workbench.models.activations import ActivationSet
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
 CONTRASTS = ("twins", "neutral", "other")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.forward import forward, reading
 from workbench.generation import Completion, sweep
 from workbench.intervening import intervene
 from workbench.interventions import Intervention, Positions, check_interventions
-from workbench.models import ModelInfo, model_info
-from workbench.sites import Site, sites_of_kind
+from workbench.models.forward import forward, reading
+from workbench.models.load import ModelInfo, model_info
+from workbench.models.sites import Site, sites_of_kind
+from workbench.models.tokens import Encoded, decode, encode, pad, pad_id, stop_ids
 from workbench.stats.estimates import Estimate, ratio_of_means, to_floats
-from workbench.tokens import Encoded, decode, encode, pad, pad_id, stop_ids
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
 Direction = Literal["sufficiency", "necessity"]

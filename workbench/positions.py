@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-    from workbench.sites import Site
+    from workbench.models.sites import Site
 
 
 @dataclass(frozen=True, eq=False)

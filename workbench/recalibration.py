@@ -14,11 +14,11 @@ from workbench.evaluation import score_completions
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, write_json, write_text
 from workbench.framing import framing_judge_for
+from workbench.models.sites import Site
 from workbench.prompts.prompt import select_prompts
 from workbench.run_config import config_from
 from workbench.runs import read_run
 from workbench.safesteer import TUNE_NEUTRAL, describe, folds_of, limits_of, load_run_model
-from workbench.sites import Site
 from workbench.steered import CALIBRATION
 from workbench.vectors import SteeringVector, load_vector
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.interventions import Positions
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
 
 
 def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, SteeringVector]]:

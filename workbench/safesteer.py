@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.activations import cache_activations
 from workbench.calibration import Limits, Setting, Vectors, calibrate, grid, placements, steering
 from workbench.conditions import (
     ALWAYS,
@@ -63,8 +62,9 @@ from workbench.gate_report import (
 )
 from workbench.gates import fit_gate, save_gate
 from workbench.generation import Condition, sweep
-from workbench.models import HookedModel, load_model, model_info
-from workbench.packing import is_packed
+from workbench.models.activations import cache_activations
+from workbench.models.load import HookedModel, load_model, model_info
+from workbench.models.packing import is_packed
 from workbench.prompts.benchmarks import prompts_from
 from workbench.prompts.prompt import Folds, Prompt, categories_of, in_turn, prompts_key, select_prompts, split_prompts
 from workbench.runs import FORMAT

@@ -12,7 +12,7 @@ from workbench.judges import Judge, RefusalPatterns
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
 INSTRUCTION = (

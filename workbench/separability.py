@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from workbench.activations import ActivationSet
+    from workbench.models.activations import ActivationSet
+    from workbench.models.sites import Site
     from workbench.prompts.prompt import Prompt
-    from workbench.sites import Site
 
 
 def layer_separability(

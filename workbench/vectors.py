@@ -11,9 +11,9 @@ import torch
 from workbench.estimators import Pruning, mean_difference, principal_direction, probe_direction, pruned_mean_difference
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, write_tensors
-from workbench.models import ModelInfo
+from workbench.models.load import ModelInfo
+from workbench.models.sites import RESIDUAL_KINDS, Site
 from workbench.prompts.prompt import HARMLESS, Prompt, categories_of, text_key
-from workbench.sites import RESIDUAL_KINDS, Site
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.activations import ActivationSet
+    from workbench.models.activations import ActivationSet
 
 SafeSide = Literal["paired", "generic"]
 Estimator = Literal["mean_difference", "principal", "probe"]

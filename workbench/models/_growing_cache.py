@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+
 ROOM = 64
 """Tokens a buffer takes before it has to be made anew."""
 

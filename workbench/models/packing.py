@@ -23,17 +23,32 @@ from workbench.files.store import key_of, read_json, write_json
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+
 Choice = Literal["auto", "on", "off"]
+
+
 Pair = tuple[Callable[[], "Tensor"], Callable[[], "Tensor"]]
+
+
 CHOICES = ("auto", "on", "off")
+
+
 ROWS = (512, 32)
 """Rows of the products that are measured: a batch of prompts, and one token of a batch that is being answered."""
+
+
 LEAST_GAIN = 1.15
 """Below it packing is not worth the second copy of the weights that it takes."""
+
+
 LEAST_WEIGHTS = 10_000_000
 """Models with fewer are not worth a measurement."""
+
+
 TOLERANCE = 1e-4
 """Largest relative error that is taken for rounding."""
+
+
 ROUNDS = 7
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.files.store import PathLike, file_checksum, key_of, read_json, read_tensors, write_json, write_tensors
-from workbench.forward import has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
-from workbench.models import ModelInfo, model_info
+from workbench.models.forward import has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
+from workbench.models.load import ModelInfo, model_info
+from workbench.models.sites import Site, check_sites
+from workbench.models.tokens import SPANS, Encoded, encode, pad, pad_id, span_mask, template_text
 from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
-from workbench.sites import Site, check_sites
-from workbench.tokens import SPANS, Encoded, encode, pad, pad_id, span_mask, template_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
+
 
 SHARD = 256
 """Prompts a shard on disk: what an interruption can lose."""

@@ -17,7 +17,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,11 @@ class _OuterHooks(nn.Module):
 
 
 _OPTIONAL = ("use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "use_attn_result")
+
+
 _SLOTS: weakref.WeakKeyDictionary[Any, list[_Slot]] = weakref.WeakKeyDictionary()
+
+
 _INSIDE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 

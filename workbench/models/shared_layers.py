@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from workbench.forward import KeyValueCache, fast, forward, is_fast, rows_of_cache
-from workbench.idle_hooks import block_slots, blocks_are_idle
+from workbench.models._idle_hooks import block_slots, blocks_are_idle
+from workbench.models.forward import KeyValueCache, fast, forward, is_fast, rows_of_cache
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
 
 
 @dataclass(frozen=True, eq=False)

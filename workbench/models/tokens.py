@@ -13,12 +13,19 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
-    from workbench.models import HookedModel
+    from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
+
 Span = Literal["content", "response", "last", "all"]
+
+
 SPANS = ("content", "response", "last", "all")
+
+
 PaddingSide = Literal["left", "right"]
+
+
 _MARK = "\u2063workbench\u2063"  # stands for the user's words while a template is rendered; invisible separators no template trims
 
 

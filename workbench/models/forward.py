@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.idle_hooks import idle_hooks_bypassed
-from workbench.packing import unpacked
+from workbench.models._idle_hooks import idle_hooks_bypassed
+from workbench.models.packing import unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from workbench.models import HookedModel
-    from workbench.tokens import Encoded
+    from workbench.models.load import HookedModel
+    from workbench.models.tokens import Encoded
+
 
 _share_prefix: ContextVar[bool] = ContextVar("share_prefix", default=True)
+
+
 _fast: ContextVar[bool] = ContextVar("fast", default=True)
+
+
 KeyValueCache = Any
 """A transformers ``Cache``: keys and values of the tokens seen so far, one entry a layer."""
 
@@ -78,9 +83,7 @@ def last_logits(
     if cache is not None:
         keywords["past_key_values"] = cache
         if use_cache:
-            from workbench.growing_cache import (
-                grow_in_place,  # a subclass of transformers' own, which takes seconds to import
-            )
+            from workbench.models._growing_cache import grow_in_place
 
             grow_in_place(cache)
     with fast(model):
