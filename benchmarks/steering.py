@@ -25,7 +25,6 @@ import workbench as wb
 from workbench.calibration import Setting, steering
 from workbench.conditions import ALWAYS, GATED, behind_gate, controls, for_everyone
 from workbench.constructions import Measured, fit_all
-from workbench.directions import summed
 from workbench.files.store import write_json, write_jsonl, write_text
 from workbench.framing import FRAMINGS, framing_judge_for
 from workbench.gate_report import (
@@ -42,6 +41,7 @@ from workbench.gate_report import (
 from workbench.prompts.prompt import in_turn
 from workbench.self_contrast import instructed, kept_by, self_contrast
 from workbench.stats.estimates import paired_difference, rate
+from workbench.steering.combine import summed
 
 LAYERS, ALONE, GATE = (10, 12, 14, 16), 15, 9
 MILD, STRONG, ONE_LAYER = 0.06, 0.09, 0.17

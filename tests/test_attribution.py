@@ -19,12 +19,12 @@ from workbench.attribution import (
     writing_sites,
 )
 from workbench.attribution_passes import ROLES, gate_split, head_sources, scaled_activations, writing_activations
-from workbench.intervening import intervene
-from workbench.interventions import clamp_neurons
 from workbench.models.activations import cache_activations
 from workbench.models.load import load_model
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, load_prompts, select_prompts
+from workbench.steering.apply import intervene
+from workbench.steering.interventions import clamp_neurons
 
 if TYPE_CHECKING:
     from collections.abc import Callable

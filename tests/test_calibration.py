@@ -18,7 +18,7 @@ from workbench.files.store import read_jsonl
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, in_turn
-from workbench.vectors import SteeringVector
+from workbench.steering.vectors import SteeringVector
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 SITE = Site(1, "resid_post")

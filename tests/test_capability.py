@@ -11,12 +11,12 @@ from tiny_models import D_MODEL
 
 from workbench.capability import Question, multiple_choice, read_questions, text_perplexity
 from workbench.generation import UNSTEERED, generate
-from workbench.interventions import add_vector, gated
 from workbench.likelihood import answer_kl, answer_log_probs, steered_log_probs
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
-from workbench.vectors import SteeringVector
+from workbench.steering.interventions import add_vector, gated
+from workbench.steering.vectors import SteeringVector
 
 QUESTIONS = [Question(f"q{i}", f"What is {i}?", ("one thing", "two things", "a third thing"), i % 3) for i in range(9)]
 TEXTS = ["The garden is full of dogs and cats.", "A card and a bicycle stand by the door of the old house."]

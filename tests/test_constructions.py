@@ -12,7 +12,7 @@ from workbench.models.sites import Site
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, load_prompts, select_prompts
 from workbench.run_config import CONSTRUCTIONS
-from workbench.vectors import fit_steering_vectors
+from workbench.steering.vectors import fit_steering_vectors
 
 CATEGORIES = ("hate_speech", "illegal_activity")
 

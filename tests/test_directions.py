@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.directions import own_part, pooled, summed, without
-from workbench.estimators import principal_direction, probe_direction
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
-from workbench.vectors import SteeringVector
+from workbench.steering.combine import own_part, pooled, summed, without
+from workbench.steering.estimators import principal_direction, probe_direction
+from workbench.steering.vectors import SteeringVector
 
 D = 24
 INFO = ModelInfo("made-up", None, 4, D, 48, 4, "float32", "raw", "0123456789abcdef")

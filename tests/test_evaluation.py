@@ -21,15 +21,15 @@ from workbench.evaluation import (
     score_completions,
 )
 from workbench.generation import UNSTEERED, Completion, generate
-from workbench.interventions import add_vector
 from workbench.judges import RefusalPatterns, Verdict
 from workbench.likelihood import answer_log_probs
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
 from workbench.stats.estimates import holm
+from workbench.steering.interventions import add_vector
+from workbench.steering.vectors import SteeringVector
 from workbench.text_quality import bleu, distinct_n, perplexity_from_log_probs, rouge_l
-from workbench.vectors import SteeringVector
 
 COLUMNS = ["condition", "category", "metric", "value", "low", "high", "n", "n_unscored"]
 COLUMNS += ["difference", "difference_low", "difference_high", "p", "p_holm", "no_loss_p"]

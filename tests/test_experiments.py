@@ -13,12 +13,12 @@ from tiny_models import D_MODEL
 from workbench.evaluation import ALL, HEADLINE, Evaluation, evaluate
 from workbench.experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
 from workbench.generation import UNSTEERED
-from workbench.interventions import add_vector
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, text_key
 from workbench.stats.estimates import mcnemar, paired_difference, tost_paired
-from workbench.vectors import SteeringVector
+from workbench.steering.interventions import add_vector
+from workbench.steering.vectors import SteeringVector
 
 
 def table(values):

@@ -27,7 +27,6 @@ from workbench.gate_report import (
     refusing,
     roc,
 )
-from workbench.gates import Gate
 from workbench.generation import UNSTEERED, Completion
 from workbench.models.activations import ActivationSet
 from workbench.models.load import model_info
@@ -35,6 +34,7 @@ from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
 from workbench.stats.estimates import wilson_interval
 from workbench.stats.selectivity import Threshold
+from workbench.steering.gates import Gate
 
 READ = Site(0, "resid_post")
 KINDS = (("unsafe", "fraud"), ("unsafe", "malware"), ("safe", "fraud"), ("safe", "hard_safe"), ("neutral", "harmless"))

@@ -11,18 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import D_MODEL, sentences
 
-from workbench.edits import RaiseTo
-from workbench.gates import Gate, combined, fit_gate, load_gate, only, save_gate
 from workbench.generation import UNSTEERED, sweep
-from workbench.intervening import intervene
-from workbench.interventions import activate, add_vector, gated, raise_to, suppress
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.models.tokens import encode, pad, pad_id, span_mask
 from workbench.prompts.prompt import Prompt
 from workbench.stats.selectivity import Threshold
-from workbench.vectors import SteeringVector
+from workbench.steering.apply import intervene
+from workbench.steering.gates import Gate, combined, fit_gate, load_gate, only, save_gate
+from workbench.steering.interventions import RaiseTo, activate, add_vector, gated, raise_to, suppress
+from workbench.steering.vectors import SteeringVector
 
 READ, STEERED = Site(0, "resid_post"), Site(1, "resid_post")
 NEVER, ALWAYS = Threshold(math.inf, 0.02, 0.0, 0.0, 3), Threshold(-math.inf, 0.02, 0.0, 1.0, 3)

@@ -9,15 +9,14 @@ import pytest
 import torch
 from tiny_models import CONTEXT, D_MODEL, sentences, tiny_model
 
-from workbench.edits import AddVector
 from workbench.generation import UNSTEERED, generate, sweep
-from workbench.intervening import intervene
-from workbench.interventions import Intervention, add_vector, scale_neurons
 from workbench.models.load import load_model, model_info
 from workbench.models.sites import Site
 from workbench.models.tokens import encode, stop_ids
 from workbench.prompts.prompt import Prompt
-from workbench.vectors import SteeringVector
+from workbench.steering.apply import intervene
+from workbench.steering.interventions import AddVector, Intervention, add_vector, scale_neurons
+from workbench.steering.vectors import SteeringVector
 
 CATEGORIES = ("fraud", "malware", "harassment")
 

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench import decoding
 from workbench.generation import sweep
-from workbench.interventions import add_vector
 from workbench.models.activations import cache_activations
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
+from workbench.steering.interventions import add_vector
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero")
 

@@ -10,23 +10,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import D_MLP, D_MODEL, LAYERS, tiny_model
 
-from workbench.edits import AblateDirection, AddVector, ClampNeurons, ScaleNeurons
 from workbench.generation import generate
-from workbench.intervening import intervene
-from workbench.interventions import (
+from workbench.models.forward import prefix_cache, reading, rows_of_cache
+from workbench.models.load import load_model, model_info
+from workbench.models.sites import Site
+from workbench.models.tokens import encode, stop_ids
+from workbench.prompts.prompt import Prompt
+from workbench.steering.apply import Steering, intervene
+from workbench.steering.interventions import (
+    AblateDirection,
+    AddVector,
+    ClampNeurons,
     Intervention,
+    ScaleNeurons,
     ablate_direction,
     add_vector,
     clamp_neurons,
     scale_neurons,
 )
-from workbench.models.forward import prefix_cache, reading, rows_of_cache
-from workbench.models.load import load_model, model_info
-from workbench.models.sites import Site
-from workbench.models.tokens import encode, stop_ids
-from workbench.positions import Steering
-from workbench.prompts.prompt import Prompt
-from workbench.vectors import SteeringVector
+from workbench.steering.vectors import SteeringVector
 
 EDITABLE = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 EXAMPLES = settings(

@@ -8,14 +8,13 @@ import pytest
 import torch
 from tiny_models import sentences
 
-from workbench.edits import AddVector
 from workbench.generation import Completion, generate
-from workbench.intervening import intervene
-from workbench.interventions import Intervention
 from workbench.likelihood import answer_log_probs
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt
+from workbench.steering.apply import intervene
+from workbench.steering.interventions import AddVector, Intervention
 from workbench.text_quality import perplexity_from_log_probs
 
 

@@ -24,7 +24,7 @@ from workbench.neuron_controls import matched_controls, matching_statistics
 from workbench.neuron_edits import METHODS, NeuronReference, neuron_interventions, neuron_reference
 from workbench.neuron_effects import effects_table, neuron_effect, rank_curve
 from workbench.prompts.prompt import Prompt, load_prompts, select_prompts, split_prompts
-from workbench.vectors import SteeringVector, fit_steering_vectors
+from workbench.steering.vectors import SteeringVector, fit_steering_vectors
 
 PLANTED = (1, 17)
 END = Site(3, "resid_post")

@@ -10,14 +10,14 @@ from torch import nn
 
 import workbench.models.packing as packing_room
 from workbench.generation import sweep
-from workbench.interventions import add_vector
 from workbench.models.activations import cache_activations
 from workbench.models.forward import plain
 from workbench.models.load import load_model
 from workbench.models.packing import is_packed, pack_linears, unpacked
 from workbench.models.sites import Site
 from workbench.prompts.prompt import load_prompts, select_prompts
-from workbench.vectors import fit_steering_vectors
+from workbench.steering.interventions import add_vector
+from workbench.steering.vectors import fit_steering_vectors
 
 
 def network():

@@ -8,15 +8,14 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from workbench.edits import AddVector
 from workbench.generation import generate
-from workbench.intervening import intervene
-from workbench.interventions import Intervention, scale_neurons
 from workbench.models.load import HookedModel, load_model
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
 from workbench.patching import contrast_activations, patched_answers, patching_effect
 from workbench.prompts.prompt import Prompt
+from workbench.steering.apply import intervene
+from workbench.steering.interventions import AddVector, Intervention, scale_neurons
 
 PROMPTS = [
     Prompt(f"p{i}", text, None, "fraud", "unsafe", "test")

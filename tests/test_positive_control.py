@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workbench.generation import sweep
-from workbench.interventions import add_vector
 from workbench.judges import RefusalPatterns
 from workbench.models.activations import cache_activations
 from workbench.models.sites import Site, sites_of_kind
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Prompt, categories_of, load_prompts, select_prompts, split_prompts
-from workbench.vectors import fit_steering_vectors, random_vector
+from workbench.steering.interventions import add_vector
+from workbench.steering.vectors import fit_steering_vectors, random_vector
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,7 +21,7 @@ from workbench.report import write_report
 from workbench.run_config import RunConfig, config_from
 from workbench.safesteer import run
 from workbench.steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
-from workbench.vectors import load_vector
+from workbench.steering.vectors import load_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,12 +11,12 @@ from tiny_models import sentences
 
 from workbench import decoding
 from workbench.generation import generate, sweep
-from workbench.interventions import Intervention
 from workbench.models.forward import forward, plain, prefix_cache, rows_of_cache
 from workbench.models.shared_layers import run_below
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt
+from workbench.steering.interventions import Intervention
 
 FAMILIES = ["llama2", "llama3", "qwen3", "olmo2"]
 

@@ -12,17 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.edits import AddVector
-from workbench.estimators import mean_difference, pruned_mean_difference
 from workbench.files.store import write_tensors
-from workbench.intervening import intervene
-from workbench.interventions import Intervention, add_vector
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
 from workbench.prompts.openings import OPENING_KINDS, answer_prompts, read_openings
 from workbench.prompts.prompt import Prompt, load_prompts, select_prompts, split_prompts
-from workbench.vectors import (
+from workbench.steering.apply import intervene
+from workbench.steering.estimators import mean_difference, pruned_mean_difference
+from workbench.steering.interventions import AddVector, Intervention, add_vector
+from workbench.steering.vectors import (
     SteeringVector,
     fit_steering_vectors,
     load_vector,

@@ -1,36 +1,13 @@
-from . import (
-    directions,
-    estimators,
-    gate_report,
-    neuron_effects,
-    neuron_profiles,
-    neuron_tables,
-    patching,
-    text_quality,
-)
+from . import gate_report, neuron_effects, neuron_profiles, neuron_tables, patching, text_quality
 from .calibration import Limits, Setting, calibrate, grid, plan_rounds
 from .capability import multiple_choice, read_questions, text_perplexity
-from .estimators import mean_difference, pruned_mean_difference
 from .evaluation import Evaluation, evaluate, score_completions
 from .experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
 from .figures import gates as steering_pictures
 from .figures import results as visuals
 from .figures.notebook import show, token_scores
 from .framing import FramingJudge, load_framing_judge
-from .gates import Gate, fit_gate, load_gate, save_gate
 from .generation import Completion, generate, sweep
-from .intervening import intervene
-from .interventions import (
-    Intervention,
-    ablate_direction,
-    activate,
-    add_vector,
-    clamp_neurons,
-    gated,
-    raise_to,
-    scale_neurons,
-    suppress,
-)
 from .judges import RefusalPatterns, Verdict
 from .likelihood import answer_kl, answer_log_probs, steered_log_probs
 from .models.activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
@@ -47,11 +24,27 @@ from .report import write_report
 from .run_config import RunConfig
 from .safesteer import run
 from .self_contrast import answer_pairs, instructed, self_contrast, went_along
-from .separability import layer_separability
 from .stats import estimates as statistics
 from .stats import selectivity
 from .steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
-from .vectors import (
+from .steering import combine as directions
+from .steering import estimators
+from .steering.apply import intervene
+from .steering.estimators import mean_difference, pruned_mean_difference
+from .steering.gates import Gate, fit_gate, load_gate, save_gate
+from .steering.interventions import (
+    Intervention,
+    ablate_direction,
+    activate,
+    add_vector,
+    clamp_neurons,
+    gated,
+    raise_to,
+    scale_neurons,
+    suppress,
+)
+from .steering.separability import layer_separability
+from .steering.vectors import (
     SteeringVector,
     fit_steering_vectors,
     load_vector,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.evaluation import ALL, HEADLINE, Evaluation
 from workbench.generation import UNSTEERED, Completion, Condition, generate, sweep
-from workbench.interventions import Intervention, Positions, add_vector
 from workbench.likelihood import answer_kl
 from workbench.models.sites import Site
-from workbench.vectors import SteeringVector
+from workbench.steering.interventions import Intervention, Positions, add_vector
+from workbench.steering.vectors import SteeringVector
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,8 +18,8 @@ from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.interventions import Intervention
     from workbench.models.load import HookedModel
+    from workbench.steering.interventions import Intervention
 
 LETTERS = "ABCDEFGH"
 

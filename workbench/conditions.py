@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.calibration import Calibration, Setting, Vectors, steering
 from workbench.constructions import POOLED
-from workbench.directions import pooled
 from workbench.evaluation import HEADLINE
 from workbench.generation import UNSTEERED, Condition
-from workbench.interventions import Intervention, add_vector, gated
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, categories_of
-from workbench.vectors import SteeringVector, random_vector, scaled_to, shuffled_vector
+from workbench.steering.combine import pooled
+from workbench.steering.interventions import Intervention, add_vector, gated
+from workbench.steering.vectors import SteeringVector, random_vector, scaled_to, shuffled_vector
 
 if TYPE_CHECKING:
-    from workbench.gates import Gate
     from workbench.models.activations import ActivationSet
+    from workbench.steering.gates import Gate
 
 GATED, ALWAYS = "gated", "always on, same mean strength"
 

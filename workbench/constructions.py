@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from workbench.calibration import Vectors, placements
-from workbench.directions import own_part, pooled, summed, without
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.sites import Site, sites_of_kind
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, Prompt, categories_of
 from workbench.run_config import CONSTRUCTIONS
-from workbench.vectors import SteeringVector, fit_steering_vectors
+from workbench.steering.combine import own_part, pooled, summed, without
+from workbench.steering.vectors import SteeringVector, fit_steering_vectors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.intervening import intervene
 from workbench.models.forward import (
     allows_padding_behind,
     fast,
@@ -22,6 +21,7 @@ from workbench.models.forward import (
 )
 from workbench.models.shared_layers import run_below
 from workbench.models.tokens import Batch, Encoded, pad, pad_id, span_mask, stop_ids
+from workbench.steering.apply import intervene
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from workbench.interventions import Intervention
     from workbench.models.load import HookedModel
+    from workbench.steering.interventions import Intervention
 
 MEMORY = 2**30
 """Bytes of keys and values that a batch may take by default."""

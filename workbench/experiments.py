@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from workbench.interventions import Intervention
+    from workbench.steering.interventions import Intervention
 
 
 def compare(

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from workbench.gates import Gate
     from workbench.models.activations import ActivationSet
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
+    from workbench.steering.gates import Gate
 
 CLOSED = "closed"
 RISKY, TWINS, LOOK_ALIKES, NEUTRAL = "risky", "twins", "look-alikes", "neutral"

@@ -14,9 +14,9 @@ import torch
 from workbench.decoding import DecodeLoop, Row, rows_that_fit
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
-from workbench.interventions import Intervention, check_interventions, description
 from workbench.models.load import model_info
 from workbench.models.tokens import Encoded, decode, encode, template_text
+from workbench.steering.interventions import Intervention, check_interventions, description
 
 if TYPE_CHECKING:
     from workbench.models.load import HookedModel

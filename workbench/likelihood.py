@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workbench.intervening import intervene
 from workbench.models.forward import (
     allows_padding_behind,
     has_key_value_cache,
@@ -17,6 +16,7 @@ from workbench.models.forward import (
     shared_prefix_length,
 )
 from workbench.models.tokens import encode, pad, pad_id, span_mask
+from workbench.steering.apply import intervene
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.generation import Completion
-    from workbench.interventions import Intervention
     from workbench.models.load import HookedModel
+    from workbench.steering.interventions import Intervention
 
 
 def answer_log_probs(

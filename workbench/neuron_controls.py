@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from workbench.models.load import HookedModel
     from workbench.neuron_edits import Neuron, NeuronReference
-    from workbench.vectors import SteeringVector
+    from workbench.steering.vectors import SteeringVector
 
 MATCHED = ("mean_abs", "sd", "write")
 

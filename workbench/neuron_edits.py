@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from workbench.interventions import Intervention
 from workbench.models.sites import Site
+from workbench.steering.interventions import Intervention
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

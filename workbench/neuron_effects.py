@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from workbench.generation import sweep
-from workbench.intervening import intervene
 from workbench.models.forward import (
     forward,
     has_key_value_cache,
@@ -26,16 +25,17 @@ from workbench.neuron_controls import matched_controls
 from workbench.neuron_edits import Method, Neuron, NeuronReference, by_row, neuron_interventions
 from workbench.stats.estimates import Estimate, mean, paired_difference, to_floats
 from workbench.stats.selectivity import permutation_p
+from workbench.steering.apply import intervene
 
 if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from workbench.interventions import Intervention
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
-    from workbench.vectors import SteeringVector
+    from workbench.steering.interventions import Intervention
+    from workbench.steering.vectors import SteeringVector
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float | bool | None]]
 """Numbers of answers: called with prompts and answers, as ``text_quality.relevance`` is; None where unscored."""

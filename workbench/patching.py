@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from workbench.generation import Completion, sweep
-from workbench.intervening import intervene
-from workbench.interventions import Intervention, Positions, check_interventions
 from workbench.models.forward import forward, reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, sites_of_kind
 from workbench.models.tokens import Encoded, decode, encode, pad, pad_id, stop_ids
 from workbench.stats.estimates import Estimate, ratio_of_means, to_floats
+from workbench.steering.apply import intervene
+from workbench.steering.interventions import Intervention, Positions, check_interventions
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

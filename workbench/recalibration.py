@@ -20,13 +20,13 @@ from workbench.run_config import config_from
 from workbench.runs import read_run
 from workbench.safesteer import TUNE_NEUTRAL, describe, folds_of, limits_of, load_run_model
 from workbench.steered import CALIBRATION
-from workbench.vectors import SteeringVector, load_vector
+from workbench.steering.vectors import SteeringVector, load_vector
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from workbench.interventions import Positions
     from workbench.models.load import HookedModel
+    from workbench.steering.interventions import Positions
 
 
 def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, SteeringVector]]:

@@ -60,7 +60,6 @@ from workbench.gate_report import (
     refusing,
     roc,
 )
-from workbench.gates import fit_gate, save_gate
 from workbench.generation import Condition, sweep
 from workbench.models.activations import cache_activations
 from workbench.models.load import HookedModel, load_model, model_info
@@ -69,10 +68,9 @@ from workbench.prompts.benchmarks import prompts_from
 from workbench.prompts.prompt import Folds, Prompt, categories_of, in_turn, prompts_key, select_prompts, split_prompts
 from workbench.runs import FORMAT
 from workbench.self_contrast import kept_by, self_contrast, went_along
-from workbench.separability import layer_separability
-from workbench.vectors import (
-    save_vector,
-)
+from workbench.steering.gates import fit_gate, save_gate
+from workbench.steering.separability import layer_separability
+from workbench.steering.vectors import save_vector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_json
-from workbench.gates import Gate, load_gate
 from workbench.generation import UNSTEERED, Completion, sweep
-from workbench.interventions import Intervention, add_vector, gated
 from workbench.models.activations import token_activations
 from workbench.models.sites import Site
 from workbench.models.tokens import token_strings
 from workbench.prompts.prompt import Prompt
 from workbench.runs import read_run
-from workbench.vectors import load_vector
+from workbench.steering.gates import Gate, load_gate
+from workbench.steering.interventions import Intervention, add_vector, gated
+from workbench.steering.vectors import load_vector
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from workbench.estimators import Pruning, mean_difference, principal_direction, probe_direction, pruned_mean_difference
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, write_tensors
 from workbench.models.load import ModelInfo
 from workbench.models.sites import RESIDUAL_KINDS, Site
 from workbench.prompts.prompt import HARMLESS, Prompt, categories_of, text_key
+from workbench.steering.estimators import (
+    Pruning,
+    mean_difference,
+    principal_direction,
+    probe_direction,
+    pruned_mean_difference,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -23,9 +29,16 @@ if TYPE_CHECKING:
 
     from workbench.models.activations import ActivationSet
 
+
 SafeSide = Literal["paired", "generic"]
+
+
 Estimator = Literal["mean_difference", "principal", "probe"]
+
+
 ESTIMATORS = ("mean_difference", "principal", "probe")
+
+
 RefusalFilter = Literal["none", "keep", "drop"]
 
 

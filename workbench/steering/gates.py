@@ -26,12 +26,23 @@ if TYPE_CHECKING:
 
     from workbench.models.activations import ActivationSet
 
+
 Form = Literal["hard", "soft", "stepwise"]
+
+
 FORMS = ("hard", "soft", "stepwise")
+
+
 Several = Literal["argmax", "whitened"]
+
+
 SEVERAL = ("argmax", "whitened")
+
+
 SAFE_SETS = {"neutral": "neutral", "hard_safe": "safe"}
 """Sets that must not open a gate, and the label of their prompts: unrelated ones; twins of risky prompts and other look-alikes."""
+
+
 FORMAT = "workbench gate 1"
 
 

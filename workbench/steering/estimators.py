@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+
 Pruning = Literal["none", "top", "bottom", "random"]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workbench.stats.selectivity import auroc, auroc_interval
-from workbench.vectors import fit_steering_vectors
+from workbench.steering.vectors import fit_steering_vectors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workbench.vectors import SteeringVector, scaled_to
+from workbench.steering.vectors import SteeringVector, scaled_to
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
