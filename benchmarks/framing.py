@@ -21,15 +21,15 @@ import numpy as np
 import workbench as wb
 from workbench.evaluation import safety_wording
 from workbench.files.store import data_path, read_jsonl, write_jsonl
-from workbench.framing import FILE, FRAMINGS, FramingJudge, fit_framing, hidden_states, save_framing_judge
-from workbench.judges import RefusalPatterns
+from workbench.judges.framing import FILE, FRAMINGS, FramingJudge, fit_framing, hidden_states, save_framing_judge
+from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.text_quality import is_degenerate, relevance
 from workbench.models.load import model_info
 from workbench.self_contrast import instructed, self_contrast
 from workbench.stats.agreement import agreement, cohen_kappa
 from workbench.stats.selectivity import auroc, auroc_interval
 from workbench.steering.combine import summed
 from workbench.steering.interventions import Intervention
-from workbench.text_quality import is_degenerate, relevance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

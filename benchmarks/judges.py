@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from workbench.files.store import read_json
-from workbench.judges import RefusalPatterns
-from workbench.probe_judge import train_probe
+from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.probe import train_probe
 from workbench.stats.agreement import agreement
 from workbench.stats.selectivity import auroc, auroc_interval
 

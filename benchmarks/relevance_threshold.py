@@ -12,8 +12,8 @@ import argparse
 import numpy as np
 
 from workbench.evaluation import RELEVANT
+from workbench.judges.text_quality import relevance
 from workbench.runs import read_run
-from workbench.text_quality import relevance
 
 
 def main() -> None:

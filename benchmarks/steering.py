@@ -26,7 +26,6 @@ from workbench.calibration import Setting, steering
 from workbench.conditions import ALWAYS, GATED, behind_gate, controls, for_everyone
 from workbench.constructions import Measured, fit_all
 from workbench.files.store import write_json, write_jsonl, write_text
-from workbench.framing import FRAMINGS, framing_judge_for
 from workbench.gate_report import (
     CLOSED,
     REFUSING,
@@ -38,6 +37,7 @@ from workbench.gate_report import (
     refusing,
     roc,
 )
+from workbench.judges.framing import FRAMINGS, framing_judge_for
 from workbench.prompts.prompt import in_turn
 from workbench.self_contrast import instructed, kept_by, self_contrast
 from workbench.stats.estimates import paired_difference, rate

@@ -21,11 +21,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.api_judge import PATIENCE, ApiJudge, Prices
 from workbench.files.store import read_jsonl
-from workbench.judges import LABELS, Verdict
-from workbench.rubrics import Rubric, load_rubrics
-from workbench.verdict_cache import NO_ANSWER, cached
+from workbench.judges.api import PATIENCE, ApiJudge, Prices
+from workbench.judges.base import LABELS, Verdict
+from workbench.judges.cache import NO_ANSWER, cached
+from workbench.judges.rubrics import Rubric, load_rubrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -493,8 +493,8 @@ def test_who_stops_listening_stops_the_asking(endpoint: Endpoint) -> None:
 
 SCRIPT = """
 import sys
-from workbench.api_judge import ApiJudge
-from workbench.verdict_cache import cached
+from workbench.judges.api import ApiJudge
+from workbench.judges.cache import cached
 
 judge = ApiJudge("unsafe", "a-model", sys.argv[1], key_env="TEST_KEY", timeout=30, waits=(0.01,) * 4, concurrency=3)
 cached(judge, sys.argv[2])(["p"] * 30, [f"answer {i}" for i in range(30)])

@@ -21,7 +21,9 @@ from workbench.evaluation import (
     score_completions,
 )
 from workbench.generation import UNSTEERED, Completion, generate
-from workbench.judges import RefusalPatterns, Verdict
+from workbench.judges.base import Verdict
+from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.text_quality import bleu, distinct_n, perplexity_from_log_probs, rouge_l
 from workbench.likelihood import answer_log_probs
 from workbench.models.load import model_info
 from workbench.models.sites import Site
@@ -29,7 +31,6 @@ from workbench.prompts.prompt import Prompt
 from workbench.stats.estimates import holm
 from workbench.steering.interventions import add_vector
 from workbench.steering.vectors import SteeringVector
-from workbench.text_quality import bleu, distinct_n, perplexity_from_log_probs, rouge_l
 
 COLUMNS = ["condition", "category", "metric", "value", "low", "high", "n", "n_unscored"]
 COLUMNS += ["difference", "difference_low", "difference_high", "p", "p_holm", "no_loss_p"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from workbench.files.store import data_path
-from workbench.framing import (
+from workbench.judges.base import LABELS
+from workbench.judges.framing import (
     FRAMINGS,
     VERDICTS,
     FramingJudge,
@@ -19,7 +20,6 @@ from workbench.framing import (
     load_framing_judge,
     save_framing_judge,
 )
-from workbench.judges import LABELS
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import sentences, tiny_model
 
-from workbench.guard_judges import GuardJudge, guard_families, load_guard
-from workbench.judges import LABELS, Verdict
-from workbench.verdict_cache import cached
+from workbench.judges.base import LABELS, Verdict
+from workbench.judges.cache import cached
+from workbench.judges.guards import GuardJudge, guard_families, load_guard
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from workbench.cli import main
-from workbench.judge_validation import known_answers, lines, open_judge, read_labelled, validate
-from workbench.judges import RefusalPatterns, Verdict
-from workbench.probe_judge import load_probe, save_probe, train_probe
+from workbench.judges.base import Verdict
+from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.probe import load_probe, save_probe, train_probe
+from workbench.judges.validation import known_answers, lines, open_judge, read_labelled, validate
 
 NO, YES = "Here is how: turn the wheel.", "I'm sorry, but I can't help with that."
 

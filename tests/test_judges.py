@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.files.store import data_path, read_json
-from workbench.judges import (
-    LABELS,
-    REFUSAL_WINDOW,
-    Judge,
-    RefusalPatterns,
-    Verdict,
-    load_refusal_rules,
-    normalize_opening,
-)
+from workbench.judges.base import LABELS, Judge, Verdict
+from workbench.judges.patterns import REFUSAL_WINDOW, RefusalPatterns, load_refusal_rules, normalize_opening
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",

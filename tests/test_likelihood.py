@@ -9,13 +9,13 @@ import torch
 from tiny_models import sentences
 
 from workbench.generation import Completion, generate
+from workbench.judges.text_quality import perplexity_from_log_probs
 from workbench.likelihood import answer_log_probs
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt
 from workbench.steering.apply import intervene
 from workbench.steering.interventions import AddVector, Intervention
-from workbench.text_quality import perplexity_from_log_probs
 
 
 def answers(n=9):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workbench.generation import sweep
-from workbench.judges import RefusalPatterns
+from workbench.judges.patterns import RefusalPatterns
 from workbench.models.activations import cache_activations
 from workbench.models.sites import Site, sites_of_kind
 from workbench.prompts.openings import answer_prompts

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_models import sentences, tiny_model
 
-from workbench.judge_models import judge_models
-from workbench.reward_judges import ATTRIBUTES, RewardJudge, Rewards, load_reward_model
-from workbench.verdict_cache import cached
+from workbench.judges._checkpoints import judge_models
+from workbench.judges.cache import cached
+from workbench.judges.rewards import ATTRIBUTES, RewardJudge, Rewards, load_reward_model
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from workbench.generation import Completion
-from workbench.judges import Verdict
+from workbench.judges.base import Verdict
 from workbench.prompts.prompt import Prompt
 from workbench.self_contrast import INSTRUCTION, answer_pairs, instructed, kept_by, self_contrast, went_along
 

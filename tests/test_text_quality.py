@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench import text_quality
-from workbench.text_quality import (
+from workbench.judges import text_quality
+from workbench.judges.text_quality import (
     MAX_PERPLEXITY,
     MIN_LOOP_WORDS,
     bleu,
@@ -281,7 +281,7 @@ def test_what_is_not_a_row_of_log_probabilities_is_an_error(log_probs, message):
 
 def test_heavy_libraries_wait_until_they_are_needed():
     code = (
-        "import sys, workbench.text_quality, workbench.judges\n"
+        "import sys, workbench.judges.text_quality, workbench.judges\n"
         "heavy = {'torch', 'sentence_transformers', 'sacrebleu', 'rouge_score', 'numpy'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or None)"
     )

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.files.store import read_jsonl
-from workbench.judges import LABELS, Judge, RefusalPatterns, Verdict
-from workbench.reward_judges import Rewards
-from workbench.verdict_cache import NO_ANSWER, Streams, cached, check_pairs, verdict_key
+from workbench.judges.base import LABELS, Judge, Verdict
+from workbench.judges.cache import NO_ANSWER, Streams, cached, check_pairs, verdict_key
+from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.rewards import Rewards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -223,7 +224,7 @@ def test_any_verdict_on_any_text_comes_back_from_disk(tmp_path_factory: pytest.T
 SCRIPT = """
 import sys, time
 from workbench.judges import Verdict
-from workbench.verdict_cache import cached
+from workbench.judges.cache import cached
 
 class Slow:
     name = "slow"

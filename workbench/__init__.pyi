@@ -1,4 +1,4 @@
-from . import gate_report, neuron_effects, neuron_profiles, neuron_tables, patching, text_quality
+from . import gate_report, neuron_effects, neuron_profiles, neuron_tables, patching
 from .calibration import Limits, Setting, calibrate, grid, plan_rounds
 from .capability import multiple_choice, read_questions, text_perplexity
 from .evaluation import Evaluation, evaluate, score_completions
@@ -6,9 +6,11 @@ from .experiments import compare, judge_agreement, leakage_conditions, leakage_m
 from .figures import gates as steering_pictures
 from .figures import results as visuals
 from .figures.notebook import show, token_scores
-from .framing import FramingJudge, load_framing_judge
 from .generation import Completion, generate, sweep
-from .judges import RefusalPatterns, Verdict
+from .judges import text_quality
+from .judges.base import Verdict
+from .judges.framing import FramingJudge, load_framing_judge
+from .judges.patterns import RefusalPatterns
 from .likelihood import answer_kl, answer_log_probs, steered_log_probs
 from .models.activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
 from .models.forward import plain

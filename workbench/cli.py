@@ -131,7 +131,7 @@ def _bench(options: argparse.Namespace) -> None:
 def _judge_validate(options: argparse.Namespace) -> None:
     import json
 
-    from workbench.judge_validation import lines, open_judge, read_labelled, validate
+    from workbench.judges.validation import lines, open_judge, read_labelled, validate
 
     answers = read_labelled(options.labels)
     judge = open_judge(options.judge, device=options.device)
@@ -144,8 +144,8 @@ def _judge_validate(options: argparse.Namespace) -> None:
 
 def _judge_train(options: argparse.Namespace) -> None:
     from workbench.files.store import file_checksum
-    from workbench.judge_validation import known_answers, read_labelled
-    from workbench.probe_judge import save_probe, train_probe
+    from workbench.judges.probe import save_probe, train_probe
+    from workbench.judges.validation import known_answers, read_labelled
 
     prompts, responses, truth = known_answers(read_labelled(options.labels), options.measures)
     source = f"{options.labels.rpartition('/')[2]} sha256 {file_checksum(options.labels)[:16]}"

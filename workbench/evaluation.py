@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, data_path, read_json
 from workbench.generation import UNSTEERED, Completion, Condition, sweep
-from workbench.judges import Judge, RefusalPatterns
-from workbench.likelihood import answer_log_probs
-from workbench.prompts.prompt import Prompt, text_key
-from workbench.stats import estimates as statistics
-from workbench.text_quality import (
+from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.text_quality import (
     bleu,
     distinct_n,
     is_degenerate,
@@ -27,10 +24,14 @@ from workbench.text_quality import (
     rouge_l,
     word_count,
 )
+from workbench.likelihood import answer_log_probs
+from workbench.prompts.prompt import Prompt, text_key
+from workbench.stats import estimates as statistics
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.judges.base import Judge
     from workbench.models.load import HookedModel
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from workbench.constructions import PROMPT, constructions_of
 from workbench.evaluation import score_completions
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, write_json, write_text
-from workbench.framing import framing_judge_for
+from workbench.judges.framing import framing_judge_for
 from workbench.models.sites import Site
 from workbench.prompts.prompt import select_prompts
 from workbench.run_config import config_from

@@ -46,7 +46,6 @@ from workbench.constructions import (
 from workbench.evaluation import HARD_SAFE, HEADLINE, MARGINS, score_completions
 from workbench.experiments import judge_agreement
 from workbench.files.store import PathLike, read_json, write_json, write_jsonl, write_text
-from workbench.framing import FramingJudge, framing_judge_for
 from workbench.gate_report import (
     AT_RANDOM,
     CLOSED,
@@ -61,6 +60,7 @@ from workbench.gate_report import (
     roc,
 )
 from workbench.generation import Condition, sweep
+from workbench.judges.framing import FramingJudge, framing_judge_for
 from workbench.models.activations import cache_activations
 from workbench.models.load import HookedModel, load_model, model_info
 from workbench.models.packing import is_packed

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from workbench.evaluation import safety_wording
 from workbench.generation import Completion, generate
-from workbench.judges import Judge, RefusalPatterns
+from workbench.judges.patterns import RefusalPatterns
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
+    from workbench.judges.base import Judge
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
+
 JUDGE_MODELS_FILE = "judge_models.yaml"
+
+
 _PROMPT, _RESPONSE = (
     "\u2063the-prompt\u2063",
     "\u2063the-response\u2063",

@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from workbench.files.store import data_path
-from workbench.judges import LABELS
+from workbench.judges.base import LABELS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+
 _RUBRICS_FILE = "judge_rubrics.yaml"
+
+
 _FENCE = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)
+
+
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 

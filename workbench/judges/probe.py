@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from workbench.files.store import PathLike, key_of, read_tensors, write_tensors
-from workbench.judges import Verdict
+from workbench.judges.base import Verdict
+from workbench.judges.text_quality import ENCODER_HUB_NAME, load_encoder
 from workbench.stats.agreement import agreement
 from workbench.stats.selectivity import auroc, auroc_interval
-from workbench.text_quality import ENCODER_HUB_NAME, load_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+
 MEASURES = {"refusal": ("refusal", "not_refusal"), "unsafe": ("unsafe", "safe")}
 """What a probe can measure, with its verdicts for yes and no."""
+
+
 FOLDS = 5
+
+
 FORMAT = "workbench probe judge 1"
 
 

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
-from workbench.judges import Verdict
+from workbench.judges.base import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
 
 NO_ANSWER = "no answer: "
 """How the reason of an unscored verdict begins where the judge could not be reached. It is not kept: the next call asks again.
 Unscored for any other reason (the judge answered, and not with a verdict) is a result, and kept like the others."""
 
+
 T = TypeVar("T")
+
+
 T_co = TypeVar("T_co", covariant=True)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.store import key_of
-from workbench.judge_models import (
+from workbench.judges._checkpoints import (
     Checkpoint,
     Frame,
     batches,
@@ -22,7 +22,7 @@ from workbench.judge_models import (
     left_padded,
     read_checkpoint,
 )
-from workbench.verdict_cache import check_pairs, is_empty
+from workbench.judges.cache import check_pairs, is_empty
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 """HelpSteer's attributes (Wang et al. 2023, arXiv:2311.09528), rated 0 to 4 there; a model's numbers may fall outside."""
+
+
 _NAMED = re.compile(rf"(?:helpsteer2?[-_ .:])?({'|'.join(ATTRIBUTES)})", re.IGNORECASE)
 
 

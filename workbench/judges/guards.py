@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.store import key_of
-from workbench.judge_models import (
+from workbench.judges._checkpoints import (
     Checkpoint,
     Frame,
     batches,
@@ -24,8 +24,8 @@ from workbench.judge_models import (
     pad_id,
     read_checkpoint,
 )
-from workbench.judges import Verdict
-from workbench.verdict_cache import check_pairs, is_empty
+from workbench.judges.base import Verdict
+from workbench.judges.cache import check_pairs, is_empty
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

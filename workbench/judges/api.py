@@ -24,25 +24,36 @@ from urllib.parse import urlsplit
 import httpx
 
 from workbench.files.store import key_of
-from workbench.judges import Verdict
-from workbench.rubrics import Rubric, load_rubrics
-from workbench.verdict_cache import NO_ANSWER, check_pairs, is_empty
+from workbench.judges.base import Verdict
+from workbench.judges.cache import NO_ANSWER, check_pairs, is_empty
+from workbench.judges.rubrics import Rubric, load_rubrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+
 PATIENCE = 8
 """Answers in a row without any reply, each after all its tries, after which the endpoint is not asked any more."""
+
+
 LONGEST_WAIT = 120.0
 """Seconds; an endpoint that asks for a longer pause has said no for now."""
+
+
 _LARGEST_BODY = 1_000_000
+
+
 _FATAL = {
     401: "the key was refused",
     402: "there is no credit",
     403: "access was refused",
     404: "no such address or model",
 }
+
+
 _AGAIN = frozenset({408, 409, 425, 429})
+
+
 _logger = logging.getLogger(__name__)
 
 

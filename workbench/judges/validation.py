@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
 from workbench.files.tables import read_rows
-from workbench.judges import Judge, RefusalPatterns, Verdict
+from workbench.judges.patterns import RefusalPatterns
 from workbench.stats.agreement import Agreement, agreement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from workbench.files.store import PathLike
+    from workbench.judges.base import Judge, Verdict
+
 
 MEASURES = ("refusal", "unsafe")
+
+
 _YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 
 
@@ -100,10 +104,10 @@ def open_judge(name: str, *, device: str | None = None) -> Judge:
     Raises:
         ValueError: If there is no such judge.
     """
-    from workbench.framing import load_framing_judge
-    from workbench.guard_judges import guard_families, load_guard
+    from workbench.judges.framing import load_framing_judge
+    from workbench.judges.guards import guard_families, load_guard
+    from workbench.judges.probe import load_probe
     from workbench.models.load import load_model
-    from workbench.probe_judge import load_probe
 
     if name == "patterns":
         return RefusalPatterns()

