@@ -10,8 +10,8 @@ import torch
 from tiny_models import D_MODEL
 
 from workbench.capability import Question, multiple_choice, read_questions, text_perplexity
-from workbench.generation import UNSTEERED, generate
-from workbench.likelihood import answer_kl, answer_log_probs, steered_log_probs
+from workbench.generation.answers import UNSTEERED, generate
+from workbench.generation.likelihood import answer_kl, answer_log_probs, steered_log_probs
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt

@@ -20,11 +20,11 @@ from workbench.evaluation import (
     safety_wording,
     score_completions,
 )
-from workbench.generation import UNSTEERED, Completion, generate
+from workbench.generation.answers import UNSTEERED, Completion, generate
+from workbench.generation.likelihood import answer_log_probs
 from workbench.judges.base import Verdict
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.text_quality import bleu, distinct_n, perplexity_from_log_probs, rouge_l
-from workbench.likelihood import answer_log_probs
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt

@@ -12,7 +12,7 @@ from tiny_models import D_MODEL
 
 from workbench.evaluation import ALL, HEADLINE, Evaluation, evaluate
 from workbench.experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
-from workbench.generation import UNSTEERED
+from workbench.generation.answers import UNSTEERED
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, text_key

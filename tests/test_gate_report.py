@@ -27,7 +27,7 @@ from workbench.gate_report import (
     refusing,
     roc,
 )
-from workbench.generation import UNSTEERED, Completion
+from workbench.generation.answers import UNSTEERED, Completion
 from workbench.models.activations import ActivationSet
 from workbench.models.load import model_info
 from workbench.models.sites import Site

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import D_MODEL, sentences
 
-from workbench.generation import UNSTEERED, sweep
+from workbench.generation.answers import UNSTEERED, sweep
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import model_info
 from workbench.models.sites import Site

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import CONTEXT, D_MODEL, sentences, tiny_model
 
-from workbench.generation import UNSTEERED, generate, sweep
+from workbench.generation.answers import UNSTEERED, generate, sweep
 from workbench.models.load import load_model, model_info
 from workbench.models.sites import Site
 from workbench.models.tokens import encode, stop_ids

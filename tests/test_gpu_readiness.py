@@ -11,8 +11,8 @@ from test_gates import ALWAYS, gate, through, vector
 from tiny_models import sentences
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workbench import decoding
-from workbench.generation import sweep
+from workbench.generation import _decode_loop as decoding
+from workbench.generation.answers import sweep
 from workbench.models.activations import cache_activations
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from test_safesteer import few_prompts, finished  # noqa: F401 - fixtures
 
-from workbench.generation import generate
+from workbench.generation.answers import generate
 from workbench.prompts.prompt import Prompt
 from workbench.steered import steering_from
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import D_MLP, D_MODEL, LAYERS, tiny_model
 
-from workbench.generation import generate
+from workbench.generation.answers import generate
 from workbench.models.forward import prefix_cache, reading, rows_of_cache
 from workbench.models.load import load_model, model_info
 from workbench.models.sites import Site

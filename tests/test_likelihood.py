@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import sentences
 
-from workbench.generation import Completion, generate
+from workbench.generation.answers import Completion, generate
+from workbench.generation.likelihood import answer_log_probs
 from workbench.judges.text_quality import perplexity_from_log_probs
-from workbench.likelihood import answer_log_probs
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import sentences, tiny_model
 
-from workbench.generation import generate
+from workbench.generation.answers import generate
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import HookedModel, load_model
 from workbench.models.sites import Site, sites_of_kind

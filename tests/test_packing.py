@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import workbench.models.packing as packing_room
-from workbench.generation import sweep
+from workbench.generation.answers import sweep
 from workbench.models.activations import cache_activations
 from workbench.models.forward import plain
 from workbench.models.load import load_model

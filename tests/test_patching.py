@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from workbench.generation import generate
+from workbench.generation.answers import generate
 from workbench.models.load import HookedModel, load_model
 from workbench.models.sites import Site
 from workbench.models.tokens import encode

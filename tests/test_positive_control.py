@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workbench.generation import sweep
+from workbench.generation.answers import sweep
 from workbench.judges.patterns import RefusalPatterns
 from workbench.models.activations import cache_activations
 from workbench.models.sites import Site, sites_of_kind

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench import generation, safesteer
+from workbench import safesteer
 from workbench.calibration import in_words
 from workbench.figures.wording import gate_lines
 from workbench.files.store import read_json, read_jsonl
+from workbench.generation import answers as generation
 from workbench.models import activations
 from workbench.neuron_page import write_neuron_page
 from workbench.prompts.prompt import load_prompts, save_prompts, select_prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workbench.generation import Completion
+from workbench.generation.answers import Completion
 from workbench.judges.base import Verdict
 from workbench.prompts.prompt import Prompt
 from workbench.self_contrast import INSTRUCTION, answer_pairs, instructed, kept_by, self_contrast, went_along

@@ -9,8 +9,8 @@ import torch
 from test_gates import ALWAYS, gate, through
 from tiny_models import sentences
 
-from workbench import decoding
-from workbench.generation import generate, sweep
+from workbench.generation import _decode_loop as decoding
+from workbench.generation.answers import generate, sweep
 from workbench.models.forward import forward, plain, prefix_cache, rows_of_cache
 from workbench.models.shared_layers import run_below
 from workbench.models.sites import Site

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_run import HOSTILE, write_run
 
-from workbench import evaluation, generation
+from workbench import evaluation
 from workbench.figures import results as visuals
 from workbench.figures import style as drawing
 from workbench.figures import wording
+from workbench.generation import answers as generation
 from workbench.runs import read_run
 
 CATEGORIES = ("fraud", "malware")

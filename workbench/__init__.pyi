@@ -6,12 +6,12 @@ from .experiments import compare, judge_agreement, leakage_conditions, leakage_m
 from .figures import gates as steering_pictures
 from .figures import results as visuals
 from .figures.notebook import show, token_scores
-from .generation import Completion, generate, sweep
+from .generation.answers import Completion, generate, sweep
+from .generation.likelihood import answer_kl, answer_log_probs, steered_log_probs
 from .judges import text_quality
 from .judges.base import Verdict
 from .judges.framing import FramingJudge, load_framing_judge
 from .judges.patterns import RefusalPatterns
-from .likelihood import answer_kl, answer_log_probs, steered_log_probs
 from .models.activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
 from .models.forward import plain
 from .models.load import ModelInfo, load_model, model_info

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.evaluation import ALL, HEADLINE, Evaluation
-from workbench.generation import UNSTEERED, Completion, Condition, generate, sweep
-from workbench.likelihood import answer_kl
+from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
+from workbench.generation.likelihood import answer_kl
 from workbench.models.sites import Site
 from workbench.steering.interventions import Intervention, Positions, add_vector
 from workbench.steering.vectors import SteeringVector

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.files.store import PathLike, data_path
 from workbench.files.tables import read_rows
-from workbench.generation import UNSTEERED, Completion, Condition
-from workbench.likelihood import steered_log_probs
+from workbench.generation.answers import UNSTEERED, Completion, Condition
+from workbench.generation.likelihood import steered_log_probs
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 

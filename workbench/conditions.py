@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.calibration import Calibration, Setting, Vectors, steering
 from workbench.constructions import POOLED
 from workbench.evaluation import HEADLINE
-from workbench.generation import UNSTEERED, Condition
+from workbench.generation.answers import UNSTEERED, Condition
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, categories_of
 from workbench.steering.combine import pooled

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, data_path, read_json
-from workbench.generation import UNSTEERED, Completion, Condition, sweep
+from workbench.generation.answers import UNSTEERED, Completion, Condition, sweep
+from workbench.generation.likelihood import answer_log_probs
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.text_quality import (
     bleu,
@@ -24,7 +25,6 @@ from workbench.judges.text_quality import (
     rouge_l,
     word_count,
 )
-from workbench.likelihood import answer_log_probs
 from workbench.prompts.prompt import Prompt, text_key
 from workbench.stats import estimates as statistics
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from workbench.evaluation import ALL, HEADLINE, RATES, Evaluation
 from workbench.files.hints import did_you_mean
-from workbench.generation import UNSTEERED, Condition
+from workbench.generation.answers import UNSTEERED, Condition
 from workbench.stats import estimates as statistics
 from workbench.stats.agreement import agreement
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from workbench.evaluation import ALL, HEADLINE, Evaluation
-from workbench.generation import UNSTEERED, Completion
+from workbench.generation.answers import UNSTEERED, Completion
 from workbench.stats.estimates import rate
 from workbench.stats.selectivity import auroc, auroc_interval
 

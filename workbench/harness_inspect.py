@@ -22,7 +22,7 @@ from inspect_ai.model import (
     modelapi,
 )
 
-from workbench.generation import generate
+from workbench.generation.answers import generate
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.run_config import config_from
 from workbench.runs import read_run

@@ -12,8 +12,8 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from workbench.generation import UNSTEERED, Completion, generate
-from workbench.likelihood import steered_log_probs
+from workbench.generation.answers import UNSTEERED, Completion, generate
+from workbench.generation.likelihood import steered_log_probs
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.run_config import config_from
 from workbench.runs import read_run

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from workbench.generation import sweep
+from workbench.generation.answers import sweep
 from workbench.models.forward import (
     forward,
     has_key_value_cache,

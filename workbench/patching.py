@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.generation import Completion, sweep
+from workbench.generation.answers import Completion, sweep
 from workbench.models.forward import forward, reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, sites_of_kind

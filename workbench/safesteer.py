@@ -59,7 +59,7 @@ from workbench.gate_report import (
     refusing,
     roc,
 )
-from workbench.generation import Condition, sweep
+from workbench.generation.answers import Condition, sweep
 from workbench.judges.framing import FramingJudge, framing_judge_for
 from workbench.models.activations import cache_activations
 from workbench.models.load import HookedModel, load_model, model_info

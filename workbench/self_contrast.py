@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from workbench.evaluation import safety_wording
-from workbench.generation import Completion, generate
+from workbench.generation.answers import Completion, generate
 from workbench.judges.patterns import RefusalPatterns
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_json
-from workbench.generation import UNSTEERED, Completion, sweep
+from workbench.generation.answers import UNSTEERED, Completion, sweep
 from workbench.models.activations import token_activations
 from workbench.models.sites import Site
 from workbench.models.tokens import token_strings

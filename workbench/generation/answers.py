@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.decoding import DecodeLoop, Row, rows_that_fit
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
+from workbench.generation._decode_loop import DecodeLoop, Row, rows_that_fit
 from workbench.models.load import model_info
 from workbench.models.tokens import Encoded, decode, encode, template_text
 from workbench.steering.interventions import Intervention, check_interventions, description
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
+
 UNSTEERED = "unsteered"
+
+
 Condition = Sequence[Intervention] | Mapping[str, Sequence[Intervention]]
 """What is done to the model: interventions for every prompt, or a mapping that names them by prompt id or by category (prompts
 with neither stay unsteered)."""

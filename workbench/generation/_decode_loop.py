@@ -32,8 +32,11 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
     from workbench.steering.interventions import Intervention
 
+
 MEMORY = 2**30
 """Bytes of keys and values that a batch may take by default."""
+
+
 MOST_ROWS = 96
 """Rows of a batch by default, at most: the processor's products are no faster with more."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.generation import Completion
+    from workbench.generation.answers import Completion
     from workbench.models.load import HookedModel
     from workbench.steering.interventions import Intervention
 
