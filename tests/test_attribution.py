@@ -9,7 +9,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES, PLAIN, planted_direction, sentences, tiny_model, tiny_tokenizer
 
-from workbench.attribution import (
+from workbench.models.activations import cache_activations
+from workbench.models.load import load_model
+from workbench.models.sites import Site
+from workbench.neurons.attribution import (
     Attribution,
     class_difference,
     direct_attribution,
@@ -18,10 +21,7 @@ from workbench.attribution import (
     write_weights,
     writing_sites,
 )
-from workbench.attribution_passes import ROLES, gate_split, head_sources, scaled_activations, writing_activations
-from workbench.models.activations import cache_activations
-from workbench.models.load import load_model
-from workbench.models.sites import Site
+from workbench.neurons.splits import ROLES, gate_split, head_sources, scaled_activations, writing_activations
 from workbench.prompts.prompt import Prompt, load_prompts, select_prompts
 from workbench.steering.apply import intervene
 from workbench.steering.interventions import clamp_neurons

@@ -12,8 +12,8 @@ import pytest
 
 from workbench.models.load import ModelInfo
 from workbench.neuron_dashboard import neurons_page, visible, write_dashboard
-from workbench.neuron_profiles import Example, Histogram, NeuronProfile
-from workbench.neuron_weights import Vocabulary, WeightCosine
+from workbench.neurons.profiles import Example, Histogram, NeuronProfile
+from workbench.neurons.weights import Vocabulary, WeightCosine
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -20,9 +20,15 @@ from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import HookedModel, load_model
 from workbench.models.sites import Site, sites_of_kind
 from workbench.models.tokens import encode
-from workbench.neuron_controls import matched_controls, matching_statistics
-from workbench.neuron_edits import METHODS, NeuronReference, neuron_interventions, neuron_reference
-from workbench.neuron_effects import effects_table, neuron_effect, rank_curve
+from workbench.neurons.effects import effects_table, neuron_effect, rank_curve
+from workbench.neurons.silencing import (
+    METHODS,
+    NeuronReference,
+    matched_controls,
+    matching_statistics,
+    neuron_interventions,
+    neuron_reference,
+)
 from workbench.prompts.prompt import Prompt, load_prompts, select_prompts, split_prompts
 from workbench.steering.vectors import SteeringVector, fit_steering_vectors
 

@@ -14,8 +14,8 @@ from workbench.models.activations import token_activations
 from workbench.models.load import hooked, load_model
 from workbench.models.sites import Site
 from workbench.models.tokens import token_strings
-from workbench.neuron_profiles import NeuronProfile, _Counts, _TopTokens, profile_neurons, random_neurons
-from workbench.neuron_weights import N_RANDOM, reading_site, vocabulary_of, weight_cosines
+from workbench.neurons.profiles import NeuronProfile, _Counts, _TopTokens, profile_neurons, random_neurons
+from workbench.neurons.weights import N_RANDOM, reading_site, vocabulary_of, weight_cosines
 from workbench.prompts.prompt import Prompt
 
 NEURONS = [(2, 5), (0, 63), (2, 0)]

@@ -11,12 +11,12 @@ import pytest
 from scipy.stats import mannwhitneyu, wilcoxon
 from tiny_models import PLANTED_HEAD, PLANTED_NEURON, planted_model, planted_prompts, sentences
 
-from workbench.attribution import writing_sites
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import load_model
 from workbench.models.sites import Site, sites_of_kind
-from workbench.neuron_tables import notable_neurons, overlap, shared_neurons, stability, survivors
-from workbench.neurons import _signed_rank_p, attribute_heads, attribute_neurons
+from workbench.neurons.attribution import writing_sites
+from workbench.neurons.ranking import _signed_rank_p, attribute_heads, attribute_neurons
+from workbench.neurons.summaries import notable_neurons, overlap, shared_neurons, stability, survivors
 from workbench.prompts.prompt import Prompt
 from workbench.stats.estimates import benjamini_hochberg
 from workbench.stats.selectivity import auroc, hedges_g

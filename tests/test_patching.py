@@ -12,7 +12,7 @@ from workbench.generation.answers import generate
 from workbench.models.load import HookedModel, load_model
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
-from workbench.patching import contrast_activations, patched_answers, patching_effect
+from workbench.neurons.patching import contrast_activations, patched_answers, patching_effect
 from workbench.prompts.prompt import Prompt
 from workbench.steering.apply import intervene
 from workbench.steering.interventions import AddVector, Intervention, scale_neurons

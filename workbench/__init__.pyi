@@ -1,4 +1,4 @@
-from . import gate_report, neuron_effects, neuron_profiles, neuron_tables, patching
+from . import gate_report
 from .calibration import Limits, Setting, calibrate, grid, plan_rounds
 from .capability import multiple_choice, read_questions, text_perplexity
 from .evaluation import Evaluation, evaluate, score_completions
@@ -17,7 +17,11 @@ from .models.forward import plain
 from .models.load import ModelInfo, load_model, model_info
 from .models.sites import Site, sites_of_kind
 from .models.tokens import encode, token_strings
-from .neurons import attribute_heads, attribute_neurons
+from .neurons import effects as neuron_effects
+from .neurons import patching
+from .neurons import profiles as neuron_profiles
+from .neurons import summaries as neuron_tables
+from .neurons.ranking import attribute_heads, attribute_neurons
 from .prompts.benchmarks import list_datasets, prompts_from, read_dataset
 from .prompts.openings import answer_prompts
 from .prompts.prompt import Folds, Prompt, categories_of, load_prompts, save_prompts, select_prompts, split_prompts

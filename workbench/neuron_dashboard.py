@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from workbench.neuron_profiles import Example, NeuronProfile
+    from workbench.neurons.profiles import Example, NeuronProfile
 
 N_LISTED = 40
 """Neurons in the ranked list."""

@@ -9,8 +9,8 @@ from workbench.files.hints import did_you_mean
 from workbench.models.activations import cache_activations
 from workbench.models.load import HookedModel, model_info
 from workbench.neuron_dashboard import write_dashboard
-from workbench.neuron_profiles import profile_neurons, random_neurons
-from workbench.neuron_weights import reading_site
+from workbench.neurons.profiles import profile_neurons, random_neurons
+from workbench.neurons.weights import reading_site
 from workbench.prompts.prompt import select_prompts
 from workbench.run_config import config_from
 from workbench.runs import read_run

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from workbench.neuron_profiles import Histogram
+    from workbench.neurons.profiles import Histogram
 
 SHADES = 7
 """Steps from one neuron in a cell to the most."""

@@ -269,7 +269,7 @@ def limits_of(config: RunConfig) -> Limits:
 def _neurons(
     model: HookedModel, measured: Measured, folds: Folds, categories: Sequence[str], seed: int
 ) -> pd.DataFrame:
-    from workbench.neurons import attribute_neurons
+    from workbench.neurons.ranking import attribute_neurons
 
     fit, tune = ({site: acts.of(fold) for site, acts in measured.prompts.items()} for fold in (folds.fit, folds.tune))
     has_twins = all(any(p.label == "safe" and p.category == c for p in folds.fit) for c in categories)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from workbench.neurons import CONTRASTS, LEVEL
+from workbench.neurons.ranking import CONTRASTS, LEVEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

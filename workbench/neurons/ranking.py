@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from workbench.attribution import write_weights, writing_sites
-from workbench.contrasts import AttributedFolds, Reference, Sides, Weights, attribute_folds, halves, resamples, sides_of
 from workbench.models.sites import Site
+from workbench.neurons.attribution import write_weights, writing_sites
+from workbench.neurons.folds import (
+    AttributedFolds,
+    Reference,
+    Sides,
+    Weights,
+    attribute_folds,
+    halves,
+    resamples,
+    sides_of,
+)
 from workbench.stats.estimates import benjamini_hochberg
 from workbench.stats.selectivity import auroc, hedges_g, max_statistic_permutation
 
@@ -28,8 +37,11 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
+
 CONTRASTS = ("twins", "neutral", "other")
 """What unsafe prompts of a category are told apart from: their safe twins, neutral prompts, the unsafe prompts of other categories."""
+
+
 LEVEL = 0.05
 
 

@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
     from workbench.models.load import HookedModel
 
+
 N_WORDS = 10
 """Vocabulary entries given on either side."""
+
+
 N_RANDOM = 100
 """Random neurons of the same layer that a neuron's vocabulary is compared with."""
+
+
 _ROWS = 64  # neurons whose effects on the whole vocabulary are held at a time
 
 

@@ -21,8 +21,7 @@ from workbench.models.forward import (
     shared_prefix_length,
 )
 from workbench.models.tokens import Batch, Encoded, encode, pad, pad_id, span_mask
-from workbench.neuron_controls import matched_controls
-from workbench.neuron_edits import Method, Neuron, NeuronReference, by_row, neuron_interventions
+from workbench.neurons.silencing import Method, Neuron, NeuronReference, by_row, matched_controls, neuron_interventions
 from workbench.stats.estimates import Estimate, mean, paired_difference, to_floats
 from workbench.stats.selectivity import permutation_p
 from workbench.steering.apply import intervene
@@ -37,8 +36,11 @@ if TYPE_CHECKING:
     from workbench.steering.interventions import Intervention
     from workbench.steering.vectors import SteeringVector
 
+
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float | bool | None]]
 """Numbers of answers: called with prompts and answers, as ``text_quality.relevance`` is; None where unscored."""
+
+
 PROMPTS_A_PASS = 16
 
 

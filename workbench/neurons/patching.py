@@ -28,8 +28,13 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
+
 Direction = Literal["sufficiency", "necessity"]
+
+
 DIRECTIONS = ("sufficiency", "necessity")
+
+
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float | bool | None]]
 """Numbers of answers: called with prompts and answers, as ``text_quality.relevance`` is; None where unscored."""
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import torch
 
-from workbench.attribution import Attribution, class_difference, direct_attribution, writing_sites
-from workbench.attribution_passes import writing_activations
 from workbench.files.hints import did_you_mean
 from workbench.models.load import model_info
+from workbench.neurons.attribution import Attribution, class_difference, direct_attribution, writing_sites
+from workbench.neurons.splits import writing_activations
 from workbench.prompts.prompt import Prompt, categories_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
     from workbench.models.sites import Site
 
+
 Reference = Literal["twins", "neutral"]
+
+
 Weights = tuple["Float[Tensor, 'draw unsafe']", "Float[Tensor, 'draw reference']"]
 
 

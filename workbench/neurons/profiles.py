@@ -16,7 +16,7 @@ from workbench.models.forward import has_key_value_cache, prefix_cache, reading,
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask, token_strings
-from workbench.neuron_weights import Vocabulary, WeightCosine, vocabulary_of, weight_cosines
+from workbench.neurons.weights import Vocabulary, WeightCosine, vocabulary_of, weight_cosines
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
+
 
 HALF_BINS = 64
 """Bins on either side of zero while counting; a finished histogram has at most 40 in all."""

@@ -25,11 +25,18 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
+
 RESIDUAL_STREAM = ("resid_pre", "resid_mid", "resid_post")
 """Kinds of site whose value is the sum of all that was written before: those a direction can be attributed at."""
+
+
 TOLERANCE = 1e-5
 """Error allowed in the sum of the parts, as a share of the sum of their absolute values."""
+
+
 _OUTPUT_NORMS = {"z": "ln1_post", "mlp_post": "ln2_post"}
+
+
 _EMBEDDING = Site(0, "resid_pre")
 
 

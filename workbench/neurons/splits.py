@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.attribution import output_norm, write_weights, writing_sites
 from workbench.models.activations import ActivationSet
 from workbench.models.forward import reading
 from workbench.models.load import model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask
+from workbench.neurons.attribution import output_norm, write_weights, writing_sites
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
+
 
 ROLES = ("first", "before", "content", "after", "response")
 """Roles of the tokens a head reads from: the very first one (BOS, where attention rests), the template before the user's words, those
