@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import workbench as wb
-from workbench.evaluation import safety_wording
+from workbench.evaluation.scoring import safety_wording
 from workbench.files.store import data_path, read_jsonl, write_jsonl
 from workbench.judges.framing import FILE, FRAMINGS, FramingJudge, fit_framing, hidden_states, save_framing_judge
 from workbench.judges.patterns import RefusalPatterns

@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 
-from workbench.evaluation import RELEVANT
+from workbench.evaluation.scoring import RELEVANT
 from workbench.judges.text_quality import relevance
 from workbench.runs import read_run
 

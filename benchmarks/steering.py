@@ -25,8 +25,7 @@ import workbench as wb
 from workbench.calibration import Setting, steering
 from workbench.conditions import ALWAYS, GATED, behind_gate, controls, for_everyone
 from workbench.constructions import Measured, fit_all
-from workbench.files.store import write_json, write_jsonl, write_text
-from workbench.gate_report import (
+from workbench.evaluation.gating import (
     CLOSED,
     REFUSING,
     activation_rates,
@@ -37,6 +36,7 @@ from workbench.gate_report import (
     refusing,
     roc,
 )
+from workbench.files.store import write_json, write_jsonl, write_text
 from workbench.judges.framing import FRAMINGS, framing_judge_for
 from workbench.prompts.prompt import in_turn
 from workbench.self_contrast import instructed, kept_by, self_contrast

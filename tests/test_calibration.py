@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_evaluation import WordEncoder
 
 from workbench.calibration import Limits, Round, Setting, calibrate, cost, grid, placements, plan_rounds, steering
-from workbench.evaluation import HEADLINE, score_completions
+from workbench.evaluation.scoring import HEADLINE, score_completions
 from workbench.files.store import read_jsonl
 from workbench.models.load import model_info
 from workbench.models.sites import Site

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import D_MODEL
 
-from workbench.capability import Question, multiple_choice, read_questions, text_perplexity
+from workbench.evaluation.capability import Question, multiple_choice, read_questions, text_perplexity
 from workbench.generation.answers import UNSTEERED, generate
 from workbench.generation.likelihood import answer_kl, answer_log_probs, steered_log_probs
 from workbench.models.load import model_info

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import D_MODEL
 
-from workbench.evaluation import (
+from workbench.evaluation.scoring import (
     ALL,
     METRICS,
     RATES,

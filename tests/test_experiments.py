@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import D_MODEL
 
-from workbench.evaluation import ALL, HEADLINE, Evaluation, evaluate
-from workbench.experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
+from workbench.evaluation.comparisons import compare, judge_agreement, leakage_conditions, leakage_matrix
+from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation, evaluate
 from workbench.generation.answers import UNSTEERED
 from workbench.models.load import model_info
 from workbench.models.sites import Site

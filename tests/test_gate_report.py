@@ -10,10 +10,7 @@ import pytest
 import torch
 from tiny_models import D_MODEL
 
-from workbench.evaluation import HEADLINE, Evaluation
-from workbench.figures.gates import gate_confusion, gate_rates, gate_roc
-from workbench.figures.results import front
-from workbench.gate_report import (
+from workbench.evaluation.gating import (
     AT_RANDOM,
     CLOSED,
     ORACLE,
@@ -27,6 +24,9 @@ from workbench.gate_report import (
     refusing,
     roc,
 )
+from workbench.evaluation.scoring import HEADLINE, Evaluation
+from workbench.figures.gates import gate_confusion, gate_rates, gate_roc
+from workbench.figures.results import front
 from workbench.generation.answers import UNSTEERED, Completion
 from workbench.models.activations import ActivationSet
 from workbench.models.load import model_info

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_run import HOSTILE, write_run
 
-from workbench import evaluation
+from workbench.evaluation import scoring as evaluation
 from workbench.figures import results as visuals
 from workbench.figures import style as drawing
 from workbench.figures import wording

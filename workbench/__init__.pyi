@@ -1,8 +1,8 @@
-from . import gate_report
 from .calibration import Limits, Setting, calibrate, grid, plan_rounds
-from .capability import multiple_choice, read_questions, text_perplexity
-from .evaluation import Evaluation, evaluate, score_completions
-from .experiments import compare, judge_agreement, leakage_conditions, leakage_matrix
+from .evaluation import gating as gate_report
+from .evaluation.capability import multiple_choice, read_questions, text_perplexity
+from .evaluation.comparisons import compare, judge_agreement, leakage_conditions, leakage_matrix
+from .evaluation.scoring import Evaluation, evaluate, score_completions
 from .figures import gates as steering_pictures
 from .figures import results as visuals
 from .figures.notebook import show, token_scores

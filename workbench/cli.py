@@ -97,7 +97,7 @@ def _steer(options: argparse.Namespace) -> None:
 
 
 def _capability(options: argparse.Namespace) -> None:
-    from workbench.capability import multiple_choice, read_questions, text_perplexity
+    from workbench.evaluation.capability import multiple_choice, read_questions, text_perplexity
     from workbench.files.store import existing_file
     from workbench.run_config import config_from
     from workbench.runs import read_run

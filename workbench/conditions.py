@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.calibration import Calibration, Setting, Vectors, steering
 from workbench.constructions import POOLED
-from workbench.evaluation import HEADLINE
+from workbench.evaluation.scoring import HEADLINE
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, categories_of

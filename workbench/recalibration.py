@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.calibration import Calibration, calibrate, grid, placements, plan_rounds
 from workbench.constructions import PROMPT, constructions_of
-from workbench.evaluation import score_completions
+from workbench.evaluation.scoring import score_completions
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, write_json, write_text
 from workbench.judges.framing import framing_judge_for

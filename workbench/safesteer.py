@@ -43,10 +43,8 @@ from workbench.constructions import (
     fitted_on,
     measure,
 )
-from workbench.evaluation import HARD_SAFE, HEADLINE, MARGINS, score_completions
-from workbench.experiments import judge_agreement
-from workbench.files.store import PathLike, read_json, write_json, write_jsonl, write_text
-from workbench.gate_report import (
+from workbench.evaluation.comparisons import judge_agreement
+from workbench.evaluation.gating import (
     AT_RANDOM,
     CLOSED,
     ORACLE,
@@ -59,6 +57,8 @@ from workbench.gate_report import (
     refusing,
     roc,
 )
+from workbench.evaluation.scoring import HARD_SAFE, HEADLINE, MARGINS, score_completions
+from workbench.files.store import PathLike, read_json, write_json, write_jsonl, write_text
 from workbench.generation.answers import Condition, sweep
 from workbench.judges.framing import FramingJudge, framing_judge_for
 from workbench.models.activations import cache_activations

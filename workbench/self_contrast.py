@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from workbench.evaluation import safety_wording
+from workbench.evaluation.scoring import safety_wording
 from workbench.generation.answers import Completion, generate
 from workbench.judges.patterns import RefusalPatterns
 

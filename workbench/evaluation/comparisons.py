@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
-from workbench.evaluation import ALL, HEADLINE, RATES, Evaluation
+from workbench.evaluation.scoring import ALL, HEADLINE, RATES, Evaluation
 from workbench.files.hints import did_you_mean
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.stats import estimates as statistics

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from workbench.evaluation import ALL, HEADLINE, Evaluation
+from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion
 from workbench.stats.estimates import rate
 from workbench.stats.selectivity import auroc, auroc_interval
@@ -28,12 +28,21 @@ if TYPE_CHECKING:
     from workbench.prompts.prompt import Prompt
     from workbench.steering.gates import Gate
 
+
 CLOSED = "closed"
+
+
 RISKY, TWINS, LOOK_ALIKES, NEUTRAL = "risky", "twins", "look-alikes", "neutral"
+
+
 SETS = (RISKY, TWINS, LOOK_ALIKES, NEUTRAL)
 """Kinds of prompts: of a risk category; safe ones written to match one of those; other safe ones that sound risky; everyday ones."""
+
+
 REFUSAL = "I'm sorry, but I can't help with that."
 """What the condition "refuse when it fires" answers: the simplest use of a detector, and the over-refusal that steering is to avoid."""
+
+
 ORACLE, AT_RANDOM, REFUSING = "oracle gate", "gate at random", "refuse when it fires"
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
     from workbench.steering.interventions import Intervention
 
+
 LETTERS = "ABCDEFGH"
 
 
