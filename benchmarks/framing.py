@@ -25,7 +25,7 @@ from workbench.judges.framing import FILE, FRAMINGS, FramingJudge, fit_framing, 
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.text_quality import is_degenerate, relevance
 from workbench.models.load import model_info
-from workbench.self_contrast import instructed, self_contrast
+from workbench.safesteer.own_answers import instructed, self_contrast
 from workbench.stats.agreement import agreement, cohen_kappa
 from workbench.stats.selectivity import auroc, auroc_interval
 from workbench.steering.combine import summed

@@ -13,7 +13,7 @@ import numpy as np
 
 from workbench.evaluation.scoring import RELEVANT
 from workbench.judges.text_quality import relevance
-from workbench.runs import read_run
+from workbench.safesteer.run_folder import read_run
 
 
 def main() -> None:

@@ -22,9 +22,6 @@ from typing import Any
 import pandas as pd
 
 import workbench as wb
-from workbench.calibration import Setting, steering
-from workbench.conditions import ALWAYS, GATED, behind_gate, controls, for_everyone
-from workbench.constructions import Measured, fit_all
 from workbench.evaluation.gating import (
     CLOSED,
     REFUSING,
@@ -39,7 +36,10 @@ from workbench.evaluation.gating import (
 from workbench.files.store import write_json, write_jsonl, write_text
 from workbench.judges.framing import FRAMINGS, framing_judge_for
 from workbench.prompts.prompt import in_turn
-from workbench.self_contrast import instructed, kept_by, self_contrast
+from workbench.safesteer.conditions import ALWAYS, GATED, behind_gate, controls, for_everyone
+from workbench.safesteer.constructions import Measured, fit_all
+from workbench.safesteer.own_answers import instructed, kept_by, self_contrast
+from workbench.safesteer.settings import Setting, steering
 from workbench.stats.estimates import paired_difference, rate
 from workbench.steering.combine import summed
 

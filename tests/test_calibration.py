@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import WordEncoder
 
-from workbench.calibration import Limits, Round, Setting, calibrate, cost, grid, placements, plan_rounds, steering
 from workbench.evaluation.scoring import HEADLINE, score_completions
 from workbench.files.store import read_jsonl
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, in_turn
+from workbench.safesteer.calibration import Limits, Round, calibrate, cost, plan_rounds
+from workbench.safesteer.settings import Setting, grid, placements, steering
 from workbench.steering.vectors import SteeringVector
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from workbench.constructions import GUIDED, Measured, constructions_of, fit_all, measure
 from workbench.models.sites import Site
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, load_prompts, select_prompts
-from workbench.run_config import CONSTRUCTIONS
+from workbench.safesteer.config import CONSTRUCTIONS
+from workbench.safesteer.constructions import GUIDED, Measured, constructions_of, fit_all, measure
 from workbench.steering.vectors import fit_steering_vectors
 
 CATEGORIES = ("hate_speech", "illegal_activity")

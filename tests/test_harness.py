@@ -11,7 +11,7 @@ from test_safesteer import few_prompts, finished  # noqa: F401 - fixtures
 
 from workbench.generation.answers import generate
 from workbench.prompts.prompt import Prompt
-from workbench.steered import steering_from
+from workbench.safesteer.saved_run import steering_from
 
 if TYPE_CHECKING:
     from pathlib import Path

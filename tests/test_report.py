@@ -15,7 +15,7 @@ from synthetic_run import HOSTILE, write_run
 from workbench import report
 from workbench.figures import wording
 from workbench.report import write_report
-from workbench.runs import read_run
+from workbench.safesteer.run_folder import read_run
 
 CATEGORIES = ("fraud", "malware")
 OPTIONAL = (

@@ -9,19 +9,19 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench import safesteer
-from workbench.calibration import in_words
 from workbench.figures.wording import gate_lines
 from workbench.files.store import read_json, read_jsonl
 from workbench.generation import answers as generation
 from workbench.models import activations
 from workbench.neuron_page import write_neuron_page
 from workbench.prompts.prompt import load_prompts, save_prompts, select_prompts
-from workbench.recalibration import recalibrate
 from workbench.report import write_report
-from workbench.run_config import RunConfig, config_from
-from workbench.safesteer import run
-from workbench.steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
+from workbench.safesteer import recipe as safesteer
+from workbench.safesteer.calibration import in_words
+from workbench.safesteer.config import RunConfig, config_from
+from workbench.safesteer.recalibration import recalibrate
+from workbench.safesteer.recipe import run
+from workbench.safesteer.saved_run import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
 from workbench.steering.vectors import load_vector
 
 if TYPE_CHECKING:

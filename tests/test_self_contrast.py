@@ -7,7 +7,7 @@ import pytest
 from workbench.generation.answers import Completion
 from workbench.judges.base import Verdict
 from workbench.prompts.prompt import Prompt
-from workbench.self_contrast import INSTRUCTION, answer_pairs, instructed, kept_by, self_contrast, went_along
+from workbench.safesteer.own_answers import INSTRUCTION, answer_pairs, instructed, kept_by, self_contrast, went_along
 
 
 def question(i, label="unsafe"):

@@ -15,7 +15,7 @@ from workbench.figures import results as visuals
 from workbench.figures import style as drawing
 from workbench.figures import wording
 from workbench.generation import answers as generation
-from workbench.runs import read_run
+from workbench.safesteer.run_folder import read_run
 
 CATEGORIES = ("fraud", "malware")
 

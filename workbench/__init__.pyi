@@ -1,4 +1,3 @@
-from .calibration import Limits, Setting, calibrate, grid, plan_rounds
 from .evaluation import gating as gate_report
 from .evaluation.capability import multiple_choice, read_questions, text_perplexity
 from .evaluation.comparisons import compare, judge_agreement, leakage_conditions, leakage_matrix
@@ -25,14 +24,16 @@ from .neurons.ranking import attribute_heads, attribute_neurons
 from .prompts.benchmarks import list_datasets, prompts_from, read_dataset
 from .prompts.openings import answer_prompts
 from .prompts.prompt import Folds, Prompt, categories_of, load_prompts, save_prompts, select_prompts, split_prompts
-from .recalibration import recalibrate
 from .report import write_report
-from .run_config import RunConfig
-from .safesteer import run
-from .self_contrast import answer_pairs, instructed, self_contrast, went_along
+from .safesteer.calibration import Limits, calibrate, plan_rounds
+from .safesteer.config import RunConfig
+from .safesteer.own_answers import answer_pairs, instructed, self_contrast, went_along
+from .safesteer.recalibration import recalibrate
+from .safesteer.recipe import run
+from .safesteer.saved_run import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
+from .safesteer.settings import Setting, grid
 from .stats import estimates as statistics
 from .stats import selectivity
-from .steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
 from .steering import combine as directions
 from .steering import estimators
 from .steering.apply import intervene

@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from workbench.report import write_report
-    from workbench.run_config import config_from
-    from workbench.safesteer import run
+    from workbench.safesteer.config import config_from
+    from workbench.safesteer.recipe import run
 
     given = {name: value for name in _RUN_OPTIONS if (value := getattr(options, name)) is not None}
     config = config_from({**_read_yaml(options.config), **given})
@@ -59,8 +59,8 @@ def _datasets(_: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from workbench.calibration import in_words
-    from workbench.recalibration import recalibrate
+    from workbench.safesteer.calibration import in_words
+    from workbench.safesteer.recalibration import recalibrate
 
     tuned = recalibrate(
         options.run,
@@ -77,10 +77,10 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def _steer(options: argparse.Namespace) -> None:
     from workbench.figures.wording import gate_lines, visible
-    from workbench.run_config import config_from
-    from workbench.runs import read_run
-    from workbench.safesteer import load_run_model
-    from workbench.steered import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
+    from workbench.safesteer.config import config_from
+    from workbench.safesteer.inputs import load_run_model
+    from workbench.safesteer.run_folder import read_run
+    from workbench.safesteer.saved_run import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
 
     chosen: dict[str, Any] = {"construction": options.construction, "calibrated": options.calibrated}
     if options.category is None:
@@ -99,10 +99,10 @@ def _steer(options: argparse.Namespace) -> None:
 def _capability(options: argparse.Namespace) -> None:
     from workbench.evaluation.capability import multiple_choice, read_questions, text_perplexity
     from workbench.files.store import existing_file
-    from workbench.run_config import config_from
-    from workbench.runs import read_run
-    from workbench.safesteer import load_run_model
-    from workbench.steered import gated_steering_from, steering_from
+    from workbench.safesteer.config import config_from
+    from workbench.safesteer.inputs import load_run_model
+    from workbench.safesteer.run_folder import read_run
+    from workbench.safesteer.saved_run import gated_steering_from, steering_from
 
     conditions: dict[str, Any] = {"gated": gated_steering_from(options.run)}
     if options.category is not None:

@@ -24,10 +24,10 @@ from inspect_ai.model import (
 
 from workbench.generation.answers import generate
 from workbench.prompts.prompt import HARMLESS, Prompt
-from workbench.run_config import config_from
-from workbench.runs import read_run
-from workbench.safesteer import load_run_model
-from workbench.steered import gated_steering_from, steering_from
+from workbench.safesteer.config import config_from
+from workbench.safesteer.inputs import load_run_model
+from workbench.safesteer.run_folder import read_run
+from workbench.safesteer.saved_run import gated_steering_from, steering_from
 
 if TYPE_CHECKING:
     from inspect_ai.tool import ToolChoice, ToolInfo

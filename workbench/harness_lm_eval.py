@@ -15,10 +15,10 @@ from lm_eval.api.model import LM
 from workbench.generation.answers import UNSTEERED, Completion, generate
 from workbench.generation.likelihood import steered_log_probs
 from workbench.prompts.prompt import HARMLESS, Prompt
-from workbench.run_config import config_from
-from workbench.runs import read_run
-from workbench.safesteer import load_run_model
-from workbench.steered import gated_steering_from, steering_from
+from workbench.safesteer.config import config_from
+from workbench.safesteer.inputs import load_run_model
+from workbench.safesteer.run_folder import read_run
+from workbench.safesteer.saved_run import gated_steering_from, steering_from
 
 MAX_NEW_TOKENS = 128
 

@@ -12,9 +12,10 @@ from workbench.neuron_dashboard import write_dashboard
 from workbench.neurons.profiles import profile_neurons, random_neurons
 from workbench.neurons.weights import reading_site
 from workbench.prompts.prompt import select_prompts
-from workbench.run_config import config_from
-from workbench.runs import read_run
-from workbench.safesteer import attributed_site, folds_of, load_run_model
+from workbench.safesteer.config import config_from
+from workbench.safesteer.inputs import folds_of, load_run_model
+from workbench.safesteer.recipe import attributed_site
+from workbench.safesteer.run_folder import read_run
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -20,7 +20,7 @@ from workbench.figures import results as visuals
 from workbench.figures import wording
 from workbench.figures.notebook import script_safe
 from workbench.files.store import PathLike, file_checksum, write_text
-from workbench.runs import RunFolder, read_run
+from workbench.safesteer.run_folder import RunFolder, read_run
 
 if TYPE_CHECKING:
     import pandas as pd

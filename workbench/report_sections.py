@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-    from workbench.runs import RunFolder
+    from workbench.safesteer.run_folder import RunFolder
 
 COMPARED = (
     ("all", "safe_helpful_proxy"),

@@ -8,18 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.calibration import Calibration, calibrate, grid, placements, plan_rounds
-from workbench.constructions import PROMPT, constructions_of
 from workbench.evaluation.scoring import score_completions
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, write_json, write_text
 from workbench.judges.framing import framing_judge_for
 from workbench.models.sites import Site
 from workbench.prompts.prompt import select_prompts
-from workbench.run_config import config_from
-from workbench.runs import read_run
-from workbench.safesteer import TUNE_NEUTRAL, describe, folds_of, limits_of, load_run_model
-from workbench.steered import CALIBRATION
+from workbench.safesteer.calibration import Calibration, calibrate, plan_rounds
+from workbench.safesteer.config import config_from
+from workbench.safesteer.constructions import PROMPT, constructions_of
+from workbench.safesteer.inputs import TUNE_NEUTRAL, folds_of, limits_of, load_run_model
+from workbench.safesteer.recipe import describe
+from workbench.safesteer.run_folder import read_run
+from workbench.safesteer.saved_run import CALIBRATION
+from workbench.safesteer.settings import grid, placements
 from workbench.steering.vectors import SteeringVector, load_vector
 
 if TYPE_CHECKING:

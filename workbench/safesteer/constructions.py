@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from workbench.calibration import Vectors, placements
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.sites import Site, sites_of_kind
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, Prompt, categories_of
-from workbench.run_config import CONSTRUCTIONS
+from workbench.safesteer.config import CONSTRUCTIONS
+from workbench.safesteer.settings import Vectors, placements
 from workbench.steering.combine import own_part, pooled, summed, without
 from workbench.steering.vectors import SteeringVector, fit_steering_vectors
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.models.load import HookedModel
 
+
 PROMPT, GUIDED, OPENINGS, OWN = "prompt_contrast", "prompt_guided", "answer_contrast", "self_contrast"
 """The paper's vector, and with a judge's choice of prompts; written openings of answers; the model's own answers. The latter two also pooled over the categories."""
+
+
 POOLED, BOTH = "_pooled", "answer_and_self_pooled"
 
 

@@ -11,6 +11,7 @@ from workbench.files.hints import did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+
 CONSTRUCTIONS = {
     "prompt_contrast": ("the paper's: neutral prompts minus the category's unsafe ones", True),
     "answer_contrast": (

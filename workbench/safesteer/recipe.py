@@ -11,38 +11,12 @@ calibration, the gate and the controls are this project's (README.md says why).
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import itertools
-import math
-import time
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.calibration import Limits, Setting, Vectors, calibrate, grid, placements, steering
-from workbench.conditions import (
-    ALWAYS,
-    GATED,
-    behind_gate,
-    condition_of,
-    controls,
-    for_everyone,
-    gate_site,
-    main_setting,
-)
-from workbench.constructions import (
-    GUIDED,
-    PROMPT,
-    Measured,
-    attributed_site,
-    constructions_of,
-    fit_all,
-    fitted_on,
-    measure,
-)
 from workbench.evaluation.comparisons import judge_agreement
 from workbench.evaluation.gating import (
     AT_RANDOM,
@@ -57,34 +31,54 @@ from workbench.evaluation.gating import (
     refusing,
     roc,
 )
-from workbench.evaluation.scoring import HARD_SAFE, HEADLINE, MARGINS, score_completions
-from workbench.files.store import PathLike, read_json, write_json, write_jsonl, write_text
+from workbench.evaluation.scoring import HEADLINE, MARGINS, score_completions
+from workbench.files.store import PathLike, write_jsonl
 from workbench.generation.answers import Condition, sweep
 from workbench.judges.framing import FramingJudge, framing_judge_for
 from workbench.models.activations import cache_activations
-from workbench.models.load import HookedModel, load_model, model_info
+from workbench.models.load import HookedModel, model_info
 from workbench.models.packing import is_packed
-from workbench.prompts.benchmarks import prompts_from
-from workbench.prompts.prompt import Folds, Prompt, categories_of, in_turn, prompts_key, select_prompts, split_prompts
-from workbench.runs import FORMAT
-from workbench.self_contrast import kept_by, self_contrast, went_along
+from workbench.prompts.prompt import Folds, Prompt, categories_of, prompts_key, select_prompts
+from workbench.safesteer.calibration import calibrate
+from workbench.safesteer.conditions import (
+    ALWAYS,
+    GATED,
+    behind_gate,
+    condition_of,
+    controls,
+    for_everyone,
+    gate_site,
+    main_setting,
+)
+from workbench.safesteer.constructions import (
+    GUIDED,
+    PROMPT,
+    Measured,
+    attributed_site,
+    constructions_of,
+    fit_all,
+    fitted_on,
+    measure,
+)
+from workbench.safesteer.own_answers import kept_by, self_contrast, went_along
+from workbench.safesteer.settings import Setting, Vectors, grid, placements, steering
 from workbench.steering.gates import fit_gate, save_gate
 from workbench.steering.separability import layer_separability
-from workbench.steering.vectors import save_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import pandas as pd
 
-    from workbench.run_config import RunConfig
+    from workbench.safesteer.config import RunConfig
+from workbench.safesteer.inputs import TUNE_NEUTRAL, _test_questions, folds_of, limits_of, load_run_model
+from workbench.safesteer.run_folder import _note, _open_run, _save_vectors, _timed, _write_csv
 
 GATE_CONDITIONS = (GATED, ORACLE, AT_RANDOM, ALWAYS, REFUSING)
+
+
 LEAST_PAIRS = 8
 """Pairs of own answers over all categories, below which there is no self-contrast."""
-TEST_NEUTRAL, TEST_SAFE, TUNE_NEUTRAL = 24, 30, 16
-"""Neutral prompts, and safe ones that look risky, answered under every test condition: what steering costs where there is no risk. Neutral
-ones on which the calibration measures KL."""
 
 
 def run(
@@ -227,45 +221,6 @@ def _own_answers(model: HookedModel, fit: Sequence[Prompt], judge: FramingJudge 
     return rows if len(rows) >= 2 * LEAST_PAIRS else []
 
 
-def folds_of(config: RunConfig) -> Folds:
-    """The prompts of a run, in their folds.
-
-    Raises:
-        ValueError: If the data set cannot be read, a category is unknown, or there is nothing unsafe in it.
-    """
-    prompts = prompts_from(config.prompts)
-    own = prompts_from(None)
-    if not any(p.label == "neutral" for p in prompts):  # the generic safe pool of the paper's vectors
-        prompts += select_prompts(own, label="neutral")
-    if not any(p.label == "safe" for p in prompts):  # what a gate must not open for
-        prompts += select_prompts(own, category=HARD_SAFE)
-    if config.categories is not None:
-        risky = select_prompts(prompts, category=config.categories)
-        beside = [p for p in prompts if p.label == "neutral" or p.category == HARD_SAFE]
-        prompts = risky + [p for p in beside if p.category not in config.categories]
-    if not categories_of(prompts):
-        raise ValueError("no unsafe prompts: a run needs at least one risk category.")
-    return split_prompts(prompts, seed=config.seed)
-
-
-def load_run_model(config: RunConfig) -> HookedModel:
-    """The model of a run."""
-    chosen: Any = config.packing
-    return load_model(config.model, device=config.device, dtype=config.dtype, packing=chosen)
-
-
-def _test_questions(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]:
-    risky = select_prompts(test, label="unsafe", limit=config.test_prompts)
-    safe = in_turn([p for p in test if p.label == "safe"])[:TEST_SAFE]
-    return risky + safe + select_prompts(test, label="neutral", limit=TEST_NEUTRAL)
-
-
-def limits_of(config: RunConfig) -> Limits:
-    """What steering may cost, as a run's settings say."""
-    most = math.inf if config.neutral_kl is None else config.neutral_kl
-    return Limits(config.relevance_loss, config.refusal_rise, config.degenerate_rise, most)
-
-
 def _neurons(
     model: HookedModel, measured: Measured, folds: Folds, categories: Sequence[str], seed: int
 ) -> pd.DataFrame:
@@ -305,63 +260,3 @@ def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[st
         "multiplier": multipliers,
         "reason": f"most safe and helpful answers (proxy) on the tune fold, less costs over the limits: {row['value']:.2f}, n={row['n']}{over}",
     }
-
-
-def _save_vectors(folder: Path, vectors: Vectors) -> list[str]:
-    names = []
-    for (construction, site), by_category in vectors.items():
-        for category, vector in by_category.items():
-            names.append(f"{construction}.{site}.{category}.safetensors")
-            save_vector(folder / names[-1], vector)
-    return names
-
-
-def _open_run(folder: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
-    """The notes of a run (run.json), begun or taken up."""
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    path = folder / "run.json"
-    if path.is_file():
-        notes = read_json(path)
-        if not resume:
-            raise ValueError(
-                f"{str(folder)!r} holds a run already; go on with --resume, or give another folder with --out."
-            )
-        if not isinstance(notes, dict) or notes.get("config") != settings:
-            differing = [k for k, v in settings.items() if (notes.get("config") or {}).get(k) != v]
-            raise ValueError(
-                f"{str(folder)!r} holds a run with another {differing[0]}; resume it with its own, or give another --out."
-            )
-        return notes
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{str(folder)!r} is not an empty folder and holds no run; give another one with --out.")
-    versions = {
-        name: importlib.metadata.version(name) for name in ("workbench", "torch", "transformers", "transformer-lens")
-    }
-    notes = {
-        "format": FORMAT,
-        "config": settings,
-        "seed": config.seed,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-        "durations": {},
-    }
-    return notes
-
-
-def _note(folder: Path, notes: dict[str, Any]) -> None:
-    write_json(folder / "run.json", notes)
-
-
-@contextmanager
-def _timed(notes: dict[str, Any], stage: str) -> Iterator[None]:
-    """Add the stage's seconds to the notes (a resumed stage adds to what it took before)."""
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        durations = notes["durations"]
-        durations[stage] = round(durations.get(stage, 0) + time.monotonic() - start, 1)
-
-
-def _write_csv(path: Path, frame: pd.DataFrame) -> None:
-    write_text(path, frame.to_csv(index=False, float_format="%.5g"))

@@ -13,7 +13,28 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from workbench.safesteer.settings import Vectors
+
+import datetime
+import importlib.metadata
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from workbench.files.store import write_json, write_text
+from workbench.steering.vectors import save_vector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import pandas as pd
+
+    from workbench.safesteer.config import RunConfig
+
 FORMAT = "workbench run 1"
+
+
 COLUMNS = {
     "separability": ("layer", "kind", "category", "against", "auroc"),
     "tuning": ("construction", "sites", "sign", "rho", "metric", "value"),
@@ -37,6 +58,8 @@ COLUMNS = {
     ),
 }
 """Columns without which a table cannot be read."""
+
+
 _TEXT: tuple[str, ...] = (
     "condition",
     "category",
@@ -48,11 +71,23 @@ _TEXT: tuple[str, ...] = (
     "construction",
     "sites",
 )
+
+
 _TEXT += ("set", "truth", "opened", "gate", "prompts", "positions")
+
+
 _WHOLE = ("layer", "neuron")
+
+
 _OPTIONAL = ("low", "high", "n", "n_unscored", "p", "p_holm", "no_loss_p", "asked")
+
+
 _YES_NO = ("feasible", "chosen", "front")
+
+
 _OBJECTS = ("config", "model", "versions", "durations", "folds", "chosen", "prompts")
+
+
 _LISTS = ("categories", "judges", "vectors")
 
 
@@ -126,3 +161,63 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
         problem = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} cannot be read ({problem}); write it again with 'workbench run --resume'.") from error
     return None if frame.empty else frame
+
+
+def _save_vectors(folder: Path, vectors: Vectors) -> list[str]:
+    names = []
+    for (construction, site), by_category in vectors.items():
+        for category, vector in by_category.items():
+            names.append(f"{construction}.{site}.{category}.safetensors")
+            save_vector(folder / names[-1], vector)
+    return names
+
+
+def _open_run(folder: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
+    """The notes of a run (run.json), begun or taken up."""
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    path = folder / "run.json"
+    if path.is_file():
+        notes = read_json(path)
+        if not resume:
+            raise ValueError(
+                f"{str(folder)!r} holds a run already; go on with --resume, or give another folder with --out."
+            )
+        if not isinstance(notes, dict) or notes.get("config") != settings:
+            differing = [k for k, v in settings.items() if (notes.get("config") or {}).get(k) != v]
+            raise ValueError(
+                f"{str(folder)!r} holds a run with another {differing[0]}; resume it with its own, or give another --out."
+            )
+        return notes
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} is not an empty folder and holds no run; give another one with --out.")
+    versions = {
+        name: importlib.metadata.version(name) for name in ("workbench", "torch", "transformers", "transformer-lens")
+    }
+    notes = {
+        "format": FORMAT,
+        "config": settings,
+        "seed": config.seed,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "durations": {},
+    }
+    return notes
+
+
+def _note(folder: Path, notes: dict[str, Any]) -> None:
+    write_json(folder / "run.json", notes)
+
+
+@contextmanager
+def _timed(notes: dict[str, Any], stage: str) -> Iterator[None]:
+    """Add the stage's seconds to the notes (a resumed stage adds to what it took before)."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        durations = notes["durations"]
+        durations[stage] = round(durations.get(stage, 0) + time.monotonic() - start, 1)
+
+
+def _write_csv(path: Path, frame: pd.DataFrame) -> None:
+    write_text(path, frame.to_csv(index=False, float_format="%.5g"))

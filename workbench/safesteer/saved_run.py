@@ -13,7 +13,7 @@ from workbench.models.activations import token_activations
 from workbench.models.sites import Site
 from workbench.models.tokens import token_strings
 from workbench.prompts.prompt import Prompt
-from workbench.runs import read_run
+from workbench.safesteer.run_folder import read_run
 from workbench.steering.gates import Gate, load_gate
 from workbench.steering.interventions import Intervention, add_vector, gated
 from workbench.steering.vectors import load_vector
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.load import HookedModel
+
 
 CALIBRATION = "calibration"
 """Folder inside a run's where ``workbench calibrate`` leaves what it chose."""

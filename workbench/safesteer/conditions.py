@@ -7,19 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from workbench.calibration import Calibration, Setting, Vectors, steering
-from workbench.constructions import POOLED
 from workbench.evaluation.scoring import HEADLINE
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, categories_of
+from workbench.safesteer.constructions import POOLED
+from workbench.safesteer.settings import Setting, Vectors, steering
 from workbench.steering.combine import pooled
 from workbench.steering.interventions import Intervention, add_vector, gated
 from workbench.steering.vectors import SteeringVector, random_vector, scaled_to, shuffled_vector
 
 if TYPE_CHECKING:
     from workbench.models.activations import ActivationSet
+    from workbench.safesteer.calibration import Calibration
     from workbench.steering.gates import Gate
+
 
 GATED, ALWAYS = "gated", "always on, same mean strength"
 

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.generation.likelihood import answer_kl
-from workbench.models.sites import Site
-from workbench.steering.interventions import Intervention, Positions, add_vector
-from workbench.steering.vectors import SteeringVector
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,15 +19,7 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 from workbench.prompts.prompt import in_turn
-
-MID_DEPTH, BAND, SPREAD = 0.5, (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)
-"""Where vectors are added, as shares of depth: the residual stream at half depth, attention outputs over a band around it, or the residual
-stream at four layers. The paper's layers are 14 to 31 of 32, mostly 14."""
-
-
-BAND_SHARE = 0.41
-"""Strength at each of several layers over the strength at one layer: .07 to .17 in the exploration both come from."""
-
+from workbench.safesteer.settings import Setting, Vectors, steering
 
 LEAST_PROMPTS = 5
 """Prompts of a first round, at least."""
@@ -43,31 +32,8 @@ NEUTRAL_TOKENS = 16
 """First tokens of each answer to a neutral prompt along which the KL is measured."""
 
 
-Vectors = Mapping[tuple[str, Site], Mapping[str, SteeringVector]]
-"""(construction, site) -> category -> vector."""
-
-
 Score = Callable[[Sequence[Completion]], Evaluation]
 """Answers of the unsteered model and of settings in, their evaluation out."""
-
-
-class Setting(NamedTuple):
-    """One way of steering that is tried on the tune fold."""
-
-    construction: str
-    sites: tuple[Site, ...]
-    sign: int
-    rho: float  # at each site
-    positions: Positions = "all"
-    until: int | None = None
-
-    @property
-    def name(self) -> str:
-        """How results call it."""
-        where = str(self.sites[0]) if len(self.sites) == 1 else f"{self.sites[0]}-{self.sites[-1].layer}"
-        extent = "" if self.positions == "all" else f" {self.positions}"
-        extent += "" if self.until is None else f" first {self.until}"
-        return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}{extent}"
 
 
 @dataclass(frozen=True)
@@ -130,56 +96,6 @@ class Calibration:
     chosen: dict[str, Setting]
     best: Setting
     rounds: tuple[Round, ...]
-
-
-def placements(model: HookedModel) -> list[tuple[Site, ...]]:
-    """Where vectors are added: one residual site at half depth, attention outputs of a band of layers, four residual sites."""
-    n = model.cfg.n_layers
-    first, last = round(BAND[0] * n), max(round(BAND[0] * n), int(BAND[1] * n))
-    spread = tuple(Site(layer, "resid_post") for layer in sorted({int(share * n) for share in SPREAD}))
-    places = [
-        (Site(int(MID_DEPTH * n), "resid_post"),),
-        tuple(Site(layer, "attn_out") for layer in range(first, last + 1)),
-        spread,
-    ]
-    return list(dict.fromkeys(places))
-
-
-def grid(
-    constructions: Sequence[str],
-    places: Sequence[tuple[Site, ...]],
-    rhos: Sequence[float],
-    *,
-    signs: Mapping[str, Sequence[int]] | None = None,
-    extents: Sequence[tuple[Positions, int | None]] = (("all", None),),
-) -> list[Setting]:
-    """Every combination of construction, place, sign, relative strength and extent; several layers get ``BAND_SHARE`` of the strength at each.
-
-    Args:
-        constructions: Names of vectors.
-        places: One site or several for each way.
-        rhos: Relative strengths at one layer.
-        signs: Construction to the signs that are tried; +1 (from unsafe to safe) alone by default.
-        extents: Pairs of positions and ``until`` (``interventions.Intervention``).
-    """
-    settings = []
-    for construction in constructions:
-        for sites in places:
-            for sign in (signs or {}).get(construction, (1,)):
-                for rho in rhos:
-                    at_each = rho if len(sites) == 1 else round(BAND_SHARE * rho, 4)
-                    settings += [Setting(construction, sites, sign, at_each, *extent) for extent in extents]
-    return settings
-
-
-def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]]:
-    """Interventions of a setting, for each category its own vectors."""
-    by_site = [vectors[setting.construction, site] for site in setting.sites]
-    extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
-    return {
-        category: [add_vector(own[category], rho=setting.sign * setting.rho, **extent) for own in by_site]
-        for category in by_site[0]
-    }
 
 
 def plan_rounds(n_settings: int, n_prompts: int, *, keep: int = 3, budget: int | None = None) -> list[Round]:

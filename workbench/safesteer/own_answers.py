@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
 
+
 INSTRUCTION = (
     'Someone asked: "{question}"\n\nAnswer them responsibly: explain why this would hurt people and is wrong, what the law says about it, '
     "how people can protect themselves from it, and what they could do instead that is safe, legal and kind."
 )
 """Put in place of the question, in the user's turn: a small model hardly listens to the system turn."""
 
+
 _PLAIN = "plain"
+
+
 Kept = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
 """Which answers to keep: prompts and their answers in, one yes or no each out."""
 
