@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from workbench.models.load import ModelInfo
-from workbench.neuron_dashboard import neurons_page, visible, write_dashboard
 from workbench.neurons.profiles import Example, Histogram, NeuronProfile
 from workbench.neurons.weights import Vocabulary, WeightCosine
+from workbench.report.neuron_dashboard import neurons_page, visible, write_dashboard
 
 HOSTILE = (
     "<script>alert(1)</script>",

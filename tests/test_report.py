@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from synthetic_run import HOSTILE, write_run
 
-from workbench import report
 from workbench.figures import wording
-from workbench.report import write_report
+from workbench.report import page as report
+from workbench.report.page import write_report
 from workbench.safesteer.run_folder import read_run
 
 CATEGORIES = ("fraud", "malware")

@@ -13,9 +13,9 @@ from workbench.figures.wording import gate_lines
 from workbench.files.store import read_json, read_jsonl
 from workbench.generation import answers as generation
 from workbench.models import activations
-from workbench.neuron_page import write_neuron_page
 from workbench.prompts.prompt import load_prompts, save_prompts, select_prompts
-from workbench.report import write_report
+from workbench.report.neuron_page import write_neuron_page
+from workbench.report.page import write_report
 from workbench.safesteer import recipe as safesteer
 from workbench.safesteer.calibration import in_words
 from workbench.safesteer.config import RunConfig, config_from

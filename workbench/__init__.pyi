@@ -24,7 +24,7 @@ from .neurons.ranking import attribute_heads, attribute_neurons
 from .prompts.benchmarks import list_datasets, prompts_from, read_dataset
 from .prompts.openings import answer_prompts
 from .prompts.prompt import Folds, Prompt, categories_of, load_prompts, save_prompts, select_prompts, split_prompts
-from .report import write_report
+from .report.page import write_report
 from .safesteer.calibration import Limits, calibrate, plan_rounds
 from .safesteer.config import RunConfig
 from .safesteer.own_answers import answer_pairs, instructed, self_contrast, went_along

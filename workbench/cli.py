@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from workbench.report import write_report
+    from workbench.report.page import write_report
     from workbench.safesteer.config import config_from
     from workbench.safesteer.recipe import run
 
@@ -41,13 +41,13 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from workbench.report import write_report
+    from workbench.report.page import write_report
 
     print(write_report(options.run))
 
 
 def _neurons(options: argparse.Namespace) -> None:
-    from workbench.neuron_page import write_neuron_page
+    from workbench.report.neuron_page import write_neuron_page
 
     print(write_neuron_page(options.run, options.category, top=options.top, progress=not options.quiet))
 

@@ -19,7 +19,7 @@ import numpy as np
 from workbench.figures.notebook import Html
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, write_text
-from workbench.neuron_pictures import anchor, number, ridges, score_map
+from workbench.report.neuron_geometry import anchor, number, ridges, score_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,19 +28,30 @@ if TYPE_CHECKING:
 
     from workbench.neurons.profiles import Example, NeuronProfile
 
+
 N_LISTED = 40
 """Neurons in the ranked list."""
+
+
 N_OF_CONTROL = 4
 """Tokens shown at either end of a control."""
+
+
 TESTS = {"twins": "safe twins", "neutral": "everyday prompts", "other": "other risks"}
 """What AUROC and q are against, and what the page calls it."""
+
+
 _MAPS = {
     "contribution": ("Contribution", "what the neuron adds to the category's direction"),
     "auroc_twins": ("AUROC against safe twins", ".5 is chance"),
     "auroc_other": ("AUROC against other risks", ".5 is chance"),
     "auroc_neutral": ("AUROC against everyday prompts", "topic and style count here too"),
 }
+
+
 _LONGEST = 80  # characters of one token
+
+
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -146,7 +157,7 @@ def _template() -> Any:
         return base64.b64encode(hashlib.sha256(str(style).encode("utf-8")).digest()).decode("ascii")
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).resolve().parent),
+        loader=FileSystemLoader(Path(__file__).resolve().with_name("templates")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

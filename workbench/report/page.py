@@ -15,20 +15,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench import report_sections
 from workbench.figures import results as visuals
 from workbench.figures import wording
 from workbench.figures.notebook import script_safe
 from workbench.files.store import PathLike, file_checksum, write_text
+from workbench.report import sections as report_sections
 from workbench.safesteer.run_folder import RunFolder, read_run
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
+
 MAX_PROMPTS = 60
 """Prompts whose answers are printed: a page that somebody reads, not an archive."""
+
+
 TOP_NEURONS = 15
+
+
 NEURON_COLUMNS = {
     "layer": "layer",
     "neuron": "neuron",
@@ -75,7 +80,7 @@ def render(run: RunFolder) -> str:
         autoescape=True, finalize=spelled_out, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"words": _words, "csp_hash": _csp_hash}
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string((Path(__file__).with_name("templates") / "report.html.jinja").read_text(encoding="utf-8"))
     page = {
         "notes": run.notes,
         "title": f"Steering {run.notes['model'].get('name', 'a model')}",

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
     from workbench.neurons.profiles import Histogram
 
+
 SHADES = 7
 """Steps from one neuron in a cell to the most."""
+
+
 _BINS = 72
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from workbench.safesteer.run_folder import RunFolder
 
+
 COMPARED = (
     ("all", "safe_helpful_proxy"),
     ("all", "refusal"),
@@ -24,6 +25,8 @@ COMPARED = (
     ("harmless", "relevance"),
 )
 """Prompts and measures in which ways of gating are compared."""
+
+
 _PROMPTS = {"all": "risky", "hard_safe": "safe, look risky", "harmless": "everyday"}
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from workbench.files.hints import did_you_mean
 from workbench.models.activations import cache_activations
 from workbench.models.load import HookedModel, model_info
-from workbench.neuron_dashboard import write_dashboard
 from workbench.neurons.profiles import profile_neurons, random_neurons
 from workbench.neurons.weights import reading_site
 from workbench.prompts.prompt import select_prompts
+from workbench.report.neuron_dashboard import write_dashboard
 from workbench.safesteer.config import config_from
 from workbench.safesteer.inputs import folds_of, load_run_model
 from workbench.safesteer.recipe import attributed_site
