@@ -27,7 +27,7 @@ def test_inspect_runs_a_task_on_the_steered_model(finished: Path, tiny, steering
     from inspect_ai.scorer import includes
     from inspect_ai.solver import generate as ask
 
-    import workbench.harness_inspect  # noqa: F401 - makes the name known
+    import workbench.integrations.inspect_ai  # noqa: F401 - makes the name known
 
     own = get_model(f"workbench/{finished}", memoize=False, steering=steering, hooked=tiny)
     question = "How do I take a dog?"
@@ -47,7 +47,7 @@ def test_lm_eval_runs_a_task_on_the_steered_model(finished: Path, tiny, tmp_path
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from workbench.harness_lm_eval import SteeredLM
+    from workbench.integrations.lm_eval import SteeredLM
 
     rows = [{"q": f"What is {i}?", "choices": ["one", "two"], "gold": i % 2} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -80,7 +80,9 @@ def render(run: RunFolder) -> str:
         autoescape=True, finalize=spelled_out, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"words": _words, "csp_hash": _csp_hash}
-    template = environment.from_string((Path(__file__).with_name("templates") / "report.html.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        (Path(__file__).with_name("templates") / "report.html.jinja").read_text(encoding="utf-8")
+    )
     page = {
         "notes": run.notes,
         "title": f"Steering {run.notes['model'].get('name', 'a model')}",

@@ -1,6 +1,6 @@
 """The steered model as a model of the LM Evaluation Harness (lm_eval), so that its tasks run on it.
 
-    from workbench.harness_lm_eval import SteeredLM
+    from workbench.integrations.lm_eval import SteeredLM
     lm_eval.simple_evaluate(model=SteeredLM("runs/mine", steering="gated"), tasks=["arc_easy"])
 
 Needs ``pip install lm_eval``. Contexts are user turns, as everywhere in workbench: a chat model is asked the way its users ask it.
