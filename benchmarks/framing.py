@@ -21,7 +21,14 @@ import numpy as np
 import workbench as wb
 from workbench.evaluation.scoring import safety_wording
 from workbench.files.store import data_path, read_jsonl, write_jsonl
-from workbench.judges.framing import FILE, FRAMINGS, FramingJudge, fit_framing, hidden_states, save_framing_judge
+from workbench.judges.framing import (
+    FILE,
+    FRAMINGS,
+    FramingJudge,
+    fit_framing,
+    hidden_states,
+    save_framing_judge,
+)
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.text_quality import is_degenerate, relevance
 from workbench.models.load import model_info
@@ -55,7 +62,9 @@ Steering = dict[str, list[Intervention]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    make = commands.add_parser("answers", help="make the answers again and compare their hashes with the labels'")
+    make = commands.add_parser(
+        "answers", help="make the answers again and compare their hashes with the labels'"
+    )
     make.add_argument("--out", required=True)
     make.set_defaults(command=lambda options: make_answers(options.out))
     fit = commands.add_parser("fit", help="fit and test the judge on labelled answers")
@@ -71,7 +80,9 @@ def make_answers(out: str) -> None:
     rows = self_contrast(model, fit, keep_safe=reads_safe, keep_unsafe=reads_unsafe, progress=True)
     residuals = [wb.Site(layer, "resid_post") for layer in range(12, 19)]
     by_own = wb.cache_activations(model, rows, [*BAND, *residuals], span="response")
-    by_openings = wb.cache_activations(model, wb.answer_prompts(fit), [*BAND, *residuals], span="response")
+    by_openings = wb.cache_activations(
+        model, wb.answer_prompts(fit), [*BAND, *residuals], span="response"
+    )
     by_prompt = wb.cache_activations(model, fit, [*BAND, *residuals])
     vectors: dict[Any, dict[str, wb.SteeringVector]] = {}
     for site in [*BAND, MID]:
@@ -81,16 +92,22 @@ def make_answers(out: str) -> None:
                 acts[site], residual=residual, safe_side="paired", method=name
             )
         vectors["prompt", site] = wb.fit_steering_vectors(by_prompt[site], residual=residual)
-        vectors["sum", site] = {c: summed([vectors["self", site][c], v]) for c, v in vectors["open", site].items()}
+        vectors["sum", site] = {
+            c: summed([vectors["self", site][c], v]) for c, v in vectors["open", site].items()
+        }
 
     def steer(name: str, sites: Sequence[wb.Site], rho: float, positions: Any = "all") -> Steering:
         categories = vectors[name, sites[0]]
         return {
-            c: [wb.add_vector(vectors[name, s][c], rho=rho, positions=positions) for s in sites] for c in categories
+            c: [wb.add_vector(vectors[name, s][c], rho=rho, positions=positions) for s in sites]
+            for c in categories
         }
 
     random = {
-        category: [wb.add_vector(wb.random_vector(vectors["open", s][category], seed=s.layer), rho=0.07) for s in BAND]
+        category: [
+            wb.add_vector(wb.random_vector(vectors["open", s][category], seed=s.layer), rho=0.07)
+            for s in BAND
+        ]
         for category in vectors["open", MID]
     }
     conditions: dict[str, Any] = {
@@ -107,29 +124,49 @@ def make_answers(out: str) -> None:
     }
     questions = wb.select_prompts(tune, label="unsafe", limit=6)
     answers = wb.sweep(model, questions, conditions, progress=True)
-    for name, asked, system in (("instruction", instructed(questions), None), ("system", questions, SYSTEM)):
+    for name, asked, system in (
+        ("instruction", instructed(questions), None),
+        ("system", questions, SYSTEM),
+    ):
         made = wb.generate(model, asked, condition=name, system_prompt=system, progress=True)
-        answers += [replace(a, prompt=q, condition=name) for a, q in zip(made, questions, strict=True)]
+        answers += [
+            replace(a, prompt=q, condition=name) for a, q in zip(made, questions, strict=True)
+        ]
     write_jsonl(
         out,
         [
-            {"prompt_id": a.prompt.id, "category": a.prompt.category, "condition": a.condition, "text": a.text}
+            {
+                "prompt_id": a.prompt.id,
+                "category": a.prompt.category,
+                "condition": a.condition,
+                "text": a.text,
+            }
             | {"prompt": a.prompt.text, "sha256": digest(a.prompt.id, a.text)}
             for a in answers
         ],
     )
     known = {row["sha256"] for row in read_labels()}
     made_again = len(known & {digest(a.prompt.id, a.text) for a in answers})
-    print(f"{len(answers)} answers in {out}; {made_again} of the {len(known)} labelled ones have the same text")
+    print(
+        f"{len(answers)} answers in {out}; {made_again} of the {len(known)} labelled ones have the same text"
+    )
 
 
 def fit_judge(answers: str) -> None:
     labels = {row["sha256"]: row for row in read_labels()}
-    rows = list({row["sha256"]: row for row in reversed(read_jsonl(answers)) if row["sha256"] in labels}.values())
+    rows = list(
+        {
+            row["sha256"]: row for row in reversed(read_jsonl(answers)) if row["sha256"] in labels
+        }.values()
+    )
     twice = [row for row in labels.values() if row["label_1"] and row["label_2"]]
     passes = cohen_kappa([row["label_1"] for row in twice], [row["label_2"] for row in twice])
-    truth = np.array([labels[row["sha256"]]["label_1"] or labels[row["sha256"]]["label_2"] for row in rows])
-    category, condition = (np.array([row[name] for row in rows]) for name in ("category", "condition"))
+    truth = np.array(
+        [labels[row["sha256"]]["label_1"] or labels[row["sha256"]]["label_2"] for row in rows]
+    )
+    category, condition = (
+        np.array([row[name] for row in rows]) for name in ("category", "condition")
+    )
     model = wb.load_model("embedded", packing="off")
     states = hidden_states(model, [r["prompt"] for r in rows], [r["text"] for r in rows], READ_AT)
     read = ~states.isnan().any(dim=1).numpy()
@@ -148,7 +185,9 @@ def fit_judge(answers: str) -> None:
     margin = np.log(scores[between, safe]) - np.log(scores[between, along])
     is_safe = truth[between] == "safe_reframing"
     against_along = _auroc(margin[is_safe], margin[~is_safe])
-    against_all = _auroc(scores[truth == "safe_reframing", safe], scores[truth != "safe_reframing", safe])
+    against_all = _auroc(
+        scores[truth == "safe_reframing", safe], scores[truth != "safe_reframing", safe]
+    )
     said = np.array(FRAMINGS)[scores.argmax(axis=1)]
     agree = agreement(list(said == "safe_reframing"), list(truth == "safe_reframing"))
     along_agree = agreement(list(said == "goes_along"), list(truth == "goes_along"))
@@ -164,17 +203,34 @@ def fit_judge(answers: str) -> None:
         "unseen": "categories and constructions both left out of the fit",
         "agreement": agree.to_dict(),
         "agreement_goes_along": along_agree.to_dict(),
-        "kappa_five_framings": {"value": five.value, "low": five.low, "high": five.high, "n": five.n},
+        "kappa_five_framings": {
+            "value": five.value,
+            "low": five.low,
+            "high": five.high,
+            "n": five.n,
+        },
     }
     whole = ~states.isnan().any(dim=1).numpy()
-    labels_of = [labels[row["sha256"]]["label_1"] or labels[row["sha256"]]["label_2"] for row in rows]
-    weights, bias = fit_framing(states[whole], [label for label, used in zip(labels_of, whole, strict=True) if used])
-    save_framing_judge(data_path(LABELS_FILE).parent / FILE, FramingJudge(model, READ_AT, weights, bias, card))
+    labels_of = [
+        labels[row["sha256"]]["label_1"] or labels[row["sha256"]]["label_2"] for row in rows
+    ]
+    weights, bias = fit_framing(
+        states[whole], [label for label, used in zip(labels_of, whole, strict=True) if used]
+    )
+    save_framing_judge(
+        data_path(LABELS_FILE).parent / FILE, FramingJudge(model, READ_AT, weights, bias, card)
+    )
     print(f"two passes over {passes.n} answers: kappa {passes}")
-    print(f"safe reframing against going along, unseen categories and constructions: AUROC {against_along}")
+    print(
+        f"safe reframing against going along, unseen categories and constructions: AUROC {against_along}"
+    )
     print(f"safe reframing against all others: AUROC {against_all}")
-    print(f"'safe': accuracy {agree.accuracy}, precision {agree.precision}, recall {agree.recall}, kappa {agree.kappa}")
-    print(f"'goes along': precision {along_agree.precision}, recall {along_agree.recall}, kappa {along_agree.kappa}")
+    print(
+        f"'safe': accuracy {agree.accuracy}, precision {agree.precision}, recall {agree.recall}, kappa {agree.kappa}"
+    )
+    print(
+        f"'goes along': precision {along_agree.precision}, recall {along_agree.recall}, kappa {along_agree.kappa}"
+    )
     print(f"five framings: kappa {five}")
 
 
@@ -190,8 +246,14 @@ def reads_unsafe(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
 def _rough(prompts: Sequence[str], answers: Sequence[str]) -> list[tuple[bool, bool, bool]]:
     refused = [verdict.label == "refusal" for verdict in RefusalPatterns()(prompts, answers)]
     return [
-        (not no and not is_degenerate(answer)[0], (near or 0) >= 0.3, safety_wording(prompt, answer))
-        for prompt, answer, no, near in zip(prompts, answers, refused, relevance(prompts, answers), strict=True)
+        (
+            not no and not is_degenerate(answer)[0],
+            (near or 0) >= 0.3,
+            safety_wording(prompt, answer),
+        )
+        for prompt, answer, no, near in zip(
+            prompts, answers, refused, relevance(prompts, answers), strict=True
+        )
     ]
 
 
@@ -205,7 +267,9 @@ def read_labels() -> list[dict[str, str]]:
 
 
 def _auroc(above: np.ndarray, below: np.ndarray) -> dict[str, float]:
-    value = float(auroc(np.concatenate([above, below]), np.arange(len(above) + len(below)) < len(above)))
+    value = float(
+        auroc(np.concatenate([above, below]), np.arange(len(above) + len(below)) < len(above))
+    )
     low, high = auroc_interval(value, len(above), len(below))
     return {
         "value": round(value, 4),

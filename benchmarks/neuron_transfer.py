@@ -28,8 +28,12 @@ def main() -> None:
     options = parser.parse_args()
     model = wb.load_model(options.model)
     folds = wb.split_prompts(wb.load_prompts(), seed=0)
-    public = wb.select_prompts(wb.read_dataset(f"safebench:{options.safebench}"), category=CATEGORIES)
-    own = wb.select_prompts([*folds.fit, *folds.tune, *folds.test], category=CATEGORIES, label="unsafe")
+    public = wb.select_prompts(
+        wb.read_dataset(f"safebench:{options.safebench}"), category=CATEGORIES
+    )
+    own = wb.select_prompts(
+        [*folds.fit, *folds.tune, *folds.test], category=CATEGORIES, label="unsafe"
+    )
     neutral = wb.select_prompts([*folds.fit, *folds.tune, *folds.test], label="neutral")
     sites = wb.sites_of_kind(model, "mlp_post")
     acts = wb.cache_activations(model, [*own, *neutral, *public], sites, progress=True)
@@ -50,7 +54,10 @@ def main() -> None:
                 wb.select_prompts(held_out, category=category, label="unsafe"),
                 wb.select_prompts(held_out, label="neutral"),
             ),
-            "SafeBench": (wb.select_prompts(public, category=category), wb.select_prompts(held_out, label="neutral")),
+            "SafeBench": (
+                wb.select_prompts(public, category=category),
+                wb.select_prompts(held_out, label="neutral"),
+            ),
         }
         scores = {}
         for name, (unsafe, other) in sets.items():
@@ -63,7 +70,11 @@ def main() -> None:
             signed = 0.5 + side[chosen] * (score[chosen] - 0.5)
             line.append(f"{name} {mean(signed)}")
         drop = side[chosen] * (scores["own, held out"] - scores["SafeBench"])[chosen]
-        print(f"{category}: AUROC of the top {TOP}: " + "; ".join(line) + f"; drop held out to SafeBench {mean(drop)}")
+        print(
+            f"{category}: AUROC of the top {TOP}: "
+            + "; ".join(line)
+            + f"; drop held out to SafeBench {mean(drop)}"
+        )
 
 
 if __name__ == "__main__":

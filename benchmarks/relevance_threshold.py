@@ -23,12 +23,18 @@ def main() -> None:
     answers = [
         row
         for row in run.completions
-        if row["condition"] == "unsteered" and not row["scores"]["refusal"] and not row["scores"]["degenerate"]
+        if row["condition"] == "unsteered"
+        and not row["scores"]["refusal"]
+        and not row["scores"]["degenerate"]
     ]
     pairs = [(a, b) for a in answers for b in answers if a["category"] == b["category"]]
-    cosines = np.array(relevance([a["prompt"] for a, _ in pairs], [b["text"] for _, b in pairs]), dtype=float)
+    cosines = np.array(
+        relevance([a["prompt"] for a, _ in pairs], [b["text"] for _, b in pairs]), dtype=float
+    )
     own = np.array([a is b for a, b in pairs])
-    print(f"{own.sum()} answers with their prompts, {(~own).sum()} with another prompt of the category")
+    print(
+        f"{own.sum()} answers with their prompts, {(~own).sum()} with another prompt of the category"
+    )
     for threshold in sorted({0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, RELEVANT}):
         kept, wrong = (cosines[own] >= threshold).mean(), (cosines[~own] >= threshold).mean()
         used = "  <- in use" if threshold == RELEVANT else ""

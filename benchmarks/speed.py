@@ -45,9 +45,18 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="prompts of the extraction")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--peer", action="append", default=[], help="NAME=python of its environment; may be repeated")
-    parser.add_argument("--only", nargs="+", help="tasks: extraction, long, generation, sweep, machine, growth")
-    parser.add_argument("--largest", type=int, default=5000, help="prompts of the growth curve, at most")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        help="NAME=python of its environment; may be repeated",
+    )
+    parser.add_argument(
+        "--only", nargs="+", help="tasks: extraction, long, generation, sweep, machine, growth"
+    )
+    parser.add_argument(
+        "--largest", type=int, default=5000, help="prompts of the growth curve, at most"
+    )
     parser.add_argument("--alone", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", default="benchmarks", help="folder of RESULTS.md and results.png")
     options = parser.parse_args()
@@ -103,7 +112,8 @@ def about(model: Any, prompts: Sequence[wb.Prompt], options: argparse.Namespace)
         "rounds": options.rounds,
         "packed": f"{'yes' if gain.packed else 'no'} (measured gain of the product {gain.gain:.2f}: {gain.reason})",
         "versions": {
-            n: importlib.metadata.version(n) for n in ("workbench", "torch", "transformers", "transformer-lens")
+            n: importlib.metadata.version(n)
+            for n in ("workbench", "torch", "transformers", "transformer-lens")
         },
     }
 
@@ -144,7 +154,11 @@ def measured(contenders: dict[str, Contender], rounds: int) -> dict[str, float]:
 
 
 def extraction(
-    model: Any, prompts: Sequence[wb.Prompt], options: argparse.Namespace, *, peers: Sequence[str] = ()
+    model: Any,
+    prompts: Sequence[wb.Prompt],
+    options: argparse.Namespace,
+    *,
+    peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     encoded = encode(model, prompts)
     n_tokens = sum(len(row.ids) for row in encoded)
@@ -155,7 +169,9 @@ def extraction(
         names = {site.hook_name for site in sites}
         means = {}
         for tokens, mask, spans, places in batches_of(rows, 32):
-            _, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter=lambda name: name in names)
+            _, cache = model.run_with_cache(
+                tokens, attention_mask=mask, names_filter=lambda name: name in names
+            )
             for name in names:
                 for row, (place, (a, b)) in enumerate(zip(places, spans, strict=True)):
                     means[name, place] = cache[name][row, a:b].mean(dim=0)
@@ -182,7 +198,11 @@ def extraction(
     }
     workers = [Worker(*peer.split("=", 1), rows) for peer in peers]
     contenders |= {worker.name: worker.run for worker in workers}
-    error = max_error(raw_extraction(unpacked_hf, rows[:8]), wb.cache_activations(model, prompts[:8], sites), sites)
+    error = max_error(
+        raw_extraction(unpacked_hf, rows[:8]),
+        wb.cache_activations(model, prompts[:8], sites),
+        sites,
+    )
     times = measured(contenders, options.rounds)
     for worker in workers:
         worker.stop()
@@ -191,7 +211,9 @@ def extraction(
         "shared prefix": shared(encoded),
         "seconds": times,
         "tokens/s": {name: n_tokens / own for name, own in times.items()},
-        "times faster than raw": {name: times["raw Hugging Face hooks"] / own for name, own in times.items()},
+        "times faster than raw": {
+            name: times["raw Hugging Face hooks"] / own for name, own in times.items()
+        },
         "largest relative difference to raw": error,
     }
 
@@ -207,7 +229,9 @@ def raw_model() -> Any:
 
     from workbench.models.load import _converted_folder, _embedded_file
 
-    loaded = AutoModelForCausalLM.from_pretrained(_converted_folder(_embedded_file()), dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        _converted_folder(_embedded_file()), dtype=torch.float32
+    )
     return loaded.eval().requires_grad_(False)
 
 
@@ -268,7 +292,9 @@ def generation(model: Any, prompts: Sequence[wb.Prompt], rounds: int) -> dict[st
     return {
         "seconds": times,
         "tokens": {"unsteered": n_tokens, "steered": steered_tokens},
-        "times faster than Hugging Face generate": {k: times["Hugging Face generate"] / v for k, v in times.items()},
+        "times faster than Hugging Face generate": {
+            k: times["Hugging Face generate"] / v for k, v in times.items()
+        },
         "cost of steering, a token": (times["workbench, steered"] / steered_tokens)
         / (times["workbench, unsteered"] / n_tokens)
         - 1,
@@ -279,7 +305,9 @@ def generation(model: Any, prompts: Sequence[wb.Prompt], rounds: int) -> dict[st
 def some_steering(model: Any, seed: int = 0) -> list[Any]:
     """A random direction: what is added does not change what it costs to add it."""
     site = wb.Site(STEERED_LAYER, "resid_post")
-    acts = wb.cache_activations(model, wb.select_prompts(wb.load_prompts(), label=["unsafe", "neutral"], limit=4), site)
+    acts = wb.cache_activations(
+        model, wb.select_prompts(wb.load_prompts(), label=["unsafe", "neutral"], limit=4), site
+    )
     vector = next(iter(wb.fit_steering_vectors(acts[site]).values()))
     return [wb.add_vector(wb.random_vector(vector, seed=seed), rho=RHO)]
 
@@ -292,7 +320,9 @@ def sweep(
     conditions = {f"c{k}": some_steering(model, k) for k in range(n_conditions)}
 
     def own() -> Any:
-        return wb.sweep(model, prompts, conditions, max_new_tokens=n_new, batch_size=len(prompts) * n_conditions)
+        return wb.sweep(
+            model, prompts, conditions, max_new_tokens=n_new, batch_size=len(prompts) * n_conditions
+        )
 
     def others() -> Any:
         answers = []
@@ -300,7 +330,9 @@ def sweep(
             edit = steering[0].edit
             push = edit.multiplier * edit.vector
             handle = hf.model.layers[STEERED_LAYER].register_forward_hook(
-                lambda _m, _a, out, push=push: (out[0] + push, *out[1:]) if isinstance(out, tuple) else out + push
+                lambda _m, _a, out, push=push: (
+                    (out[0] + push, *out[1:]) if isinstance(out, tuple) else out + push
+                )
             )
             answers += raw_generation(hf, ids, n_new, model.tokenizer)
             handle.remove()
@@ -317,10 +349,16 @@ def sweep(
 
 def machine(model: Any, prompts: Sequence[wb.Prompt]) -> dict[str, Any]:
     """The machine's own limits for this model's products, and the share of them that extraction reaches."""
-    weights = [m.weight for m in model.original_model.model.layers.modules() if type(m) is torch.nn.Linear]
+    weights = [
+        m.weight for m in model.original_model.model.layers.modules() if type(m) is torch.nn.Linear
+    ]
     flop = 2 * sum(w.numel() for w in weights)
     x = {w.shape[1]: torch.randn(512, w.shape[1]) for w in weights}
-    packed = [torch.ops.mkldnn._reorder_linear_weight(w.detach(), 512) for w in weights] if is_packed(model) else []
+    packed = (
+        [torch.ops.mkldnn._reorder_linear_weight(w.detach(), 512) for w in weights]
+        if is_packed(model)
+        else []
+    )
 
     def plain_product() -> None:
         for w in weights:
@@ -330,19 +368,26 @@ def machine(model: Any, prompts: Sequence[wb.Prompt]) -> dict[str, Any]:
         for w, p in zip(weights, packed, strict=True):
             torch.ops.mkldnn._linear_pointwise(x[w.shape[1]], p, None, "none", [], "")
 
-    contenders: dict[str, Contender] = {"plain": plain_product} | ({"packed": packed_product} if packed else {})
+    contenders: dict[str, Contender] = {"plain": plain_product} | (
+        {"packed": packed_product} if packed else {}
+    )
     times = measured(contenders, 5)
     big = torch.randn(64_000_000)
     bandwidth = measured({"read": lambda: big.sum()}, 5)["read"]
     rows = encode(model, prompts)
     sites = [site for kind in KINDS for site in wb.sites_of_kind(model, kind)]
-    spent = measured({"extraction": lambda: wb.cache_activations(model, prompts, sites)}, 3)["extraction"]
+    spent = measured({"extraction": lambda: wb.cache_activations(model, prompts, sites)}, 3)[
+        "extraction"
+    ]
     computed = computed_tokens(rows)
     best = min(times.values())
     return {
         "GFLOP/s a CPU second": {name: 512 * flop / own / 1e9 for name, own in times.items()},
         "read bandwidth GB/s a CPU second": 4 * len(big) / bandwidth / 1e9,
-        "share of the best product that extraction reaches": computed * flop / spent / (512 * flop / best),
+        "share of the best product that extraction reaches": computed
+        * flop
+        / spent
+        / (512 * flop / best),
     }
 
 
@@ -369,7 +414,11 @@ def alone(n: int, n_words: int) -> None:
     sites = [site for kind in KINDS for site in wb.sites_of_kind(model, kind)]
     filler = " ".join(["and", "so", "on"] * n_words)[: 4 * n_words]
     prompts = [
-        replace(base[i % len(base)], id=f"p{i}", text=f"{base[i % len(base)].text} ({i}) {filler}".strip())
+        replace(
+            base[i % len(base)],
+            id=f"p{i}",
+            text=f"{base[i % len(base)].text} ({i}) {filler}".strip(),
+        )
         for i in range(n)
     ]
     wb.class_moments(model, prompts[:8], sites)
@@ -425,7 +474,11 @@ class Worker:
         from workbench.models.load import _converted_folder, _embedded_file
 
         self.name = name
-        given = {"model": str(_converted_folder(_embedded_file())), "rows": rows, "threads": torch.get_num_threads()}
+        given = {
+            "model": str(_converted_folder(_embedded_file())),
+            "rows": rows,
+            "threads": torch.get_num_threads(),
+        }
         script = Path(__file__).with_name("speed_peers.py")
         self._process = subprocess.Popen(
             [python, str(script), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -484,7 +537,11 @@ def markdown(found: dict[str, Any]) -> str:
                 f"| {who} | {own['tokens/s'][who]:.0f} | {own['times faster than raw'][who]:.2f} |"
                 for who in own["seconds"]
             ]
-            lines += ["", f"Largest relative difference to raw: {own['largest relative difference to raw']:.1e}.", ""]
+            lines += [
+                "",
+                f"Largest relative difference to raw: {own['largest relative difference to raw']:.1e}.",
+                "",
+            ]
             lines += [f"Measured {own['note']}.", ""] if "note" in own else []
     if "generation" in found:
         own = found["generation"]
@@ -505,7 +562,12 @@ def markdown(found: dict[str, Any]) -> str:
         ]
     if "sweep" in found:
         own = found["sweep"]
-        lines += ["## Sweep: 12 conditions x 16 prompts x 32 tokens", "", "| | CPU s |", "|---|---|"]
+        lines += [
+            "## Sweep: 12 conditions x 16 prompts x 32 tokens",
+            "",
+            "| | CPU s |",
+            "|---|---|",
+        ]
         lines += [f"| {who} | {s:.1f} |" for who, s in own["seconds"].items()]
         lines += [
             "",
@@ -517,7 +579,8 @@ def markdown(found: dict[str, Any]) -> str:
         own = found["machine"]
         lines += ["## The machine's own limits", "", "| | |", "|---|---|"]
         lines += [
-            f"| product, {who}, GFLOP/s a CPU second | {v:.0f} |" for who, v in own["GFLOP/s a CPU second"].items()
+            f"| product, {who}, GFLOP/s a CPU second | {v:.0f} |"
+            for who, v in own["GFLOP/s a CPU second"].items()
         ]
         lines += [
             f"| reading memory, GB/s a CPU second | {own['read bandwidth GB/s a CPU second']:.0f} |",
@@ -550,7 +613,9 @@ def picture(found: dict[str, Any], path: Path) -> None:
 
     rows = found["growth"]["by prompts"]
     figure = go.Figure(
-        go.Scatter(x=[r["prompts"] for r in rows], y=[r["ms a prompt"] for r in rows], mode="lines+markers")
+        go.Scatter(
+            x=[r["prompts"] for r in rows], y=[r["ms a prompt"] for r in rows], mode="lines+markers"
+        )
     )
     figure.update_layout(
         xaxis={"title": "prompts", "type": "log"}, yaxis={"title": "CPU ms a prompt", "rangemode": "tozero"},

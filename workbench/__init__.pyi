@@ -1,65 +1,154 @@
-from .evaluation import gating as gate_report
-from .evaluation.capability import multiple_choice, read_questions, text_perplexity
-from .evaluation.comparisons import compare, judge_agreement, leakage_conditions, leakage_matrix
-from .evaluation.scoring import Evaluation, evaluate, score_completions
-from .figures import gates as steering_pictures
-from .figures import results as visuals
-from .figures.notebook import show, token_scores
-from .generation.answers import Completion, generate, sweep
-from .generation.likelihood import answer_kl, answer_log_probs, steered_log_probs
-from .judges import text_quality
-from .judges.base import Verdict
-from .judges.framing import FramingJudge, load_framing_judge
-from .judges.patterns import RefusalPatterns
-from .models.activations import ActivationSet, ClassMoments, cache_activations, class_moments, token_activations
-from .models.forward import plain
-from .models.load import ModelInfo, load_model, model_info
-from .models.sites import Site, sites_of_kind
-from .models.tokens import encode, token_strings
-from .neurons import effects as neuron_effects
-from .neurons import patching
-from .neurons import profiles as neuron_profiles
-from .neurons import summaries as neuron_tables
-from .neurons.ranking import attribute_heads, attribute_neurons
-from .prompts.benchmarks import list_datasets, prompts_from, read_dataset
-from .prompts.openings import answer_prompts
-from .prompts.prompt import Folds, Prompt, categories_of, load_prompts, save_prompts, select_prompts, split_prompts
-from .report.page import write_report
-from .safesteer.calibration import Limits, calibrate, plan_rounds
-from .safesteer.config import RunConfig
-from .safesteer.own_answers import answer_pairs, instructed, self_contrast, went_along
-from .safesteer.recalibration import recalibrate
-from .safesteer.recipe import run
-from .safesteer.saved_run import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
-from .safesteer.settings import Setting, grid
-from .stats import estimates as statistics
-from .stats import selectivity
-from .steering import combine as directions
-from .steering import estimators
-from .steering.apply import intervene
-from .steering.estimators import mean_difference, pruned_mean_difference
-from .steering.gates import Gate, fit_gate, load_gate, save_gate
-from .steering.interventions import (
+from . import (
+    evaluation,
+    figures,
+    files,
+    generation,
+    integrations,
+    judges,
+    models,
+    neurons,
+    prompts,
+    report,
+    safesteer,
+    stats,
+    steering,
+)
+from .evaluation import Evaluation, compare, evaluate
+from .figures import show, token_scores
+from .generation import Completion, generate, sweep
+from .judges import RefusalPatterns, Verdict, load_framing_judge
+from .models import (
+    ActivationSet,
+    ModelInfo,
+    Site,
+    cache_activations,
+    load_model,
+    model_info,
+    sites_of_kind,
+    token_activations,
+)
+from .neurons import attribute_heads, attribute_neurons
+from .prompts import (
+    Folds,
+    Prompt,
+    answer_prompts,
+    categories_of,
+    list_datasets,
+    load_prompts,
+    prompts_from,
+    read_dataset,
+    save_prompts,
+    select_prompts,
+    split_prompts,
+)
+from .report import show_neurons, write_report
+from .safesteer import (
+    RunConfig,
+    calibrate,
+    gated_steering_from,
+    run,
+    side_by_side,
+    steering_from,
+)
+from .steering import (
+    Gate,
     Intervention,
+    SteeringVector,
     ablate_direction,
     activate,
     add_vector,
     clamp_neurons,
-    gated,
-    raise_to,
-    scale_neurons,
-    suppress,
-)
-from .steering.separability import layer_separability
-from .steering.vectors import (
-    SteeringVector,
+    fit_gate,
     fit_steering_vectors,
+    gated,
+    intervene,
+    layer_separability,
+    load_gate,
     load_vector,
+    raise_to,
     random_vector,
+    save_gate,
     save_vector,
-    scaled_to,
+    scale_neurons,
     shuffled_vector,
+    suppress,
 )
 
 __version__: str
-__all__: list[str]
+
+__all__ = [
+    "ActivationSet",
+    "Completion",
+    "Evaluation",
+    "Folds",
+    "Gate",
+    "Intervention",
+    "ModelInfo",
+    "Prompt",
+    "RefusalPatterns",
+    "RunConfig",
+    "Site",
+    "SteeringVector",
+    "Verdict",
+    "ablate_direction",
+    "activate",
+    "add_vector",
+    "answer_prompts",
+    "attribute_heads",
+    "attribute_neurons",
+    "cache_activations",
+    "calibrate",
+    "categories_of",
+    "clamp_neurons",
+    "compare",
+    "evaluate",
+    "evaluation",
+    "figures",
+    "files",
+    "fit_gate",
+    "fit_steering_vectors",
+    "gated",
+    "gated_steering_from",
+    "generate",
+    "generation",
+    "integrations",
+    "intervene",
+    "judges",
+    "layer_separability",
+    "list_datasets",
+    "load_framing_judge",
+    "load_gate",
+    "load_model",
+    "load_prompts",
+    "load_vector",
+    "model_info",
+    "models",
+    "neurons",
+    "prompts",
+    "prompts_from",
+    "raise_to",
+    "random_vector",
+    "read_dataset",
+    "report",
+    "run",
+    "safesteer",
+    "save_gate",
+    "save_prompts",
+    "save_vector",
+    "scale_neurons",
+    "select_prompts",
+    "show",
+    "show_neurons",
+    "shuffled_vector",
+    "side_by_side",
+    "sites_of_kind",
+    "split_prompts",
+    "stats",
+    "steering",
+    "steering_from",
+    "suppress",
+    "sweep",
+    "token_activations",
+    "token_scores",
+    "write_report",
+]

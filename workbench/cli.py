@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "workbench: interrupted; what was done is kept, go on with the same command and --resume.", file=sys.stderr
+            "workbench: interrupted; what was done is kept, go on with the same command and --resume.",
+            file=sys.stderr,
         )
         return 2
     return 0
@@ -49,7 +50,11 @@ def _report(options: argparse.Namespace) -> None:
 def _neurons(options: argparse.Namespace) -> None:
     from workbench.report.neuron_page import write_neuron_page
 
-    print(write_neuron_page(options.run, options.category, top=options.top, progress=not options.quiet))
+    print(
+        write_neuron_page(
+            options.run, options.category, top=options.top, progress=not options.quiet
+        )
+    )
 
 
 def _datasets(_: argparse.Namespace) -> None:
@@ -80,18 +85,31 @@ def _steer(options: argparse.Namespace) -> None:
     from workbench.safesteer.config import config_from
     from workbench.safesteer.inputs import load_run_model
     from workbench.safesteer.run_folder import read_run
-    from workbench.safesteer.saved_run import gate_from, gated_steering_from, read_gate, side_by_side, steering_from
+    from workbench.safesteer.saved_run import (
+        gate_from,
+        gate_reading,
+        gated_steering_from,
+        side_by_side,
+        steering_from,
+    )
 
-    chosen: dict[str, Any] = {"construction": options.construction, "calibrated": options.calibrated}
+    chosen: dict[str, Any] = {
+        "construction": options.construction,
+        "calibrated": options.calibrated,
+    }
     if options.category is None:
         interventions = gated_steering_from(options.run, **chosen)
     else:
         interventions = steering_from(options.run, options.category, **chosen)
     model = load_run_model(config_from(read_run(options.run).notes["config"]))
-    answers = side_by_side(model, options.question, interventions, max_new_tokens=options.max_new_tokens)
+    answers = side_by_side(
+        model, options.question, interventions, max_new_tokens=options.max_new_tokens
+    )
     if options.category is None:
         gate = gate_from(options.run)
-        print(*gate_lines(gate.threshold, read_gate(model, gate, options.question)), "", sep="\n")
+        print(
+            *gate_lines(gate.threshold, gate_reading(model, gate, options.question)), "", sep="\n"
+        )
     for answer in answers:
         print(f"{answer.condition}:\n{visible(answer.text)}\n")
 
@@ -112,7 +130,9 @@ def _capability(options: argparse.Namespace) -> None:
     model = load_run_model(config_from(read_run(options.run).notes["config"]))
     print(multiple_choice(model, questions, conditions).round(3).to_string(index=False))
     if text:
-        print(text_perplexity(model, text.split("\n\n"), conditions).round(3).to_string(index=False))
+        print(
+            text_perplexity(model, text.split("\n\n"), conditions).round(3).to_string(index=False)
+        )
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -137,7 +157,12 @@ def _judge_validate(options: argparse.Namespace) -> None:
     judge = open_judge(options.judge, device=options.device)
     found = validate(judge, answers)
     if options.json:
-        print(json.dumps({"judge": judge.name, **{measure: own.to_dict() for measure, own in found.items()}}, indent=1))
+        print(
+            json.dumps(
+                {"judge": judge.name, **{measure: own.to_dict() for measure, own in found.items()}},
+                indent=1,
+            )
+        )
     else:
         print(judge.name, *lines(found), sep="\n")
 
@@ -159,7 +184,9 @@ def _judge_train(options: argparse.Namespace) -> None:
 
 
 _RUN_OPTIONS: dict[str, dict[str, Any]] = {
-    "model": {"help": "hub name, local folder, .gguf file, or 'embedded' (default: SmolLM2-135M-Instruct)"},
+    "model": {
+        "help": "hub name, local folder, .gguf file, or 'embedded' (default: SmolLM2-135M-Instruct)"
+    },
     "device": {"help": "torch device (default: a GPU if there is one)"},
     "dtype": {"help": "float32, bfloat16 or float16 (default: float32)"},
     "packing": {
@@ -170,17 +197,44 @@ _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "categories": {"nargs": "+", "help": "risk categories (default: all)"},
     "seed": {"type": int, "help": "of folds, controls and bootstrap (default: 0)"},
-    "tune_prompts": {"type": int, "help": "unsafe prompts a category that choose sign and strength (default: 6)"},
-    "test_prompts": {"type": int, "help": "unsafe prompts a category that are reported (default: the whole test fold)"},
+    "tune_prompts": {
+        "type": int,
+        "help": "unsafe prompts a category that choose sign and strength (default: 6)",
+    },
+    "test_prompts": {
+        "type": int,
+        "help": "unsafe prompts a category that are reported (default: the whole test fold)",
+    },
     "max_new_tokens": {"type": int, "help": "length limit of answers (default: 64)"},
-    "constructions": {"nargs": "+", "help": "vectors that are compared (default: those that are no mere baselines)"},
+    "constructions": {
+        "nargs": "+",
+        "help": "vectors that are compared (default: those that are no mere baselines)",
+    },
     "rhos": {"type": float, "nargs": "+", "help": "relative strengths tried (default: 0.09 0.17)"},
-    "relevance_loss": {"type": float, "help": "largest loss of relevance that counts as none (default: 0.05)"},
-    "refusal_rise": {"type": float, "help": "largest rise of the refusal rate that counts as none (default: 0.02)"},
-    "degenerate_rise": {"type": float, "help": "largest rise of broken answers that counts as none (default: 0.02)"},
-    "neutral_kl": {"type": float, "help": "largest KL on neutral prompts, nats a token (default: no limit)"},
-    "neutral_rate": {"type": float, "help": "share of neutral prompts that may open the gate (default: 0.02)"},
-    "hard_safe_rate": {"type": float, "help": "share of safe prompts that look risky that may (default: 0.1)"},
+    "relevance_loss": {
+        "type": float,
+        "help": "largest loss of relevance that counts as none (default: 0.05)",
+    },
+    "refusal_rise": {
+        "type": float,
+        "help": "largest rise of the refusal rate that counts as none (default: 0.02)",
+    },
+    "degenerate_rise": {
+        "type": float,
+        "help": "largest rise of broken answers that counts as none (default: 0.02)",
+    },
+    "neutral_kl": {
+        "type": float,
+        "help": "largest KL on neutral prompts, nats a token (default: no limit)",
+    },
+    "neutral_rate": {
+        "type": float,
+        "help": "share of neutral prompts that may open the gate (default: 0.02)",
+    },
+    "hard_safe_rate": {
+        "type": float,
+        "help": "share of safe prompts that look risky that may (default: 0.1)",
+    },
 }
 
 
@@ -191,32 +245,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=function)
         return sub
 
-    run = command("run", _run, "fit vectors, calibrate, answer the test prompts with controls, and write a report")
+    run = command(
+        "run",
+        _run,
+        "fit vectors, calibrate, answer the test prompts with controls, and write a report",
+    )
     run.add_argument("config", nargs="?", help="YAML file with any of the settings below")
     for name, keywords in _RUN_OPTIONS.items():
         run.add_argument(f"--{name.replace('_', '-')}", dest=name, **keywords)
     run.add_argument("--out", help="folder of the run (default: runs/DATE-TIME)")
-    run.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    run.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run of the same settings"
+    )
     run.add_argument("--quiet", action="store_true", help="no progress bars")
 
     report = command("report", _report, "write report.html of a run folder again")
     report.add_argument("--run", required=True, help="folder of a run")
 
-    neurons = command("neurons", _neurons, "write the dashboard of a category's neurons, from a run folder")
+    neurons = command(
+        "neurons", _neurons, "write the dashboard of a category's neurons, from a run folder"
+    )
     neurons.add_argument("--run", required=True, help="folder of a run")
     neurons.add_argument("--category", required=True, help="one of the run's categories")
-    neurons.add_argument("--top", type=int, default=12, help="neurons with a card of their own (default: 12)")
+    neurons.add_argument(
+        "--top", type=int, default=12, help="neurons with a card of their own (default: 12)"
+    )
     neurons.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    calibrate = command("calibrate", _calibrate, "search a run's settings again on its tune fold, with its vectors")
+    calibrate = command(
+        "calibrate", _calibrate, "search a run's settings again on its tune fold, with its vectors"
+    )
     calibrate.add_argument("--run", required=True, help="folder of a run")
-    calibrate.add_argument("--constructions", nargs="+", help="which of the run's constructions (default: all)")
-    calibrate.add_argument("--rhos", type=float, nargs="+", help="relative strengths (default: the run's)")
+    calibrate.add_argument(
+        "--constructions", nargs="+", help="which of the run's constructions (default: all)"
+    )
+    calibrate.add_argument(
+        "--rhos", type=float, nargs="+", help="relative strengths (default: the run's)"
+    )
     calibrate.add_argument(
         "--positions",
         nargs="+",
@@ -231,26 +303,45 @@ def _parser() -> argparse.ArgumentParser:
         default=[0],
         help="generated tokens after which steering ends; each is tried (default: 0, never)",
     )
-    calibrate.add_argument("--tune-prompts", type=int, help="unsafe prompts a category (default: the run's)")
-    calibrate.add_argument("--budget", type=int, help="answers, at most (default: what successive halving takes)")
+    calibrate.add_argument(
+        "--tune-prompts", type=int, help="unsafe prompts a category (default: the run's)"
+    )
+    calibrate.add_argument(
+        "--budget", type=int, help="answers, at most (default: what successive halving takes)"
+    )
     calibrate.add_argument("--quiet", action="store_true", help="no progress bars")
 
     steer = command("steer", _steer, "answer one question without and with the steering of a run")
     steer.add_argument("question", help="the user's words")
     steer.add_argument("--run", required=True, help="folder of a run")
     steer.add_argument(
-        "--category", help="steer always, with this category's vectors (default: the run's gate decides)"
+        "--category",
+        help="steer always, with this category's vectors (default: the run's gate decides)",
     )
-    steer.add_argument("--construction", help="one of those in the run's tuning (default: the one the gate is for)")
-    steer.add_argument("--calibrated", action="store_true", help="with the settings of a later 'workbench calibrate'")
-    steer.add_argument("--max-new-tokens", type=int, default=64, help="length limit of the answers (default: 64)")
+    steer.add_argument(
+        "--construction", help="one of those in the run's tuning (default: the one the gate is for)"
+    )
+    steer.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="with the settings of a later 'workbench calibrate'",
+    )
+    steer.add_argument(
+        "--max-new-tokens", type=int, default=64, help="length limit of the answers (default: 64)"
+    )
 
     capability = command(
-        "capability", _capability, "what a run's steering costs on multiple-choice questions and on a text"
+        "capability",
+        _capability,
+        "what a run's steering costs on multiple-choice questions and on a text",
     )
     capability.add_argument("--run", required=True, help="folder of a run")
-    capability.add_argument("--questions", help="file of questions, choices and answers (default: forty easy ones)")
-    capability.add_argument("--text", help="text file, passages with blank lines between them, for perplexity")
+    capability.add_argument(
+        "--questions", help="file of questions, choices and answers (default: forty easy ones)"
+    )
+    capability.add_argument(
+        "--text", help="text file, passages with blank lines between them, for perplexity"
+    )
     capability.add_argument("--category", help="also always on, with this category's vectors")
 
     bench = command(
@@ -268,15 +359,23 @@ def _parser() -> argparse.ArgumentParser:
     check = kinds.add_parser("validate", help="agreement of a judge with labels, with intervals")
     check.set_defaults(command=_judge_validate)
     check.add_argument(
-        "--judge", required=True, help="patterns, framing, a guard family, or the file of a trained probe"
+        "--judge",
+        required=True,
+        help="patterns, framing, a guard family, or the file of a trained probe",
     )
     check.add_argument("--labels", required=True, help=labels)
-    check.add_argument("--device", help="torch device of a judge that is a model (default: a GPU if there is one)")
+    check.add_argument(
+        "--device", help="torch device of a judge that is a model (default: a GPU if there is one)"
+    )
     check.add_argument("--json", action="store_true", help="numbers as JSON")
-    train = kinds.add_parser("train", help="train a probe on sentence embeddings, with the card of how well it does")
+    train = kinds.add_parser(
+        "train", help="train a probe on sentence embeddings, with the card of how well it does"
+    )
     train.set_defaults(command=_judge_train)
     train.add_argument("--labels", required=True, help=labels)
-    train.add_argument("--measures", choices=("refusal", "unsafe"), required=True, help="what it learns to tell")
+    train.add_argument(
+        "--measures", choices=("refusal", "unsafe"), required=True, help="what it learns to tell"
+    )
     train.add_argument("--out", required=True, help="file of the probe (.safetensors)")
     return parser
 

@@ -56,7 +56,11 @@ def read_questions(path: PathLike | None = None) -> list[Question]:
     questions = []
     for number, row in enumerate(read_rows(path), 1):
         given = row.get("choices")
-        choices = [str(c) for c in given] if isinstance(given, Sequence) and not isinstance(given, str) else []
+        choices = (
+            [str(c) for c in given]
+            if isinstance(given, Sequence) and not isinstance(given, str)
+            else []
+        )
         lettered = [str(row.get(letter) or "").strip() for letter in LETTERS]
         choices = choices or list(itertools.takewhile(bool, lettered))
         text, answer = str(row.get("question") or "").strip(), row.get("answer")
@@ -66,7 +70,11 @@ def read_questions(path: PathLike | None = None) -> list[Question]:
                 f"{path}, row {number}: a question, two choices or more (choices, or A, B, ...) and an answer among them are needed, got "
                 f"question {text!r:.40}, {len(choices)} choices, answer {answer!r:.20}."
             )
-        questions.append(Question(str(row.get("id") or f"{Path(path).stem}-{number}"), text, tuple(choices), place))
+        questions.append(
+            Question(
+                str(row.get("id") or f"{Path(path).stem}-{number}"), text, tuple(choices), place
+            )
+        )
     return questions
 
 
@@ -98,7 +106,9 @@ def multiple_choice(
     if not questions:
         raise ValueError("no questions: there is no accuracy to measure.")
     answers = [
-        _fixed(model, Prompt(f"{q.id}/{k}", q.text, None, HARMLESS, "neutral", "capability"), choice)
+        _fixed(
+            model, Prompt(f"{q.id}/{k}", q.text, None, HARMLESS, "neutral", "capability"), choice
+        )
         for q in questions
         for k, choice in enumerate(q.choices)
     ]
@@ -154,7 +164,12 @@ def text_perplexity(
     if not texts:
         raise ValueError("no text: there is no perplexity to measure.")
     answers = [
-        _fixed(model, Prompt(f"text-{i}", "Continue.", None, HARMLESS, "neutral", "capability"), text, max_tokens)
+        _fixed(
+            model,
+            Prompt(f"text-{i}", "Continue.", None, HARMLESS, "neutral", "capability"),
+            text,
+            max_tokens,
+        )
         for i, text in enumerate(texts)
     ]
     found = {}
@@ -166,7 +181,12 @@ def text_perplexity(
     rows = []
     for name, values in found.items():
         estimate = mean(values)
-        row = {"condition": name, "log_perplexity": estimate.value, "low": estimate.low, "high": estimate.high}
+        row = {
+            "condition": name,
+            "log_perplexity": estimate.value,
+            "low": estimate.low,
+            "high": estimate.high,
+        }
         rows.append(row | _against(found[UNSTEERED], values, name) | {"n": estimate.n})
     return pd.DataFrame(rows)
 
@@ -189,7 +209,9 @@ def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Interven
     return found
 
 
-def _fixed(model: HookedModel, prompt: Prompt, text: str, max_tokens: int | None = None) -> Completion:
+def _fixed(
+    model: HookedModel, prompt: Prompt, text: str, max_tokens: int | None = None
+) -> Completion:
     ids: Callable[..., Any] = model.tokenizer
     tokens = tuple(int(i) for i in ids(text, add_special_tokens=False)["input_ids"][:max_tokens])
     return Completion(prompt, text, tokens, "eos", UNSTEERED)

@@ -52,7 +52,9 @@ def compare(
     known = list(dict.fromkeys(evaluation.scores["condition"]))
     for name in (condition, reference):
         if name not in known:
-            raise ValueError(f"no condition {name!r}; conditions: {', '.join(known)}.{did_you_mean(name, known)}")
+            raise ValueError(
+                f"no condition {name!r}; conditions: {', '.join(known)}.{did_you_mean(name, known)}"
+            )
     if scores.empty:
         raise ValueError(
             f"there are no {label} prompts; labels: {', '.join(dict.fromkeys(evaluation.scores['label']))}."
@@ -61,17 +63,31 @@ def compare(
     rows = []
     for metric in metrics or measured:
         if metric not in measured:
-            raise ValueError(f"no metric {metric!r}; metrics: {', '.join(measured)}.{did_you_mean(metric, measured)}")
-        wide = scores[scores["metric"] == metric].pivot(index="prompt_id", columns="condition", values="value")
+            raise ValueError(
+                f"no metric {metric!r}; metrics: {', '.join(measured)}.{did_you_mean(metric, measured)}"
+            )
+        wide = scores[scores["metric"] == metric].pivot(
+            index="prompt_id", columns="condition", values="value"
+        )
         if condition not in wide or reference not in wide:
             continue
         before, after = (_or_none(wide[name]) for name in (reference, condition))
         difference = statistics.paired_difference(before, after, seed=seed)
         p = difference.p
         if metric in RATES:
-            p = statistics.mcnemar(*([None if v is None else bool(v) for v in side] for side in (before, after))).p
-        row = {"metric": metric, "value": wide[condition].mean(), "reference": wide[reference].mean()}
-        row |= {"difference": difference.value, "difference_low": difference.low, "difference_high": difference.high}
+            p = statistics.mcnemar(
+                *([None if v is None else bool(v) for v in side] for side in (before, after))
+            ).p
+        row = {
+            "metric": metric,
+            "value": wide[condition].mean(),
+            "reference": wide[reference].mean(),
+        }
+        row |= {
+            "difference": difference.value,
+            "difference_low": difference.low,
+            "difference_high": difference.high,
+        }
         rows.append(row | {"p": p, "n": difference.n, "n_unscored": difference.n_unscored})
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc("p") + 1, "p_holm", statistics.holm(table["p"].to_numpy()))
@@ -87,7 +103,9 @@ def leakage_conditions(steering: Mapping[str, Sequence[Intervention]]) -> dict[s
     return {UNSTEERED: (), **{category: list(own) for category, own in steering.items()}}
 
 
-def leakage_matrix(evaluation: Evaluation, metric: str = HEADLINE, *, seed: int = 0) -> pd.DataFrame:
+def leakage_matrix(
+    evaluation: Evaluation, metric: str = HEADLINE, *, seed: int = 0
+) -> pd.DataFrame:
     """Steer with category A, measure on category B: what a vector does beyond its own category.
 
     Args:
@@ -104,13 +122,20 @@ def leakage_matrix(evaluation: Evaluation, metric: str = HEADLINE, *, seed: int 
     """
     import pandas as pd
 
-    scores = evaluation.scores[(evaluation.scores["label"] == "unsafe") & (evaluation.scores["metric"] == metric)]
+    scores = evaluation.scores[
+        (evaluation.scores["label"] == "unsafe") & (evaluation.scores["metric"] == metric)
+    ]
     if scores.empty:
         known = list(dict.fromkeys(evaluation.scores["metric"]))
-        raise ValueError(f"no metric {metric!r}; metrics: {', '.join(known)}.{did_you_mean(metric, known)}")
+        raise ValueError(
+            f"no metric {metric!r}; metrics: {', '.join(known)}.{did_you_mean(metric, known)}"
+        )
     categories = list(dict.fromkeys(scores["category"]))
     steered = [c for c in dict.fromkeys(scores["condition"]) if c != evaluation.baseline]
-    categories = [*(c for c in steered if c in categories), *(c for c in categories if c not in steered)]
+    categories = [
+        *(c for c in steered if c in categories),
+        *(c for c in categories if c not in steered),
+    ]
     strange = [c for c in steered if c not in categories]
     if strange:
         raise ValueError(
@@ -123,13 +148,23 @@ def leakage_matrix(evaluation: Evaluation, metric: str = HEADLINE, *, seed: int 
         own = wide[of != a] if b == "other" else wide[of == b]
         if own.empty:
             continue
-        d = statistics.paired_difference(_or_none(own[evaluation.baseline]), _or_none(own[a]), seed=seed)
-        row = {"steered": a, "measured": b, "difference": d.value, "difference_low": d.low, "difference_high": d.high}
+        d = statistics.paired_difference(
+            _or_none(own[evaluation.baseline]), _or_none(own[a]), seed=seed
+        )
+        row = {
+            "steered": a,
+            "measured": b,
+            "difference": d.value,
+            "difference_low": d.low,
+            "difference_high": d.high,
+        }
         rows.append(row | {"n": d.n, "own": a == b})
     return pd.DataFrame(rows)
 
 
-def judge_agreement(evaluation: Evaluation, first: str = "safe", second: str = "safety_wording") -> pd.DataFrame:
+def judge_agreement(
+    evaluation: Evaluation, first: str = "safe", second: str = "safety_wording"
+) -> pd.DataFrame:
     """Whether two yes/no measures of the same answers agree, condition by condition: steering can change how often a judge is wrong.
 
     Args:
@@ -149,7 +184,9 @@ def judge_agreement(evaluation: Evaluation, first: str = "safe", second: str = "
     for name in (first, second):
         if name not in RATES or name not in set(scores["metric"]):
             there = [m for m in RATES if m in set(scores["metric"])]
-            raise ValueError(f"no yes/no measure {name!r} of these answers; there are: {', '.join(there)}.")
+            raise ValueError(
+                f"no yes/no measure {name!r} of these answers; there are: {', '.join(there)}."
+            )
     wide = scores[scores["metric"].isin([first, second])].pivot(
         index=["condition", "prompt_id"], columns="metric", values="value"
     )
@@ -157,10 +194,22 @@ def judge_agreement(evaluation: Evaluation, first: str = "safe", second: str = "
     conditions = list(dict.fromkeys(scores["condition"]))
     for condition in [ALL, *conditions]:
         own = wide if condition == ALL else wide.loc[condition]
-        a, b = ([None if v is None else bool(v) for v in _or_none(own[name])] for name in (first, second))
+        a, b = (
+            [None if v is None else bool(v) for v in _or_none(own[name])]
+            for name in (first, second)
+        )
         found = agreement(a, b)
-        row = {"condition": condition, "kappa": found.kappa.value, "low": found.kappa.low, "high": found.kappa.high}
-        row |= {"accuracy": found.accuracy.value, "first_yes": own[first].mean(), "second_yes": own[second].mean()}
+        row = {
+            "condition": condition,
+            "kappa": found.kappa.value,
+            "low": found.kappa.low,
+            "high": found.kappa.high,
+        }
+        row |= {
+            "accuracy": found.accuracy.value,
+            "first_yes": own[first].mean(),
+            "second_yes": own[second].mean(),
+        }
         rows.append(row | {"n": found.n, "n_unscored": found.n_unscored})
     return pd.DataFrame(rows)
 

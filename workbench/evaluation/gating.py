@@ -113,12 +113,16 @@ def confusion(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
 
     _check(gate, acts)
     kinds = [set_of(p, gate) for p in acts.prompts]
-    truth = [p.category if kind == RISKY else kind for p, kind in zip(acts.prompts, kinds, strict=True)]
+    truth = [
+        p.category if kind == RISKY else kind for p, kind in zip(acts.prompts, kinds, strict=True)
+    ]
     order = [*gate.categories, *(kind for kind in SETS[1:] if kind in truth)]
     found = pd.DataFrame({"truth": truth, "opened": opened_for(gate, acts)})
     counts = pd.crosstab(found["truth"], found["opened"])
     counts = counts.reindex(
-        index=[t for t in order if t in counts.index], columns=[*gate.categories, CLOSED], fill_value=0
+        index=[t for t in order if t in counts.index],
+        columns=[*gate.categories, CLOSED],
+        fill_value=0,
     )
     table = counts.reset_index().melt(id_vars="truth", var_name="opened", value_name="n")
     return table.assign(share=table["n"] / table.groupby("truth")["n"].transform("sum"))
@@ -142,12 +146,17 @@ def roc(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
         risky, safe = scores[kinds == RISKY], scores[kinds == kind]
         if not len(risky) or not len(safe):
             continue
-        both, is_risky = np.concatenate([risky, safe]), np.arange(len(risky) + len(safe)) < len(risky)
+        both, is_risky = (
+            np.concatenate([risky, safe]),
+            np.arange(len(risky) + len(safe)) < len(risky),
+        )
         area = float(auroc(both, is_risky))
         low, high = auroc_interval(area, len(risky), len(safe))
         false_rate, recall, _ = roc_curve(is_risky, both, drop_intermediate=False)
         curve = {"against": kind, "false_rate": false_rate, "recall": recall}
-        curves.append(pd.DataFrame(curve).assign(auroc=area, low=low, high=high, n=len(risky) + len(safe)))
+        curves.append(
+            pd.DataFrame(curve).assign(auroc=area, low=low, high=high, n=len(risky) + len(safe))
+        )
     if not curves:
         raise ValueError("a ROC needs risky prompts and safe ones, got one side only.")
     return pd.concat(curves, ignore_index=True)
@@ -172,7 +181,11 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
     values = evaluation.scores.set_index(["metric", "condition", "prompt_id"])["value"]
     rows = []
     for is_open, is_risky in ((True, True), (True, False), (False, True), (False, False)):
-        ids = [i for i, own in opened.items() if own == is_open and (label.get(i) == "unsafe") == is_risky]
+        ids = [
+            i
+            for i, own in opened.items()
+            if own == is_open and (label.get(i) == "unsafe") == is_risky
+        ]
         ids = [i for i in ids if (i, condition) in tokens and (i, UNSTEERED) in tokens]
         if not ids:
             continue
@@ -190,7 +203,9 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
     return pd.DataFrame(rows)
 
 
-def refusing(completions: Sequence[Completion], opened: Mapping[str, bool], model: HookedModel) -> list[Completion]:
+def refusing(
+    completions: Sequence[Completion], opened: Mapping[str, bool], model: HookedModel
+) -> list[Completion]:
     """The condition "refuse when it fires": a fixed refusal where the gate opened, the unsteered answer elsewhere."""
     tokens = tuple(int(i) for i in model.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"])
     return [
@@ -226,11 +241,15 @@ def beside_a_gate(
     for name in (UNSTEERED, steered, gated):
         if name not in set(scores["condition"]):
             known = ", ".join(dict.fromkeys(scores["condition"]))
-            raise ValueError(f"no answers under {name!r} to compare the gate with; conditions: {known}.")
+            raise ValueError(
+                f"no answers under {name!r} to compare the gate with; conditions: {known}."
+            )
     ids = list(dict.fromkeys(scores["prompt_id"]))
     unknown = [i for i in ids if i not in opened]
     if unknown:
-        raise ValueError(f"whether the gate opened on prompt {unknown[0]!r} is not known; it needs every prompt's.")
+        raise ValueError(
+            f"whether the gate opened on prompt {unknown[0]!r} is not known; it needs every prompt's."
+        )
     fired = [i for i in ids if opened[i]]
     drawn = set(random.Random(f"{seed}|gate").sample(sorted(ids), len(fired)))
     risky = set(scores.loc[scores["label"] == "unsafe", "prompt_id"])
@@ -248,7 +267,11 @@ def beside_a_gate(
 
 
 def _check(gate: Gate, acts: ActivationSet) -> None:
-    if (acts.site, acts.span, acts.model.fingerprint) != (gate.site, gate.span, gate.model.fingerprint):
+    if (acts.site, acts.span, acts.model.fingerprint) != (
+        gate.site,
+        gate.span,
+        gate.model.fingerprint,
+    ):
         raise ValueError(
             f"the gate reads span {gate.span!r} at {gate.site} of {gate.model.name!r}; got {acts!r}: cache those activations instead."
         )

@@ -8,15 +8,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures.style import COLORS, Panels, check_table, name_in_words, plain, styled
+from workbench.figures.style import COLORS, Panels, check_table, name_in_words, plain_label, styled
 from workbench.figures.wording import in_order
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import pandas as pd
     from plotly.graph_objects import Figure
-from workbench.figures.results import _HEADLINE, _SYMBOLS
+from workbench.figures.style import SYMBOLS
 
 SET_NAMES = {
     "risky": "risky prompts",
@@ -41,7 +39,9 @@ def gate_rates(frame: pd.DataFrame) -> Figure:
     check_table("gate_rates", frame, ("set", "category", "rate", "low", "high", "n"))
     kinds = in_order(frame["set"], tuple(SET_NAMES))
     categories = list(dict.fromkeys(frame["category"]))
-    panels = Panels(1, len(kinds), titles=[plain(SET_NAMES.get(kind, kind)) for kind in kinds], gap=0)
+    panels = Panels(
+        1, len(kinds), titles=[plain_label(SET_NAMES.get(kind, kind)) for kind in kinds], gap=0
+    )
     for j, kind in enumerate(kinds):
         rows = frame[frame["set"] == kind].to_dict("records")
         panels.add(
@@ -58,14 +58,33 @@ def gate_rates(frame: pd.DataFrame) -> Figure:
             },
             mode="markers",
             showlegend=False,
-            marker={"size": 8, "color": COLORS[0 if kind == "risky" else 1], "symbol": _SYMBOLS[j % len(_SYMBOLS)]},
-            customdata=[f"{row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}], n = {row['n']:.0f}" for row in rows],
+            marker={
+                "size": 8,
+                "color": COLORS[0 if kind == "risky" else 1],
+                "symbol": SYMBOLS[j % len(SYMBOLS)],
+            },
+            customdata=[
+                f"{row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}], n = {row['n']:.0f}"
+                for row in rows
+            ],
             hovertemplate="%{customdata}<extra></extra>",
         )
         for asked in {row["asked"] for row in rows if math.isfinite(row.get("asked", math.nan))}:
             panels.line(0, j, x=asked)
-        panels.axis("x", 0, j, range=[-0.03, 1.03], tickformat=".0%", title={"text": "opens on"}, nticks=4, tickangle=0)
-        ticks = {"tickvals": list(range(len(categories))), "ticktext": [name_in_words(c) for c in categories]}
+        panels.axis(
+            "x",
+            0,
+            j,
+            range=[-0.03, 1.03],
+            tickformat=".0%",
+            title={"text": "opens on"},
+            nticks=4,
+            tickangle=0,
+        )
+        ticks = {
+            "tickvals": list(range(len(categories))),
+            "ticktext": [name_in_words(c) for c in categories],
+        }
         panels.axis("y", 0, j, range=[len(categories) - 0.4, -0.6], zeroline=False, **ticks)
     return styled(panels.figure(), height=150 + 26 * len(categories), left=140)
 
@@ -91,11 +110,20 @@ def gate_roc(frame: pd.DataFrame) -> Figure:
             x=own["false_rate"].tolist(),
             y=own["recall"].tolist(),
             mode="lines",
-            name=f"{plain(SET_NAMES.get(kind, kind))}: {area}",
-            line={"color": COLORS[k % len(COLORS)], "width": 2, "dash": ("solid", "dash", "dot")[k % 3], "shape": "hv"},
+            name=f"{plain_label(SET_NAMES.get(kind, kind))}: {area}",
+            line={
+                "color": COLORS[k % len(COLORS)],
+                "width": 2,
+                "dash": ("solid", "dash", "dot")[k % 3],
+                "shape": "hv",
+            },
         )
-    panels.axis("x", 0, 0, title={"text": "false activations"}, tickformat=".0%", range=[-0.01, 1.01])
-    panels.axis("y", 0, 0, title={"text": "risky prompts it opens on"}, tickformat=".0%", range=[0, 1.02])
+    panels.axis(
+        "x", 0, 0, title={"text": "false activations"}, tickformat=".0%", range=[-0.01, 1.01]
+    )
+    panels.axis(
+        "y", 0, 0, title={"text": "risky prompts it opens on"}, tickformat=".0%", range=[0, 1.02]
+    )
     return styled(panels.figure(), height=430, legend=True)
 
 
@@ -121,7 +149,14 @@ def gate_confusion(frame: pd.DataFrame) -> Figure:
 
 
 def heat_map(
-    frame: pd.DataFrame, *, rows: str, columns: str, value: str, text: str, titles: tuple[str, str], label: str
+    frame: pd.DataFrame,
+    *,
+    rows: str,
+    columns: str,
+    value: str,
+    text: str,
+    titles: tuple[str, str],
+    label: str,
 ) -> Figure:
     """A table of shares or differences as tiles with their numbers: confusion of a gate, leakage between categories.
 
@@ -148,16 +183,20 @@ def heat_map(
 
     signed = bool((frame[value] < 0).any())
     largest = max(float(frame[value].abs().max()), 1e-9)
-    colors = {"colorscale": "RdBu", "zmin": -largest, "zmax": largest} if signed else {"colorscale": "Blues", "zmin": 0}
+    colors = (
+        {"colorscale": "RdBu", "zmin": -largest, "zmax": largest}
+        if signed
+        else {"colorscale": "Blues", "zmin": 0}
+    )
     tiles = go.Heatmap(
         z=grid(value),
         x=list(range(len(across))),
         y=list(range(len(down))),
-        text=[[plain(str(t)) if t is not None else "" for t in line] for line in grid(text)],
+        text=[[plain_label(str(t)) if t is not None else "" for t in line] for line in grid(text)],
         texttemplate="%{text}",
         xgap=1,
         ygap=1,
-        colorbar={"title": {"text": plain(label)}, "thickness": 12},
+        colorbar={"title": {"text": plain_label(label)}, "thickness": 12},
         hovertemplate="%{text}<extra></extra>",
         **colors,
     )
@@ -177,7 +216,3 @@ def heat_map(
         showgrid=False,
     )
     return styled(figure, height=210 + 28 * len(down), left=150).update_layout(margin={"b": 130})
-
-
-def _known(row: Mapping[str, Any], name: str) -> bool:
-    return math.isfinite(row.get(name, math.nan)) and math.isfinite(row.get(_HEADLINE, math.nan))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures.style import COLORS, MUTED, check_table, name_in_words, plain, styled
+from workbench.figures.style import COLORS, MUTED, check_table, name_in_words, plain_label, styled
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
-from workbench.figures.results import _SIDES, AGAINST, _of
+from workbench.figures.style import of_category
+from workbench.figures.wording import AGAINST
+
+_SIDES = ("middle left", "middle right", "top center", "bottom center")
 
 
 def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
@@ -30,13 +33,16 @@ def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
     import plotly.graph_objects as go
 
     check_table("neurons", frame, ("category", "layer", "neuron", "contribution"))
-    rows = _of(frame, "neurons", "category", category)
+    rows = of_category(frame, "neurons", "category", category)
     rows = rows.sort_values("contribution", key=abs, ascending=False)[:top]
     aurocs = [f"auroc_{side}" for side in AGAINST if f"auroc_{side}" in rows]
     marker: dict[str, Any] = {"size": 11, "line": {"width": 1, "color": MUTED}, "color": COLORS[0]}
     shade = next((name for name in aurocs if rows[name].notna().any()), None)
     if shade is not None:
-        bar = {"title": {"text": "AUROC<br>" + AGAINST[shade[6:]].replace(" ", "<br>", 1)}, "thickness": 12}
+        bar = {
+            "title": {"text": "AUROC<br>" + AGAINST[shade[6:]].replace(" ", "<br>", 1)},
+            "thickness": 12,
+        }
         marker |= {
             "color": rows[shade].tolist(),
             "colorscale": "RdBu",
@@ -48,7 +54,7 @@ def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
     names = [f"L{row['layer']} N{row['neuron']}" for row in rows.to_dict("records")]
     hover = [
         f"{name}<br>contribution {row['contribution']:+.3g}"
-        + "".join(f"<br>AUROC {plain(column[6:])} {row[column]:.2f}" for column in aurocs)
+        + "".join(f"<br>AUROC {plain_label(column[6:])} {row[column]:.2f}" for column in aurocs)
         for name, row in zip(names, rows.to_dict("records"), strict=True)
     ]
     points = go.Scatter(
@@ -84,7 +90,9 @@ def layer_scores(frame: pd.DataFrame, score: str = "contribution", by: str = "ca
 
     check_table("layer_scores", frame, ("layer", score, by))
     table = frame.pivot_table(index=by, columns="layer", values=score, aggfunc="sum", sort=False)
-    table = table.reindex(columns=range(int(frame["layer"].min()), int(frame["layer"].max()) + 1)).fillna(0.0)
+    table = table.reindex(
+        columns=range(int(frame["layer"].min()), int(frame["layer"].max()) + 1)
+    ).fillna(0.0)
     largest = float(table.abs().to_numpy().max()) or 1.0
     tiles = go.Heatmap(
         z=table.to_numpy().tolist(),

@@ -43,17 +43,25 @@ def token_scores(tokens: Sequence[str], scores: Iterable[float]) -> Html:
     """
     from circuitsvis.tokens import colored_tokens
 
-    shown = [html.escape(visible(token), quote=False) for token in tokens]  # CircuitsVis parses tokens as markup
+    shown = [
+        html.escape(visible(token), quote=False) for token in tokens
+    ]  # CircuitsVis parses tokens as markup
     values = [float(score) for score in scores]
     if len(shown) != len(values) or not shown:
-        raise ValueError(f"token_scores needs one score a token, got {len(shown)} tokens and {len(values)} scores.")
+        raise ValueError(
+            f"token_scores needs one score a token, got {len(shown)} tokens and {len(values)} scores."
+        )
     if not all(math.isfinite(value) for value in values):
-        raise ValueError("token_scores needs finite scores, got nan or inf; leave those tokens out or give 0.")
+        raise ValueError(
+            "token_scores needs finite scores, got nan or inf; leave those tokens out or give 0."
+        )
     largest = max(map(abs, values)) or 1.0  # one scale for both colors
     markup = colored_tokens(
         shown, values, -largest, largest
     ).local_src  # str() and _repr_html_ may load it from the network
-    listed = json.dumps(shown)  # CircuitsVis puts it into a script as it is: "</script>" in a token would end that
+    listed = json.dumps(
+        shown
+    )  # CircuitsVis puts it into a script as it is: "</script>" in a token would end that
     if markup.count(listed) != 1:
         raise RuntimeError(
             "circuitsvis writes tokens in another way than 1.43 does; token_scores has to be adapted to escape them."
@@ -96,7 +104,9 @@ def show(figure: Figure, *, library: bool | None = None) -> Html | Picture:
 
     if plotly.io.renderers.default == "png":
         width = figure.layout.width or 900
-        return Picture(figure.to_image("png", width=width, height=figure.layout.height or 450, scale=1.5))
+        return Picture(
+            figure.to_image("png", width=width, height=figure.layout.height or 450, scale=1.5)
+        )
 
     library = not _library_shown if library is None else library
     _library_shown = _library_shown or library

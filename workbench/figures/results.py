@@ -10,11 +10,18 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures.notebook import Html, show, token_scores
-from workbench.figures.style import COLORS, MUTED, Panels, check_table, name_in_words, plain, styled
+from workbench.figures.style import (
+    COLORS,
+    MUTED,
+    Panels,
+    check_table,
+    name_in_words,
+    plain_label,
+    styled,
+)
 from workbench.figures.wording import (
+    ALL_CATEGORIES,
     METRICS,
-    POOLED,
     UNSTEERED,
     in_order,
     interval,
@@ -34,36 +41,15 @@ if TYPE_CHECKING:
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import pandas as pd
     from plotly.graph_objects import Figure
-from workbench.figures.gates import _known
-from workbench.figures.neuron_maps import layer_scores, neuron_map
-
-__all__ = [
-    "Html",
-    "evaluation",
-    "layer_scores",
-    "neuron_map",
-    "separability",
-    "show",
-    "token_scores",
-    "tuning",
-]
-
-
-AGAINST = {"twins": "against safe twins", "other": "against other risks", "neutral": "against everyday prompts"}
-"""What a category is told from, hardest first."""
-
+from workbench.figures.style import of_category
+from workbench.figures.wording import AGAINST
 
 _DASHES = ("solid", "dash", "dot")
 
 
 _SYMBOLS = ("circle", "diamond", "square")
-
-
-_SIDES = ("middle left", "middle right", "top center", "bottom center")
 
 
 _VALUE, _CHANGE = ("value", "low", "high"), ("difference", "difference_low", "difference_high")
@@ -85,31 +71,46 @@ def separability(frame: pd.DataFrame) -> Figure:
     frame = frame if "kind" in frame else frame.assign(kind="")
     kinds, categories = list(dict.fromkeys(frame["kind"])), list(dict.fromkeys(frame["category"]))
     sides = in_order(frame["against"], tuple(AGAINST))
-    titles = [plain(AGAINST.get(side, side)) for side in sides]
+    titles = [plain_label(AGAINST.get(side, side)) for side in sides]
     panels = Panels(len(kinds), len(sides), titles=titles, gap=0.14 / len(kinds), shared_xaxes=True)
     for (i, kind), (j, side), (k, category) in _cells(kinds, sides, categories):
-        rows = frame[(frame["category"] == category) & (frame["against"] == side) & (frame["kind"] == kind)]
+        rows = frame[
+            (frame["category"] == category) & (frame["against"] == side) & (frame["kind"] == kind)
+        ]
         rows = rows.sort_values("layer")
         panels.add(
             i,
             j,
             x=rows["layer"].tolist(),
             y=rows["auroc"].tolist(),
-            customdata=[_hover("auroc", row, ("auroc", "low", "high")) for row in rows.to_dict("records")],
+            customdata=[
+                _hover("auroc", row, ("auroc", "low", "high")) for row in rows.to_dict("records")
+            ],
             mode="lines+markers",
             name=name_in_words(category),
             legendgroup=str(k),
             showlegend=i == j == 0,
-            line={"color": COLORS[k % len(COLORS)], "width": 1.8, "dash": _DASHES[k // len(COLORS) % 3]},
+            line={
+                "color": COLORS[k % len(COLORS)],
+                "width": 1.8,
+                "dash": _DASHES[k // len(COLORS) % 3],
+            },
             marker={"size": 4.5, "symbol": _SYMBOLS[k // len(COLORS) % 3]},
             hovertemplate="layer %{x}: %{customdata}<extra>" + name_in_words(category) + "</extra>",
         )
         if k == 0:
             panels.line(i, j, y=0.5)
         panels.axis("x", i, j, title={"text": "layer" if i == len(kinds) - 1 else ""})
-        panels.axis("y", i, j, range=[min(0.38, float(frame["auroc"].min()) - 0.04), 1.03], dtick=0.1, tickformat=".1f")
+        panels.axis(
+            "y",
+            i,
+            j,
+            range=[min(0.38, float(frame["auroc"].min()) - 0.04), 1.03],
+            dtick=0.1,
+            tickformat=".1f",
+        )
         if j == 0:
-            panels.axis("y", i, j, title={"text": f"AUROC<br>{plain(kind)}"})
+            panels.axis("y", i, j, title={"text": f"AUROC<br>{plain_label(kind)}"})
     return styled(panels.figure(), height=130 + 230 * len(kinds), legend=True)
 
 
@@ -140,14 +141,26 @@ def tuning(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> Figure:
     frame = pd.concat(
         [frame, *(base[base["metric"].isin(names)].assign(**place) for place in tried)]
     )  # unsteered is strength 0
-    frame = frame.assign(strength=frame["sign"] * frame["rho"]).sort_values("strength", kind="stable")
+    frame = frame.assign(strength=frame["sign"] * frame["rho"]).sort_values(
+        "strength", kind="stable"
+    )
     constructions, places = sorted(set(frame["construction"])), sorted(set(frame["sites"]))
     titles = [name_in_words(c) for c in constructions]
-    panels = Panels(len(names), len(titles), titles=titles, gap=0.16 / len(names), shared_xaxes=True)
+    panels = Panels(
+        len(names), len(titles), titles=titles, gap=0.16 / len(names), shared_xaxes=True
+    )
     ring = {"size": 18, "symbol": "circle-open", "color": MUTED, "line": {"width": 2.5}}
     for (i, name), (j, construction), (k, place) in _cells(names, constructions, places):
-        own = frame[(frame["metric"] == name) & (frame["construction"] == construction) & (frame["sites"] == place)]
-        rows, color, label = own.to_dict("records"), COLORS[k % len(COLORS)], plain(short_sites(place))
+        own = frame[
+            (frame["metric"] == name)
+            & (frame["construction"] == construction)
+            & (frame["sites"] == place)
+        ]
+        rows, color, label = (
+            own.to_dict("records"),
+            COLORS[k % len(COLORS)],
+            plain_label(short_sites(place)),
+        )
         panels.add(
             i,
             j,
@@ -159,12 +172,25 @@ def tuning(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> Figure:
             legendgroup=f"place {k}",
             showlegend=False,
             line={"color": color, "width": 1, "dash": _DASHES[k % 3]},
-            marker={"size": 8, "symbol": [_SYMBOLS[k % 3] if row.get("feasible", True) else "x" for row in rows]},
+            marker={
+                "size": 8,
+                "symbol": [_SYMBOLS[k % 3] if row.get("feasible", True) else "x" for row in rows],
+            },
             hovertemplate="strength %{x}: %{customdata}<extra>" + label + "</extra>",
         )
         chosen = own[own["chosen"].astype(bool)] if "chosen" in own else own[:0]
         x, y = chosen["strength"].tolist(), chosen["value"].tolist()
-        panels.add(i, j, x=x, y=y, mode="markers", marker=ring, showlegend=False, hoverinfo="skip", cliponaxis=False)
+        panels.add(
+            i,
+            j,
+            x=x,
+            y=y,
+            mode="markers",
+            marker=ring,
+            showlegend=False,
+            hoverinfo="skip",
+            cliponaxis=False,
+        )
         for value in base.loc[(base["metric"] == name) & (k == 0), "value"].dropna():
             panels.line(i, j, y=value, dash="dot")
         if metric(name).share:
@@ -177,13 +203,26 @@ def tuning(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> Figure:
     for k, place in enumerate(places):
         line = {"color": COLORS[k % len(COLORS)], "width": 1, "dash": _DASHES[k % 3]}
         mark = {"size": 8, "symbol": _SYMBOLS[k % 3]}
-        panels.add(0, 0, name=plain(short_sites(place)), legendgroup=f"place {k}", line=line, marker=mark, **nothing)
-    for mark, label in ((ring, "chosen"), ({"size": 8, "symbol": "x", "color": MUTED}, "breaks too much text")):
+        panels.add(
+            0,
+            0,
+            name=plain_label(short_sites(place)),
+            legendgroup=f"place {k}",
+            line=line,
+            marker=mark,
+            **nothing,
+        )
+    for mark, label in (
+        (ring, "chosen"),
+        ({"size": 8, "symbol": "x", "color": MUTED}, "breaks too much text"),
+    ):
         panels.add(0, 0, name=label, marker=mark, mode="markers", **nothing)
     return styled(panels.figure(), height=140 + 140 * len(names), legend=True, left=95)
 
 
-def evaluation(frame: pd.DataFrame, category: str = POOLED, metrics: Sequence[str] | None = None) -> Figure:
+def evaluation(
+    frame: pd.DataFrame, category: str = ALL_CATEGORIES, metrics: Sequence[str] | None = None
+) -> Figure:
     """Conditions and metrics as small multiples: above the values, below the paired differences to the unsteered model, with intervals.
 
     In the lower rows a mark is filled where the interval leaves out zero. Diamonds are controls, the square is the unsteered model.
@@ -198,28 +237,43 @@ def evaluation(frame: pd.DataFrame, category: str = POOLED, metrics: Sequence[st
         ValueError: If a column is missing, or there are no rows of the category or the metrics.
     """
     check_table("evaluation", frame, ("condition", "category", "metric", "value"))
-    rows = _of(frame, "evaluation", "category", category)
+    rows = of_category(frame, "evaluation", "category", category)
     known = in_order(rows["metric"], tuple(METRICS))
     wanted = metrics if metrics is not None else main_metrics(known) or known[:5]
     names = [name for name in wanted if name in known]
     if not names:
-        raise ValueError(f"evaluation: no rows of metrics {list(metrics or ())}; metrics: {', '.join(known)}.")
+        raise ValueError(
+            f"evaluation: no rows of metrics {list(metrics or ())}; metrics: {', '.join(known)}."
+        )
     conditions, records = in_order(rows["condition"], (UNSTEERED,)), rows.to_dict("records")
     columns = min(5, len(names))
     blocks = math.ceil(len(names) / columns)
     titles = [""] * (2 * blocks * columns)
     for place, name in enumerate(names):
-        titles[place // columns * 2 * columns + place % columns] = f"<b>{_two_lines(metric(name).label)}</b>"
+        titles[place // columns * 2 * columns + place % columns] = (
+            f"<b>{_two_lines(metric(name).label)}</b>"
+        )
     panels = Panels(2 * blocks, columns, titles=titles, gap=0.2 / blocks)
-    ticks = {"tickvals": list(range(len(conditions))), "ticktext": [plain(c) for c in conditions]}
-    for (place, name), (below, keys) in itertools.product(enumerate(names), enumerate((_VALUE, _CHANGE))):
+    ticks = {
+        "tickvals": list(range(len(conditions))),
+        "ticktext": [plain_label(c) for c in conditions],
+    }
+    for (place, name), (below, keys) in itertools.product(
+        enumerate(names), enumerate((_VALUE, _CHANGE))
+    ):
         i, j = place // columns * 2 + below, place % columns
         share = metric(name).share
         scale = 100 if share else 1
         for k, condition in enumerate(conditions):
             own = [row for row in records if (row["condition"], row["metric"]) == (condition, name)]
             own = [row for row in own if math.isfinite(row.get(keys[0], math.nan))]
-            symbol = "square" if condition == UNSTEERED else "diamond" if is_control(condition) else "circle"
+            symbol = (
+                "square"
+                if condition == UNSTEERED
+                else "diamond"
+                if is_control(condition)
+                else "circle"
+            )
             clear = [not below or row.get(keys[1], 0) > 0 or row.get(keys[2], 0) < 0 for row in own]
             color = _condition_color(condition, conditions)
             symbols = [symbol if full else f"{symbol}-open" for full in clear]
@@ -230,9 +284,14 @@ def evaluation(frame: pd.DataFrame, category: str = POOLED, metrics: Sequence[st
                 y=[k] * len(own),
                 error_x=_bars(own, keys, color, scale),
                 mode="markers",
-                marker={"color": color, "size": 9, "line": {"width": 1.6, "color": color}, "symbol": symbols},
+                marker={
+                    "color": color,
+                    "size": 9,
+                    "line": {"width": 1.6, "color": color},
+                    "symbol": symbols,
+                },
                 customdata=[_hover(name, row, keys) for row in own],
-                hovertemplate="%{customdata}<extra>" + plain(condition) + "</extra>",
+                hovertemplate="%{customdata}<extra>" + plain_label(condition) + "</extra>",
             )
             if condition == UNSTEERED and own:
                 panels.line(i, j, x=scale * own[0]["value"])
@@ -241,8 +300,12 @@ def evaluation(frame: pd.DataFrame, category: str = POOLED, metrics: Sequence[st
         title = "change" + ", points" * share if below else "value"
         sign, unit = "+" * below, "%" * (share and not below)
         text = {"text": title, "standoff": 4}
-        panels.axis("x", i, j, tickformat=f"{sign}~g", ticksuffix=unit, nticks=5, tickangle=0, title=text)
-        panels.axis("y", i, j, range=[len(conditions) - 0.4, -0.6], showgrid=False, zeroline=False, **ticks)
+        panels.axis(
+            "x", i, j, tickformat=f"{sign}~g", ticksuffix=unit, nticks=5, tickangle=0, title=text
+        )
+        panels.axis(
+            "y", i, j, range=[len(conditions) - 0.4, -0.6], showgrid=False, zeroline=False, **ticks
+        )
     return styled(panels.figure(), height=blocks * (170 + 52 * len(conditions)), left=120)
 
 
@@ -251,11 +314,15 @@ def _cells(*axes: Sequence[str]) -> Iterable[tuple[tuple[int, str], ...]]:
     return itertools.product(*(list(enumerate(axis)) for axis in axes))
 
 
-def _bars(rows: Sequence[dict[str, Any]], keys: tuple[str, str, str], color: str, scale: float = 1) -> dict[str, Any]:
+def _bars(
+    rows: Sequence[dict[str, Any]], keys: tuple[str, str, str], color: str, scale: float = 1
+) -> dict[str, Any]:
     """Error bars of intervals; none where an end is missing or infinite."""
     value, low, high = keys
     ends = [(row[value], row.get(low, math.nan), row.get(high, math.nan)) for row in rows]
-    known = [(v, lo, hi) if math.isfinite(lo) and math.isfinite(hi) else (v, v, v) for v, lo, hi in ends]
+    known = [
+        (v, lo, hi) if math.isfinite(lo) and math.isfinite(hi) else (v, v, v) for v, lo, hi in ends
+    ]
     up, down = [scale * (hi - v) for v, _, hi in known], [scale * (v - lo) for v, lo, _ in known]
     return {
         "type": "data",
@@ -279,96 +346,11 @@ def _hover(name: str, row: dict[str, Any], keys: tuple[str, str, str]) -> str:
 def _condition_color(condition: str, conditions: Sequence[str]) -> str:
     if condition == UNSTEERED or is_control(condition):
         return MUTED
-    return COLORS[[c for c in conditions if c != UNSTEERED and not is_control(c)].index(condition) % len(COLORS)]
+    return COLORS[
+        [c for c in conditions if c != UNSTEERED and not is_control(c)].index(condition)
+        % len(COLORS)
+    ]
 
 
 def _two_lines(label: str) -> str:
-    return plain(label).replace(" (", "<br>(", 1)
-
-
-def _of(frame: pd.DataFrame, what: str, column: str, name: str) -> pd.DataFrame:
-    rows = frame[frame[column] == name]
-    if rows.empty:
-        raise ValueError(
-            f"{what}: no rows of {column} {name!r}; there are: {', '.join(map(repr, dict.fromkeys(frame[column])))}."
-        )
-    return rows
-
-
-COSTS = ("relevance", "degenerate", "refusal", "neutral_kl")
-"""What steering may cost, set against the share of safe and helpful answers."""
-
-
-_HEADLINE = "safe_helpful_proxy"
-
-
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
-
-
-def front(frame: pd.DataFrame) -> Figure:
-    """Every setting by what it gains and what it costs; those on the front are filled, the chosen ones have a ring.
-
-    Args:
-        frame: tuning.csv or ``Calibration.table``: columns construction, sites, sign, rho, metric, value, front and chosen.
-
-    Returns:
-        One panel a cost: share of safe and helpful answers against it. A small open mark left the search in an earlier round, on fewer prompts.
-
-    Raises:
-        ValueError: If a column is missing, or there is no headline in it.
-    """
-    check_table("front", frame, ("construction", "sites", "sign", "rho", "metric", "value", "front", "chosen"))
-    names = [name for name in COSTS if name in set(frame["metric"])]
-    if _HEADLINE not in set(frame["metric"]) or not names:
-        raise ValueError(f"front: needs rows of {_HEADLINE!r} and of a cost ({', '.join(COSTS)}).")
-    keys = ["construction", "sites", "sign", "rho"] + [k for k in ("positions", "until", "round") if k in frame]
-    wide = frame.fillna({"until": -1} if "until" in frame else {}).pivot_table(
-        index=[*keys, "front", "chosen"], columns="metric", values="value", dropna=True, observed=True
-    )
-    points = wide.reset_index().to_dict("records")
-    base = [row for row in points if row["construction"] == UNSTEERED]
-    points = [row for row in points if row["construction"] != UNSTEERED]
-    last = max((row.get("round", 0) for row in points), default=0)
-    constructions = list(dict.fromkeys(row["construction"] for row in points))
-    panels = Panels(1, len(names), titles=["" for _ in names], gap=0)
-    for j, name in enumerate(names):
-        for k, construction in enumerate(constructions):
-            own = [row for row in points if row["construction"] == construction and _known(row, name)]
-            symbol = _SYMBOLS[k % len(_SYMBOLS)]
-            panels.add(
-                0,
-                j,
-                x=[row[name] for row in own],
-                y=[row[_HEADLINE] for row in own],
-                mode="markers",
-                name=name_in_words(construction),
-                legendgroup=construction,
-                showlegend=j == 0,
-                marker={
-                    "color": COLORS[k % len(COLORS)],
-                    "symbol": [symbol if row["front"] else f"{symbol}-open" for row in own],
-                    "size": [11 if row.get("round", 0) == last else 6 for row in own],
-                },
-                customdata=[_setting(row, name) for row in own],
-                hovertemplate="%{customdata}<extra>" + name_in_words(construction) + "</extra>",
-            )
-        chosen = [row for row in points if row["chosen"] and _known(row, name)]
-        ring = {"size": 19, "symbol": "circle-open", "color": MUTED, "line": {"width": 2}}
-        x, y = [row[name] for row in chosen], [row[_HEADLINE] for row in chosen]
-        panels.add(0, j, x=x, y=y, mode="markers", name="chosen", marker=ring, showlegend=j == 0, hoverinfo="skip")
-        known = [row for row in base if _known(row, name)]
-        x, y = [row[name] for row in known], [row[_HEADLINE] for row in known]
-        mark = {"size": 12, "symbol": "x", "color": MUTED}
-        panels.add(0, j, x=x, y=y, mode="markers", name=UNSTEERED, marker=mark, showlegend=j == 0)
-        share = {"tickformat": ".0%"} if metric(name).share else {}
-        panels.axis("x", 0, j, title={"text": metric(name).label}, nticks=5, tickangle=0, **share)
-        highest = max((row[_HEADLINE] for row in [*points, *base] if _known(row, name)), default=1.0)
-        panels.axis("y", 0, j, tickformat=".0%", range=[-0.04, highest + 0.06])
-    panels.axis("y", 0, 0, title={"text": plain(metric(_HEADLINE).label)})
-    return styled(panels.figure(), height=430, legend=True)
-
-
-def _setting(row: Mapping[str, Any], name: str) -> str:
-    way = "along" if row["sign"] > 0 else "against"
-    shown = [f"{metric(m).label} {number(m, row[m])}" for m in (_HEADLINE, name)]
-    return f"{plain(short_sites(row['sites']))}, {way} the vector, strength {row['rho']:.3g}<br>" + "<br>".join(shown)
+    return plain_label(label).replace(" (", "<br>(", 1)

@@ -26,21 +26,39 @@ _FONT = "ui-sans-serif, system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu
 _MAX_LABEL = 40
 
 
-_CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]]}
+_CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+}
 """Buttons are named one by one: among the default ones is an upload to a server."""
+
+
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 
 
 class Panels:
     """A grid of panels that is filled first and made a figure at the end: Plotly checks each change of a figure anew, which takes seconds."""
 
     def __init__(
-        self, rows: int, columns: int, *, titles: Sequence[str], gap: float, shared_xaxes: bool = False
+        self,
+        rows: int,
+        columns: int,
+        *,
+        titles: Sequence[str],
+        gap: float,
+        shared_xaxes: bool = False,
     ) -> None:
         from plotly.subplots import make_subplots
 
         gaps = {"horizontal_spacing": 0.03, "vertical_spacing": gap if rows > 1 else 0}
         self._figure = make_subplots(
-            rows, columns, subplot_titles=titles, shared_yaxes=True, shared_xaxes=shared_xaxes, **gaps
+            rows,
+            columns,
+            subplot_titles=titles,
+            shared_yaxes=True,
+            shared_xaxes=shared_xaxes,
+            **gaps,
         )
         self._columns = columns
         self._traces: list[dict[str, Any]] = []
@@ -49,15 +67,38 @@ class Panels:
     def add(self, row: int, column: int, **trace: Any) -> None:
         """A scatter trace in a panel; rows and columns count from 0."""
         place = self._place(row, column)
-        self._traces.append({"type": "scatter", "xaxis": f"x{place}", "yaxis": f"y{place}", **trace})
+        self._traces.append(
+            {"type": "scatter", "xaxis": f"x{place}", "yaxis": f"y{place}", **trace}
+        )
 
-    def line(self, row: int, column: int, *, x: float | None = None, y: float | None = None, dash: str = "dot") -> None:
+    def line(
+        self,
+        row: int,
+        column: int,
+        *,
+        x: float | None = None,
+        y: float | None = None,
+        dash: str = "dot",
+    ) -> None:
         """A line through the whole panel, at an x or at a y."""
         place = self._place(row, column)
-        ends = {"x0": 0, "x1": 1, "y0": y, "y1": y} if x is None else {"x0": x, "x1": x, "y0": 0, "y1": 1}
-        axes = {"xref": f"x{place}" + " domain" * (x is None), "yref": f"y{place}" + " domain" * (x is not None)}
+        ends = (
+            {"x0": 0, "x1": 1, "y0": y, "y1": y}
+            if x is None
+            else {"x0": x, "x1": x, "y0": 0, "y1": 1}
+        )
+        axes = {
+            "xref": f"x{place}" + " domain" * (x is None),
+            "yref": f"y{place}" + " domain" * (x is not None),
+        }
         self._layout["shapes"].append(
-            {"type": "line", **ends, **axes, "line": {"color": MUTED, "width": 1.2, "dash": dash}, "layer": "below"}
+            {
+                "type": "line",
+                **ends,
+                **axes,
+                "line": {"color": MUTED, "width": 1.2, "dash": dash},
+                "layer": "below",
+            }
         )
 
     def axis(self, which: str, row: int, column: int, **settings: Any) -> None:
@@ -84,7 +125,13 @@ def styled(figure: Figure, *, height: int, legend: bool = False, left: int = 70)
         "title": {"font": {"size": 12}},
     }
     figure.update_layout(
-        template={"layout": {"xaxis": axis, "yaxis": axis, "font": {"family": _FONT, "size": 12, "color": INK}}},
+        template={
+            "layout": {
+                "xaxis": axis,
+                "yaxis": axis,
+                "font": {"family": _FONT, "size": 12, "color": INK},
+            }
+        },
         paper_bgcolor="white",
         plot_bgcolor="white",
         height=height,
@@ -110,12 +157,24 @@ def check_table(what: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
         raise ValueError(f"{what}: there are no rows to show.")
 
 
-def plain(text: str) -> str:
+def plain_label(text: str) -> str:
     """A name as Plotly shows it letter by letter, cut where it would fill the figure."""
     text = visible(str(text).replace("\n", " "))
-    return html.escape(text if len(text) <= _MAX_LABEL else text[: _MAX_LABEL - 1] + "…", quote=False)
+    return html.escape(
+        text if len(text) <= _MAX_LABEL else text[: _MAX_LABEL - 1] + "…", quote=False
+    )
 
 
 def name_in_words(name: str) -> str:
     """A category's or construction's name, in words."""
-    return plain(name.replace("_", " "))
+    return plain_label(name.replace("_", " "))
+
+
+def of_category(frame: pd.DataFrame, what: str, column: str, name: str) -> pd.DataFrame:
+    """The rows of a table whose column holds a name; an error that lists the names where there are none."""
+    rows = frame[frame[column] == name]
+    if rows.empty:
+        raise ValueError(
+            f"{what}: no rows of {column} {name!r}; there are: {', '.join(map(repr, dict.fromkeys(frame[column])))}."
+        )
+    return rows

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 UNSTEERED = "unsteered"
 
 
-POOLED = "all"
+ALL_CATEGORIES = "all"
 
 
 CONTROLS = ("random", "shuffled", "other category")
 """How the names of control conditions begin; the first is the one the verdict rests on."""
 
 
-HARMLESS = ("harmless", "neutral", "hard_safe")
+HARMLESS_CATEGORIES = ("harmless", "neutral", "hard_safe")
 """Categories of prompts without risk; they are no part of the pooled rows."""
 
 
@@ -31,6 +31,14 @@ MAIN = ("safe_helpful_proxy", "relevant_answer", "refusal", "degenerate", "relev
 
 LEVEL = 0.05
 """Largest corrected p that is called an effect."""
+
+
+AGAINST = {
+    "twins": "against safe twins",
+    "other": "against other risks",
+    "neutral": "against everyday prompts",
+}
+"""What a category is told from, hardest first."""
 
 
 class Metric(NamedTuple):
@@ -66,10 +74,18 @@ def metric(name: str) -> Metric:
     return METRICS.get(name, Metric(name.replace("_", " "), False, 0))
 
 
+def main_metrics(names: Iterable[str]) -> list[str]:
+    """The metrics a verdict speaks of, most telling first, of those that are there."""
+    names = set(names)
+    return [name for name in MAIN if name in names]
+
+
 def in_order(names: Iterable[str], first: Sequence[str]) -> list[str]:
     """Names without repeats: those of ``first`` in its order, then the others as they come."""
     unique = list(dict.fromkeys(names))
-    return [name for name in first if name in unique] + [name for name in unique if name not in first]
+    return [name for name in first if name in unique] + [
+        name for name in unique if name not in first
+    ]
 
 
 def is_control(condition: str) -> bool:
@@ -89,7 +105,8 @@ def visible(text: str) -> str:
     """
     return "".join(
         f"⟨U+{ord(char):04X}⟩"
-        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in "\n\t\u200c\u200d"
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        and char not in "\n\t\u200c\u200d"
         else char
         for char in text
     )
@@ -101,7 +118,9 @@ def number(name: str, value: float, *, signed: bool = False) -> str:
         return "–"
     sign = "+" if signed else ""
     if metric(name).share:
-        return _minus(f"{round(100 * value) + 0:{sign}d}").replace("+0", "0") + (" points" if signed else " %")
+        return _minus(f"{round(100 * value) + 0:{sign}d}").replace("+0", "0") + (
+            " points" if signed else " %"
+        )
     digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 0.005 or value == 0 else 3
     return _minus(f"{value:{sign}.{digits}f}")
 
@@ -126,7 +145,9 @@ def gate_lines(threshold: float, reading: Any) -> list[str]:
         reading: ``steered.GateReading``.
     """
     order = reading.decided.argsort(descending=True).tolist()
-    ranked = ", ".join(f"{reading.categories[i]} {_minus(f'{float(reading.decided[i]):+.1f}')}" for i in order[:3])
+    ranked = ", ".join(
+        f"{reading.categories[i]} {_minus(f'{float(reading.decided[i]):+.1f}')}" for i in order[:3]
+    )
     opened = [reading.categories[i] for i in order if reading.opening[i] > 0]
     said = f"opens for {listed(opened)}" if opened else "stays closed"
     tokens = " ".join(
@@ -142,7 +163,13 @@ def gate_lines(threshold: float, reading: Any) -> list[str]:
 def p_value(p: float) -> str:
     """A p-value in three digits, without the zero before the point."""
     return (
-        "" if not math.isfinite(p) else "< .001" if p < 0.0005 else f"{p:.3f}".replace("0.", ".", 1) if p < 1 else "1"
+        ""
+        if not math.isfinite(p)
+        else "< .001"
+        if p < 0.0005
+        else f"{p:.3f}".replace("0.", ".", 1)
+        if p < 1
+        else "1"
     )
 
 
@@ -151,6 +178,9 @@ def short_sites(sites: str) -> str:
     found = [re.fullmatch(r"L(\d+)\.(\w+)", site) for site in re.split(r"[\s,;]+", sites.strip())]
     if len(found) < 2 or not all(found):
         return sites
-    layers, kinds = [int(match[1]) for match in found if match], {match[2] for match in found if match}
+    layers, kinds = (
+        [int(match[1]) for match in found if match],
+        {match[2] for match in found if match},
+    )
     in_a_row = layers == list(range(layers[0], layers[-1] + 1))
     return f"L{layers[0]}–{layers[-1]}.{kinds.pop()}" if in_a_row and len(kinds) == 1 else sites

@@ -1,1 +1,5 @@
-"""files."""
+"""Files on disk: written atomically, checked when read, and never pickled."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

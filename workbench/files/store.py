@@ -122,7 +122,9 @@ def read_jsonl(path: PathLike, *, cut_last: bool = False) -> list[dict[str, Any]
     return [row for _, row in read_numbered_jsonl(path, cut_last=cut_last)]
 
 
-def read_numbered_jsonl(path: PathLike, *, cut_last: bool = False) -> list[tuple[int, dict[str, Any]]]:
+def read_numbered_jsonl(
+    path: PathLike, *, cut_last: bool = False
+) -> list[tuple[int, dict[str, Any]]]:
     """``read_jsonl`` with the number of each row's line, from 1, for messages about what a row holds."""
     path = existing_file(path)
     content = path.read_bytes()
@@ -139,7 +141,9 @@ def read_numbered_jsonl(path: PathLike, *, cut_last: bool = False) -> list[tuple
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a JSON object is needed, got {type(row).__name__}.")
+            raise ValueError(
+                f"{path}, line {number}: a JSON object is needed, got {type(row).__name__}."
+            )
         rows.append((number, row))
     return rows
 
@@ -159,7 +163,9 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], card: Mapping[s
 
     with atomic_path(path) as temporary:
         # Copies: safetensors refuses tensors that share memory.
-        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        copies = {
+            name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()
+        }
         save_file(copies, temporary, metadata={"card": json.dumps(card)})
         return file_checksum(temporary)
 
@@ -192,7 +198,9 @@ def file_checksum(path: PathLike) -> str:
 
 def tensor_digest(tensor: Tensor) -> str:
     """Short hash of a tensor's values, for keys."""
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[
+        :16
+    ]
 
 
 def key_of(value: Any) -> str:

@@ -29,7 +29,9 @@ def read_rows(path: PathLike) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no file {str(path)!r}{' (it is a folder; name a file in it)' if path.is_dir() else ''}.")
+        raise ValueError(
+            f"no file {str(path)!r}{' (it is a folder; name a file in it)' if path.is_dir() else ''}."
+        )
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz").removesuffix(".xz")).suffix
     if suffix not in SUFFIXES:
@@ -45,7 +47,11 @@ def read_rows(path: PathLike) -> list[dict[str, Any]]:
                 text = file.read().decode("utf-8-sig")
         except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read as text: {error}.") from error
-        rows = _json_rows(text, path) if suffix in (".json", ".jsonl") else _csv_rows(text, path, suffix)
+        rows = (
+            _json_rows(text, path)
+            if suffix in (".json", ".jsonl")
+            else _csv_rows(text, path, suffix)
+        )
     if not rows:
         raise ValueError(f"{path} holds no rows.")
     return rows
@@ -58,11 +64,15 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return parquet.read_table(path).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a valid parquet file ({str(error).splitlines()[0]}).") from error
+        raise ValueError(
+            f"{path} is not a valid parquet file ({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _csv_rows(text: str, path: Path, suffix: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",", strict=True
+    )
     rows = []
     try:
         for row in reader:
@@ -70,7 +80,9 @@ def _csv_rows(text: str, path: Path, suffix: str) -> list[dict[str, Any]]:
                 raise csv.Error("more or fewer cells than the header has")
             rows.append(row)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not valid {suffix[1:]} ({error}).") from error
+        raise ValueError(
+            f"{path}, line {reader.line_num}: not valid {suffix[1:]} ({error})."
+        ) from error
     return rows
 
 
@@ -83,9 +95,13 @@ def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
         try:
             value = json.loads(part)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number + error.lineno - 1}: not valid JSON ({error.msg}).") from error
+            raise ValueError(
+                f"{path}, line {number + error.lineno - 1}: not valid JSON ({error.msg})."
+            ) from error
         rows += value if is_list else [value]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: a JSON object is needed, got {type(row).__name__}.")
+            raise ValueError(
+                f"{path}, row {number}: a JSON object is needed, got {type(row).__name__}."
+            )
     return rows

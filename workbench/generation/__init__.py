@@ -1,1 +1,5 @@
-"""generation."""
+"""Generation: answers of a model, steered or not, and how likely given answers are."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -64,7 +64,12 @@ class DecodeLoop:
         transfer: bool,
     ) -> None:
         self.model, self.groups = model, groups
-        self.max_new_tokens, self.temperature, self.seed, self.transfer = max_new_tokens, temperature, seed, transfer
+        self.max_new_tokens, self.temperature, self.seed, self.transfer = (
+            max_new_tokens,
+            temperature,
+            seed,
+            transfer,
+        )
         self.device = next(iter(model.parameters())).device
         self.stops = torch.tensor(sorted(stop_ids(model)), device=self.device)
         # On a GPU a look at which rows have ended makes the host wait; on a CPU it costs nothing.
@@ -78,15 +83,21 @@ class DecodeLoop:
             return
         # What a gate lets through acts from the user's words on, which it has to see.
         has_gate = any(one.gate is not None for group in self.groups for one in group)
-        self.n_prefix = shared_prefix_length(encoded, keep=lambda row: row.content[0] if has_gate else len(row.ids) - 1)
+        self.n_prefix = shared_prefix_length(
+            encoded, keep=lambda row: row.content[0] if has_gate else len(row.ids) - 1
+        )
         if not self.n_prefix:
             return
         caches = []
         for start in range(0, len(self.groups), batch_size):
             own = range(start, min(start + batch_size, len(self.groups)))
             with self._steered([(i,) for i in own], prompt_length=self.n_prefix, gates=None):
-                caches.append(prefix_cache(self.model, encoded[0].ids[: self.n_prefix], rows=len(own)))
-        if not allows_padding_behind(caches[0], max(len(row.ids) for row in encoded) + self.max_new_tokens):
+                caches.append(
+                    prefix_cache(self.model, encoded[0].ids[: self.n_prefix], rows=len(own))
+                )
+        if not allows_padding_behind(
+            caches[0], max(len(row.ids) for row in encoded) + self.max_new_tokens
+        ):
             return
         self.prefix = caches[0]
         for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
@@ -95,41 +106,63 @@ class DecodeLoop:
 
     def run(self, rows: Sequence[Row]) -> list[tuple[list[int], Literal["eos", "length"]]]:
         """Token ids and the way it ended, for each row."""
-        batch = pad([row.encoded for row in rows], pad_id=pad_id(self.model), side="left", device=self.device)
+        batch = pad(
+            [row.encoded for row in rows],
+            pad_id=pad_id(self.model),
+            side="left",
+            device=self.device,
+        )
         suffix, mask, cache = self._behind_prefix(rows, batch)
         n_rows, width = len(rows), mask.shape[1]
         chosen = torch.zeros((n_rows, self.max_new_tokens), dtype=torch.long, device=self.device)
         draws = self._draws(rows)
-        alive = torch.arange(n_rows, device=self.device)  # which row of the results each row of the batch is
+        alive = torch.arange(
+            n_rows, device=self.device
+        )  # which row of the results each row of the batch is
         ended = torch.zeros(n_rows, dtype=torch.bool, device=self.device)
         tokens, step = suffix, 0
         content = span_mask([row.encoded for row in rows], batch, "content")
         gates: Any = {}
         steered = [one for row in rows for one in self.groups[row.group]]
-        lowest = min((s.layer for one in steered for s in (one.site, one.gate and one.gate.site) if s), default=0)
-        below = run_below(self.model, lowest, suffix, mask, cache, [row.encoded.ids for row in rows])
+        lowest = min(
+            (s.layer for one in steered for s in (one.site, one.gate and one.gate.site) if s),
+            default=0,
+        )
+        below = run_below(
+            self.model, lowest, suffix, mask, cache, [row.encoded.ids for row in rows]
+        )
         while step < self.max_new_tokens:  # one turn for each set of rows alive
             groups = [(rows[i].group,) for i in alive.tolist()]
             with (
-                self._steered(groups, prompt_length=width, content=content, gates=gates) as steering,
+                self._steered(
+                    groups, prompt_length=width, content=content, gates=gates
+                ) as steering,
                 fast(self.model),
             ):
                 while step < self.max_new_tokens:
                     with below.known(self.model, cache) if below and step == 0 else nullcontext():
-                        logits, cache = forward(self.model, tokens, mask, cache=cache, use_cache=True)
-                    next_tokens = self._choose(logits, draws[alive, step] if draws is not None else None)
+                        logits, cache = forward(
+                            self.model, tokens, mask, cache=cache, use_cache=True
+                        )
+                    next_tokens = self._choose(
+                        logits, draws[alive, step] if draws is not None else None
+                    )
                     chosen[alive, step] = next_tokens
                     ended = ended | torch.isin(next_tokens, self.stops)
                     step += 1
                     mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                     new = next_tokens[:, None]
-                    tokens = torch.cat([tokens, new], dim=1) if cache is None else new  # no cache: all is run again
+                    tokens = (
+                        torch.cat([tokens, new], dim=1) if cache is None else new
+                    )  # no cache: all is run again
                     if step % self.look_every == 0 and self._worth_dropping(ended):
                         break
             if step == self.max_new_tokens or bool(ended.all()):
                 break
             keep = (~ended).nonzero()[:, 0]
-            alive, ended, mask, tokens, content = (x[keep] for x in (alive, ended, mask, tokens, content))
+            alive, ended, mask, tokens, content = (
+                x[keep] for x in (alive, ended, mask, tokens, content)
+            )
             gates = {gate: state.rows(keep) for gate, state in steering.gates.items()}
             if cache is not None:
                 cache.batch_select_indices(keep)
@@ -142,7 +175,9 @@ class DecodeLoop:
         n = self.n_prefix
         shorter = [dataclasses.replace(row.encoded, ids=row.encoded.ids[n:]) for row in rows]
         rest = pad(shorter, pad_id=pad_id(self.model), side="left", device=self.device)
-        cache = rows_of_cache(self.prefix, torch.tensor([row.group for row in rows], device=self.device))
+        cache = rows_of_cache(
+            self.prefix, torch.tensor([row.group for row in rows], device=self.device)
+        )
         return rest.tokens, torch.cat([rest.mask.new_ones(len(rows), n), rest.mask], dim=1), cache
 
     def _steered(self, groups_of_rows: Sequence[tuple[int]], *, gates: Any, **keywords: Any) -> Any:
@@ -165,7 +200,9 @@ class DecodeLoop:
         if draws is None:
             return logits.argmax(dim=-1)
         cumulative = torch.softmax(logits.double() / self.temperature, dim=-1).cumsum(dim=-1)
-        return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
+        return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])[:, 0].clamp(
+            max=logits.shape[-1] - 1
+        )
 
     def _draws(self, rows: Sequence[Row]) -> Float[Tensor, "batch step"] | None:
         """Uniform random numbers from seed and prompt alone: the same in any batch and under every condition."""
@@ -173,9 +210,15 @@ class DecodeLoop:
             return None
         draws = []
         for row in rows:
-            own = int(hashlib.sha256(f"{self.seed}|{row.encoded.prompt.id}".encode()).hexdigest()[:15], 16)
+            own = int(
+                hashlib.sha256(f"{self.seed}|{row.encoded.prompt.id}".encode()).hexdigest()[:15], 16
+            )
             draws.append(
-                torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(own), dtype=torch.float64)
+                torch.rand(
+                    self.max_new_tokens,
+                    generator=torch.Generator().manual_seed(own),
+                    dtype=torch.float64,
+                )
             )
         return torch.stack(draws).to(self.device)
 

@@ -147,14 +147,22 @@ def sweep(
     """
     if max_new_tokens < 1 or (batch_size is not None and batch_size < 1) or temperature < 0:
         given = f"{max_new_tokens}, {batch_size}, {temperature}"
-        raise ValueError(f"max_new_tokens and batch_size must be at least 1 and temperature at least 0, got {given}.")
+        raise ValueError(
+            f"max_new_tokens and batch_size must be at least 1 and temperature at least 0, got {given}."
+        )
     if not prompts or not conditions:
         raise ValueError("nothing to answer: give at least one prompt and one condition.")
     most_common, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"prompt {most_common!r} comes {times} times; ids must be unique in a set.")
+        raise ValueError(
+            f"prompt {most_common!r} comes {times} times; ids must be unique in a set."
+        )
     encoded = encode(
-        model, prompts, with_response=continue_response, system_prompt=system_prompt, max_new_tokens=max_new_tokens
+        model,
+        prompts,
+        with_response=continue_response,
+        system_prompt=system_prompt,
+        max_new_tokens=max_new_tokens,
     )
     settings = {
         "model": model_info(model).fingerprint,
@@ -168,8 +176,13 @@ def sweep(
     fitting, each = rows_that_fit(model, max(len(row.encoded.ids) for row in rows) + max_new_tokens)
     batch_size = batch_size or fitting
     # The batches are those of an uninterrupted run, so that a resumed run has the same rounding, and so the same text.
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].encoded.ids), rows[i].encoded.prompt.id))
-    batches = [[rows[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+    order = sorted(
+        range(len(rows)), key=lambda i: (-len(rows[i].encoded.ids), rows[i].encoded.prompt.id)
+    )
+    batches = [
+        [rows[i] for i in order[start : start + batch_size]]
+        for start in range(0, len(order), batch_size)
+    ]
     waiting = [batch for batch in batches if any(row.key not in done for row in batch)]
 
     from tqdm.auto import tqdm
@@ -181,7 +194,10 @@ def sweep(
             file=sys.stderr,
         )
     loop = DecodeLoop(model, groups, max_new_tokens, temperature, seed, transfer)
-    with tqdm(total=len(rows), desc="answers", unit="answer", disable=not progress) as bar, torch.no_grad():
+    with (
+        tqdm(total=len(rows), desc="answers", unit="answer", disable=not progress) as bar,
+        torch.no_grad(),
+    ):
         bar.update(len(rows) - sum(len(batch) for batch in waiting))
         if waiting:
             loop.share_prefix([row.encoded for row in rows], batch_size)
@@ -189,15 +205,25 @@ def sweep(
             new = []
             for row, (tokens, finish) in zip(batch, loop.run(batch), strict=True):
                 if row.key not in done:
-                    done[row.key] = {"text": decode(model, tokens), "tokens": tokens, "finish": finish}
-                    names = {"key": row.key, "prompt_id": row.encoded.prompt.id, "condition": row.condition}
+                    done[row.key] = {
+                        "text": decode(model, tokens),
+                        "tokens": tokens,
+                        "finish": finish,
+                    }
+                    names = {
+                        "key": row.key,
+                        "prompt_id": row.encoded.prompt.id,
+                        "condition": row.condition,
+                    }
                     new.append(names | done[row.key])
             if output is not None:
                 append_jsonl(output, new)
             bar.update(len(batch))
     answers = ((row, done[row.key]) for row in rows)
     return [
-        Completion(row.encoded.prompt, own["text"], tuple(own["tokens"]), own["finish"], row.condition)
+        Completion(
+            row.encoded.prompt, own["text"], tuple(own["tokens"]), own["finish"], row.condition
+        )
         for row, own in answers
     ]
 
@@ -231,14 +257,27 @@ def _rows(
                     f"condition {name!r} names rows of a batch, but generation makes its own batches; "
                     "give a mapping from prompt id (or category) to interventions."
                 )
-            description_of[owner] = [description(intervention) for intervention in interventions] if kept else []
+            description_of[owner] = (
+                [description(intervention) for intervention in interventions] if kept else []
+            )
             group_of[owner] = len(groups) if interventions else 0
             if interventions:
                 groups.append(interventions)
         for row in encoded:
-            own = next((name for name in (row.prompt.id, row.prompt.category) if name in group_of), None)
+            own = next(
+                (name for name in (row.prompt.id, row.prompt.category) if name in group_of), None
+            )
             begun = [row.prompt.response] if row.response[1] > row.response[0] else []
-            key = key_of([settings, row.prompt.id, row.prompt.text, name, description_of.get(own, []), *begun])
+            key = key_of(
+                [
+                    settings,
+                    row.prompt.id,
+                    row.prompt.text,
+                    name,
+                    description_of.get(own, []),
+                    *begun,
+                ]
+            )
             rows.append(Row(row, name, group_of.get(own, 0), key))
     return rows, groups
 
@@ -247,4 +286,6 @@ def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[st
     """Answers of earlier calls, by key."""
     if output is None or not Path(output).exists():
         return {}
-    return {row["key"]: row for row in read_jsonl(output, cut_last=True) if row.get("key") in wanted}
+    return {
+        row["key"]: row for row in read_jsonl(output, cut_last=True) if row.get("key") in wanted
+    }

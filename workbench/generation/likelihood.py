@@ -52,21 +52,31 @@ def answer_log_probs(
     device = next(iter(model.parameters())).device
     rows = []
     for encoded, completion in zip(
-        encode(model, [completion.prompt for completion in completions], system_prompt=system_prompt),
+        encode(
+            model, [completion.prompt for completion in completions], system_prompt=system_prompt
+        ),
         completions,
         strict=True,
     ):
         n = len(encoded.ids)
         rows.append(
-            dataclasses.replace(encoded, ids=encoded.ids + completion.tokens, response=(n, n + len(completion.tokens)))
+            dataclasses.replace(
+                encoded,
+                ids=encoded.ids + completion.tokens,
+                response=(n, n + len(completion.tokens)),
+            )
         )
-    order = sorted((i for i, row in enumerate(rows) if completions[i].tokens), key=lambda i: -len(rows[i].ids))
+    order = sorted(
+        (i for i, row in enumerate(rows) if completions[i].tokens), key=lambda i: -len(rows[i].ids)
+    )
     if not order:
         return scored
     with torch.no_grad():
         n_prefix, prefix = 0, None
         if has_key_value_cache(model):
-            n_prefix = shared_prefix_length([rows[i] for i in order], keep=lambda row: row.response[0] - 1)
+            n_prefix = shared_prefix_length(
+                [rows[i] for i in order], keep=lambda row: row.response[0] - 1
+            )
             prefix = prefix_cache(model, rows[order[0]].ids[:n_prefix]) if n_prefix else None
             if prefix is not None and not allows_padding_behind(prefix, len(rows[order[0]].ids)):
                 n_prefix, prefix = 0, None
@@ -165,10 +175,14 @@ def answer_kl(
 
 def _fixed_answers(
     model: HookedModel, completions: Sequence[Completion], batch_size: int, transfer: bool
-) -> Iterator[tuple[list[int], Tensor, Tensor, Callable[[Sequence[Sequence[Intervention]]], Tensor]]]:
+) -> Iterator[
+    tuple[list[int], Tensor, Tensor, Callable[[Sequence[Sequence[Intervention]]], Tensor]]
+]:
     """Batches of answers behind their prompts: places, which tokens are real, the tokens, and a pass to log-probabilities."""
     rows = encode(model, [completion.prompt for completion in completions])
-    places = sorted((i for i, c in enumerate(completions) if c.tokens), key=lambda i: len(rows[i].ids))
+    places = sorted(
+        (i for i, c in enumerate(completions) if c.tokens), key=lambda i: len(rows[i].ids)
+    )
     device = next(iter(model.parameters())).device
     for start in range(0, len(places), batch_size):
         own = places[start : start + batch_size]
@@ -179,8 +193,14 @@ def _fixed_answers(
         real = torch.zeros((len(own), longest), dtype=torch.bool, device=device)
         for row, i in enumerate(own):
             n = len(completions[i].tokens)
-            tokens[row, :n], real[row, :n] = torch.tensor(completions[i].tokens, device=device), True
-        both, mask = torch.cat([prompt.tokens, tokens], dim=1), torch.cat([prompt.mask, real], dim=1)
+            tokens[row, :n], real[row, :n] = (
+                torch.tensor(completions[i].tokens, device=device),
+                True,
+            )
+        both, mask = (
+            torch.cat([prompt.tokens, tokens], dim=1),
+            torch.cat([prompt.mask, real], dim=1),
+        )
         content, n_prompt = span_mask(asked, prompt, "content"), prompt.tokens.shape[1]
 
         def run(
@@ -192,7 +212,9 @@ def _fixed_answers(
             n_prompt: int = n_prompt,
         ) -> Tensor:
             changes = [one.for_rows([row]) for row, i in enumerate(own) for one in interventions[i]]
-            steered = intervene(model, changes, prompt_length=n_prompt, content=content, transfer=transfer)
+            steered = intervene(
+                model, changes, prompt_length=n_prompt, content=content, transfer=transfer
+            )
             with torch.no_grad(), steered:
                 logits, _ = last_logits(model, both, mask, both.shape[1] - n_prompt + 1)
             return logits[:, :-1].float().log_softmax(dim=-1)
@@ -202,4 +224,6 @@ def _fixed_answers(
 
 def _check_one_each(what: str, given: Sequence[object], completions: Sequence[Completion]) -> None:
     if len(given) != len(completions):
-        raise ValueError(f"{what} needs one entry for each of {len(completions)} answers, got {len(given)}.")
+        raise ValueError(
+            f"{what} needs one entry for each of {len(completions)} answers, got {len(given)}."
+        )

@@ -1,1 +1,5 @@
-"""integrations."""
+"""The steered model inside other evaluation tools."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -57,13 +57,17 @@ class SteeredModel(ModelAPI):
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
         self.hooked = (
-            hooked if hooked is not None else load_run_model(config_from(read_run(model_name).notes["config"]))
+            hooked
+            if hooked is not None
+            else load_run_model(config_from(read_run(model_name).notes["config"]))
         )
         if steering == "off":
             self.interventions: Any = []
         else:
             self.interventions = (
-                gated_steering_from(model_name) if steering == "gated" else steering_from(model_name, steering)
+                gated_steering_from(model_name)
+                if steering == "gated"
+                else steering_from(model_name, steering)
             )
         self.steering = steering
         self._one_at_a_time = threading.Lock()
@@ -83,9 +87,13 @@ class SteeredModel(ModelAPI):
         if tools:
             raise ValueError("the steered model calls no tools; use a task without them.")
         if any(isinstance(message, ChatMessageAssistant) for message in input):
-            raise ValueError("the steered model answers single turns; this task has assistant turns in its input.")
+            raise ValueError(
+                "the steered model answers single turns; this task has assistant turns in its input."
+            )
         asked = [message.text for message in input if isinstance(message, ChatMessageUser)]
-        system = "\n\n".join(message.text for message in input if isinstance(message, ChatMessageSystem))
+        system = "\n\n".join(
+            message.text for message in input if isinstance(message, ChatMessageSystem)
+        )
         if not asked:
             raise ValueError("there is no user turn to answer.")
         prompt = Prompt("sample", "\n\n".join(asked), None, HARMLESS, "neutral", "inspect")

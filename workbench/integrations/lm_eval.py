@@ -33,26 +33,45 @@ class SteeredLM(LM):
         model: A loaded model, instead of loading the run's.
     """
 
-    def __init__(self, folder: str, *, steering: str = "gated", batch_size: int = 16, model: Any = None) -> None:
+    def __init__(
+        self, folder: str, *, steering: str = "gated", batch_size: int = 16, model: Any = None
+    ) -> None:
         super().__init__()
-        self.hooked = model if model is not None else load_run_model(config_from(read_run(folder).notes["config"]))
+        self.hooked = (
+            model
+            if model is not None
+            else load_run_model(config_from(read_run(folder).notes["config"]))
+        )
         self.interventions: Any = []
         if steering != "off":
-            self.interventions = gated_steering_from(folder) if steering == "gated" else steering_from(folder, steering)
+            self.interventions = (
+                gated_steering_from(folder)
+                if steering == "gated"
+                else steering_from(folder, steering)
+            )
         self.rows = batch_size
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation behind its context, and whether greedy decoding would give it."""
         pairs = [request.args for request in requests]
-        fixed = [self._fixed(i, context or " ", continuation) for i, (context, continuation) in enumerate(pairs)]
-        scored = steered_log_probs(self.hooked, fixed, [self.interventions] * len(fixed), batch_size=self.rows)
+        fixed = [
+            self._fixed(i, context or " ", continuation)
+            for i, (context, continuation) in enumerate(pairs)
+        ]
+        scored = steered_log_probs(
+            self.hooked, fixed, [self.interventions] * len(fixed), batch_size=self.rows
+        )
         greedy = self._greedy(fixed)
-        return [(float(own.sum()), is_greedy) for own, is_greedy in zip(scored, greedy, strict=True)]
+        return [
+            (float(own.sum()), is_greedy) for own, is_greedy in zip(scored, greedy, strict=True)
+        ]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Log-probability of whole texts, as answers to "Continue."."""
         fixed = [self._fixed(i, "Continue.", request.args[0]) for i, request in enumerate(requests)]
-        scored = steered_log_probs(self.hooked, fixed, [self.interventions] * len(fixed), batch_size=self.rows)
+        scored = steered_log_probs(
+            self.hooked, fixed, [self.interventions] * len(fixed), batch_size=self.rows
+        )
         return [float(own.sum()) for own in scored]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
@@ -65,10 +84,17 @@ class SteeredLM(LM):
             settings = requests[places[0]].args[1]
             completions = generate(
                 self.hooked,
-                [Prompt(f"request-{i}", requests[i].args[0], None, HARMLESS, "neutral", "lm_eval") for i in places],
+                [
+                    Prompt(
+                        f"request-{i}", requests[i].args[0], None, HARMLESS, "neutral", "lm_eval"
+                    )
+                    for i in places
+                ],
                 self.interventions,
                 max_new_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
-                temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
+                temperature=float(settings.get("temperature", 0.0))
+                if settings.get("do_sample")
+                else 0.0,
                 batch_size=self.rows,
             )
             until = settings.get("until") or []
@@ -84,7 +110,11 @@ class SteeredLM(LM):
             return [False] * len(fixed)
         asked = {c.prompt.text: c.prompt for c in fixed}
         made = generate(
-            self.hooked, list(asked.values()), self.interventions, max_new_tokens=longest, batch_size=self.rows
+            self.hooked,
+            list(asked.values()),
+            self.interventions,
+            max_new_tokens=longest,
+            batch_size=self.rows,
         )
         said = {c.prompt.text: c.tokens for c in made}
         return [said[c.prompt.text][: len(c.tokens)] == c.tokens for c in fixed]

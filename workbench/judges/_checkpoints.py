@@ -34,7 +34,9 @@ _PROMPT, _RESPONSE = (
 @cache
 def judge_models(kind: str) -> dict[str, dict[str, Any]]:
     """The entries of data/judge_models.yaml, which documents itself: ``"guards"`` or ``"rewards"``, by name."""
-    content: dict[str, dict[str, Any]] = yaml.safe_load(data_path(JUDGE_MODELS_FILE).read_text(encoding="utf-8"))
+    content: dict[str, dict[str, Any]] = yaml.safe_load(
+        data_path(JUDGE_MODELS_FILE).read_text(encoding="utf-8")
+    )
     return content[kind]
 
 
@@ -82,7 +84,13 @@ class Frame:
 
     def fill(self, prompt: str, response: str) -> str:
         """The input with the texts, in which control tokens are broken up: an answer must not be able to end its own turn."""
-        return self.before + self._harmless(prompt) + self.between + self._harmless(response) + self.after
+        return (
+            self.before
+            + self._harmless(prompt)
+            + self.between
+            + self._harmless(response)
+            + self.after
+        )
 
     def _harmless(self, text: str) -> str:
         text = text.strip()
@@ -129,7 +137,12 @@ def read_checkpoint(
         with quiet_transformers():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
             model, info = getattr(transformers, auto).from_pretrained(
-                source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **common, **options
+                source,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                **common,
+                **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0].rstrip(".")
@@ -143,7 +156,9 @@ def read_checkpoint(
             "and what is missing would be filled with random numbers."
         )
     model = (
-        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))).eval().requires_grad_(False)
+        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        .eval()
+        .requires_grad_(False)
     )
     return Checkpoint(model, tokenizer, name, _key(model, tokenizer))
 
@@ -164,18 +179,26 @@ def frame_of(
     if text is not None:
         shown = [text.replace("{prompt}", _PROMPT).replace("{response}", _RESPONSE)]
     elif not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{checkpoint.name!r} has no chat template to put the texts in; read the complete checkpoint.")
+        raise ValueError(
+            f"{checkpoint.name!r} has no chat template to put the texts in; read the complete checkpoint."
+        )
     else:
         shown = []
         for wrap in (
             str,
             lambda mark: [{"type": "text", "text": mark}],
         ):  # some templates read parts, and drop plain texts
-            turns = [{"role": "user", "content": wrap(_PROMPT)}, {"role": "assistant", "content": wrap(_RESPONSE)}]
+            turns = [
+                {"role": "user", "content": wrap(_PROMPT)},
+                {"role": "assistant", "content": wrap(_RESPONSE)},
+            ]
             try:
                 shown.append(
                     tokenizer.apply_chat_template(
-                        turns, tokenize=False, add_generation_prompt=add_generation_prompt, **(arguments or {})
+                        turns,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        **(arguments or {}),
                     )
                 )
             except Exception as error:  # templates raise jinja's errors and their own
@@ -195,9 +218,11 @@ def frame_of(
     )
 
 
-def encode(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of complete inputs, which write their own BOS."""
-    ids: list[list[int]] = checkpoint.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+    ids: list[list[int]] = (
+        checkpoint.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+    )
     return ids
 
 
@@ -226,7 +251,11 @@ def batches(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
 def pad_id(checkpoint: Checkpoint) -> int:
     """Token id used for padding; any will do, for the mask tells padding from text."""
     tokenizer = checkpoint.tokenizer
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+    return int(
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0
+    )
 
 
 def _controls(tokenizer: Any, frame: str) -> tuple[str, ...]:

@@ -82,7 +82,11 @@ class CostEstimate:
     cost: float | None
 
     def __str__(self) -> str:
-        spent = "unknown cost (no prices given)" if self.cost is None else f"a cost of at most {self.cost:.4g}"
+        spent = (
+            "unknown cost (no prices given)"
+            if self.cost is None
+            else f"a cost of at most {self.cost:.4g}"
+        )
         return f"{self.requests} requests, about {self.tokens_in} tokens in, at most {self.tokens_out} out, {spent}"
 
 
@@ -116,13 +120,21 @@ class ApiJudge:
 
     def __post_init__(self) -> None:
         if isinstance(self.rubric, str) and self.rubric not in load_rubrics():
-            raise ValueError(f"unknown rubric {self.rubric!r}; rubrics: {', '.join(load_rubrics())}.")
+            raise ValueError(
+                f"unknown rubric {self.rubric!r}; rubrics: {', '.join(load_rubrics())}."
+            )
         try:
             url = urlsplit(self.base_url)
             httpx.URL(self.base_url).copy_with(port=url.port)
         except (ValueError, httpx.InvalidURL) as error:
             raise ValueError(f"base_url is not an address ({error}).") from None
-        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or "@" in url.netloc:
+        if (
+            url.scheme not in ("http", "https")
+            or not url.hostname
+            or url.query
+            or url.fragment
+            or "@" in url.netloc
+        ):
             raise ValueError(
                 "base_url must be http(s)://HOST/PATH without user, password or query; the key comes from key_env."
             )
@@ -131,9 +143,13 @@ class ApiJudge:
                 f"a key would go to {url.hostname} in the clear; use https, or key_env=None if the endpoint needs no key."
             )
         if self.concurrency < 1 or self.timeout <= 0 or min(self.waits, default=0) < 0:
-            raise ValueError("concurrency must be at least 1, timeout above 0 and waits not negative.")
+            raise ValueError(
+                "concurrency must be at least 1, timeout above 0 and waits not negative."
+            )
         if self.requests_per_minute is not None and self.requests_per_minute <= 0:
-            raise ValueError(f"requests_per_minute must be above 0 or None, got {self.requests_per_minute}.")
+            raise ValueError(
+                f"requests_per_minute must be above 0 or None, got {self.requests_per_minute}."
+            )
 
     @property
     def name(self) -> str:
@@ -156,10 +172,14 @@ class ApiJudge:
             for message in self._body(*pair)["messages"]
         )
         body = self._body("", "")
-        tokens_out = len(asked) * int(body.get("max_tokens") or body.get("max_completion_tokens") or 0)
+        tokens_out = len(asked) * int(
+            body.get("max_tokens") or body.get("max_completion_tokens") or 0
+        )
         cost = None
         if self.prices is not None:
-            cost = (tokens_in * self.prices.per_million_in + tokens_out * self.prices.per_million_out) / 1e6
+            cost = (
+                tokens_in * self.prices.per_million_in + tokens_out * self.prices.per_million_out
+            ) / 1e6
         return CostEstimate(len(asked), tokens_in, tokens_out, cost)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
@@ -167,7 +187,9 @@ class ApiJudge:
         verdicts = dict(self.stream(prompts, responses))
         return [verdicts[row] for row in range(len(verdicts))]
 
-    def stream(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
+    def stream(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> Iterator[tuple[int, Verdict]]:
         """Judge each answer and give each verdict as it arrives, with its row.
 
         Raises:
@@ -177,12 +199,18 @@ class ApiJudge:
         check_pairs(prompts, responses)
         key = self._key()
         estimate = self.estimate(prompts, responses)
-        if self.prices is not None and self.prices.budget is not None and (estimate.cost or 0) > self.prices.budget:
+        if (
+            self.prices is not None
+            and self.prices.budget is not None
+            and (estimate.cost or 0) > self.prices.budget
+        ):
             raise ValueError(
                 f"not started: {estimate}, but the budget is {self.prices.budget}; ask about fewer answers."
             )
         _logger.info("%s: %s", self.name, estimate)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {key}"} if key else {}
+        )
         near = _is_loopback(urlsplit(self.base_url).hostname or "")  # a proxy could not reach it
         with httpx.Client(headers=headers, timeout=self.timeout, trust_env=not near) as client:
             asking = _Asking(self, client, key)
@@ -218,7 +246,9 @@ class ApiJudge:
             "temperature": 0,
             "max_tokens": 300,
         }
-        return {name: value for name, value in {**body, **self.options}.items() if value is not None}
+        return {
+            name: value for name, value in {**body, **self.options}.items() if value is not None
+        }
 
     def _key(self) -> str | None:
         if self.key_env is None:
@@ -235,7 +265,9 @@ class ApiJudge:
 class _NoAnswerError(Exception):
     """A request that came to nothing; its text says why, and never holds the key or a header."""
 
-    def __init__(self, why: str, *, again: bool = True, wait: float = 0.0, fatal: bool = False) -> None:
+    def __init__(
+        self, why: str, *, again: bool = True, wait: float = 0.0, fatal: bool = False
+    ) -> None:
         super().__init__(why)
         self.again, self.wait, self.fatal = again, wait, fatal
 
@@ -289,7 +321,9 @@ class _Asking:
             return self._unscored(f"unparsable: {self._clean(content)!r}")
         word, reason = found
         label, score = self.judge._rubric.answers[word]
-        return Verdict(label, score, self.name, f"{word}: {self._clean(reason)}" if reason else word)
+        return Verdict(
+            label, score, self.name, f"{word}: {self._clean(reason)}" if reason else word
+        )
 
     def _clean(self, text: str) -> str:
         """One line of text from outside, short, printable, and without the key even where the endpoint sends it back."""
@@ -307,13 +341,17 @@ class _Asking:
                     body += part
                     if len(body) > _LARGEST_BODY:
                         raise _NoAnswerError("the reply is too large")
-                    if time.monotonic() > deadline:  # the client's own limit is per read: a trickle would pass it
+                    if (
+                        time.monotonic() > deadline
+                    ):  # the client's own limit is per read: a trickle would pass it
                         raise httpx.ReadTimeout("")
         except httpx.TimeoutException:
             raise _NoAnswerError(f"no reply within {self.judge.timeout:g} s") from None
         except httpx.HTTPError as error:
             raise _NoAnswerError(f"the connection failed ({type(error).__name__})") from None
-        _check_status(reply.status_code, reply.headers.get("Retry-After"), self._clean(_message(body)))
+        _check_status(
+            reply.status_code, reply.headers.get("Retry-After"), self._clean(_message(body))
+        )
         try:
             choice = json.loads(body)["choices"][0]
             content = choice["message"].get("content")
@@ -327,7 +365,9 @@ class _Asking:
 
     def _wait_for_turn(self, wait: float) -> None:
         """Sleep before a retry, and until the rate limit and the endpoint's own wish allow a request."""
-        self.stopped.wait(wait * random.uniform(0.5, 1.5))  # or all threads would come back at the same moment
+        self.stopped.wait(
+            wait * random.uniform(0.5, 1.5)
+        )  # or all threads would come back at the same moment
         gap = 60.0 / self.judge.requests_per_minute if self.judge.requests_per_minute else 0.0
         while not self.stopped.is_set():
             with self._lock:

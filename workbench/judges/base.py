@@ -39,7 +39,9 @@ class Verdict:
         if self.label not in LABELS:
             raise ValueError(f"unknown verdict label {self.label!r}; labels: {', '.join(LABELS)}.")
         if self.score is not None and not math.isfinite(self.score):
-            raise ValueError(f"a verdict's score must be finite, got {self.score!r}; give None and label 'unscored'.")
+            raise ValueError(
+                f"a verdict's score must be finite, got {self.score!r}; give None and label 'unscored'."
+            )
 
 
 class Judge(Protocol):

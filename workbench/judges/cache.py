@@ -39,7 +39,9 @@ class Asked(Protocol[T]):
 class Streams(Protocol[T_co]):
     """A judge that hands out each verdict when it has it, in any order, with the row it belongs to."""
 
-    def stream(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, T_co]]:
+    def stream(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> Iterator[tuple[int, T_co]]:
         """Pairs of row and verdict."""
 
 
@@ -92,14 +94,22 @@ class CachedJudge(Generic[T]):
         verdicts = self._known(frozenset(keys))
         rows = {key: row for row, key in reversed(list(enumerate(keys))) if key not in verdicts}
         missing = sorted(rows.values())
-        for part in self._ask([prompts[row] for row in missing], [responses[row] for row in missing]):
+        for part in self._ask(
+            [prompts[row] for row in missing], [responses[row] for row in missing]
+        ):
             new = {keys[missing[i]]: verdict for i, verdict in part}
             verdicts |= new
-            kept = [{"key": key, **_fields(verdict)} for key, verdict in new.items() if _is_final(verdict)]
+            kept = [
+                {"key": key, **_fields(verdict)}
+                for key, verdict in new.items()
+                if _is_final(verdict)
+            ]
             if kept:
                 append_jsonl(self.path, kept)
         if lost := [row for key, row in rows.items() if key not in verdicts]:
-            raise RuntimeError(f"judge {self.name!r} gave no verdict for {len(lost)} of {len(missing)} answers.")
+            raise RuntimeError(
+                f"judge {self.name!r} gave no verdict for {len(lost)} of {len(missing)} answers."
+            )
         return [verdicts[key] for key in keys]
 
     def _ask(self, prompts: list[str], responses: list[str]) -> Iterator[list[tuple[int, T]]]:
@@ -126,7 +136,9 @@ class CachedJudge(Generic[T]):
         for number, row in enumerate(read_jsonl(self.path, cut_last=True), start=1):
             try:
                 if row["key"] in keys:
-                    known[row["key"]] = self.result(**{name: value for name, value in row.items() if name != "key"})
+                    known[row["key"]] = self.result(
+                        **{name: value for name, value in row.items() if name != "key"}
+                    )
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{self.path}, row {number} is not a verdict of this judge ({error}); give another file."
@@ -147,9 +159,13 @@ def check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
         ValueError: If the two lists differ in length.
     """
     if isinstance(prompts, str) or isinstance(responses, str):
-        raise TypeError("prompts and responses must be lists of texts, got one string; write [prompt], [response].")
+        raise TypeError(
+            "prompts and responses must be lists of texts, got one string; write [prompt], [response]."
+        )
     if len(prompts) != len(responses):
-        raise ValueError(f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}.")
+        raise ValueError(
+            f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}."
+        )
 
 
 def is_empty(response: str) -> bool:
@@ -162,7 +178,10 @@ def _is_final(verdict: object) -> bool:
 
 
 def _fields(verdict: Any) -> dict[str, Any]:
-    return {name: _encodable(value) if isinstance(value, str) else value for name, value in asdict(verdict).items()}
+    return {
+        name: _encodable(value) if isinstance(value, str) else value
+        for name, value in asdict(verdict).items()
+    }
 
 
 def _encodable(text: str) -> str:

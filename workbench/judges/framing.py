@@ -81,14 +81,18 @@ class FramingJudge:
             "fitted on; labels read blind by a language model, not by a person"
         )
 
-    def probabilities(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, "answer framing"]:
+    def probabilities(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> Float[Tensor, "answer framing"]:
         """Probability of each framing for each answer; nan where an answer has no word.
 
         Raises:
             ValueError: If the two lists differ in length.
         """
         if len(prompts) != len(responses):
-            raise ValueError(f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}.")
+            raise ValueError(
+                f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}."
+            )
         rows = hidden_states(self.reader, prompts, responses, self.site)
         return torch.softmax(rows @ self.weights.T + self.bias, dim=1)
 
@@ -117,7 +121,14 @@ def hidden_states(
         site: Where.
     """
     rows = [
-        Prompt(id=str(i), text=prompt, response=response, category="any", label="neutral", source="judged")
+        Prompt(
+            id=str(i),
+            text=prompt,
+            response=response,
+            category="any",
+            label="neutral",
+            source="judged",
+        )
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         if any(char.isalnum() for char in response)
     ]
@@ -145,7 +156,9 @@ def fit_framing(
 
     missing, unknown = set(FRAMINGS) - set(labels), set(labels) - set(FRAMINGS)
     if missing or unknown:
-        given = f"unknown label {min(unknown)!r}" if unknown else f"no answer labelled {min(missing)!r}"
+        given = (
+            f"unknown label {min(unknown)!r}" if unknown else f"no answer labelled {min(missing)!r}"
+        )
         raise ValueError(f"{given}; every one of {', '.join(FRAMINGS)} is needed, and no other.")
     mean, scale = states.double().mean(dim=0), states.double().std(dim=0).clamp(min=1e-8)
     probe = LogisticRegression(C=1 / penalty, max_iter=1000, class_weight="balanced")
@@ -158,14 +171,23 @@ def fit_framing(
 
 def save_framing_judge(path: PathLike, judge: FramingJudge) -> None:
     """Write weights and card as safetensors, atomically."""
-    card = {**judge.card, "site": str(judge.site), "framings": list(FRAMINGS), "format": "workbench framing judge 1"}
+    card = {
+        **judge.card,
+        "site": str(judge.site),
+        "framings": list(FRAMINGS),
+        "format": "workbench framing judge 1",
+    }
     write_tensors(path, {"weights": judge.weights, "bias": judge.bias}, card)
 
 
 def framing_judge_for(model: HookedModel) -> FramingJudge | None:
     """The shipped judge if ``model`` is the one it reads with, else None."""
     _, card = read_tensors(data_path(FILE))
-    return load_framing_judge(model) if card["reader_fingerprint"] == model_info(model).fingerprint else None
+    return (
+        load_framing_judge(model)
+        if card["reader_fingerprint"] == model_info(model).fingerprint
+        else None
+    )
 
 
 def load_framing_judge(reader: HookedModel, path: PathLike | None = None) -> FramingJudge:

@@ -17,7 +17,7 @@ from workbench.judges._checkpoints import (
     Checkpoint,
     Frame,
     batches,
-    encode,
+    encode_texts,
     frame_of,
     judge_models,
     left_padded,
@@ -98,16 +98,26 @@ def load_guard(
         raise ValueError(f"unknown guard family {family!r}; families: {', '.join(families)}.")
     spec = families[family]
     if measures not in spec.verdicts:
-        raise ValueError(f"{family} does not measure {measures!r}; it measures: {', '.join(spec.verdicts)}.")
+        raise ValueError(
+            f"{family} does not measure {measures!r}; it measures: {', '.join(spec.verdicts)}."
+        )
     if guidelines is not None and (spec.guidelines is None or not guidelines):
-        raise ValueError(f"guidelines are for guards that are asked about them, and at least one; {family} takes none.")
+        raise ValueError(
+            f"guidelines are for guards that are asked about them, and at least one; {family} takes none."
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     checkpoint = read_checkpoint(
-        "AutoModelForCausalLM", name_or_path or spec.hub, device=device, dtype=dtype, revision=revision
+        "AutoModelForCausalLM",
+        name_or_path or spec.hub,
+        device=device,
+        dtype=dtype,
+        revision=revision,
     )
     template = str(getattr(checkpoint.tokenizer, "chat_template", None) or "")
-    if spec.text is None and (absent := [words for words in spec.template_reads if words not in template]):
+    if spec.text is None and (
+        absent := [words for words in spec.template_reads if words not in template]
+    ):
         raise ValueError(
             f"{checkpoint.name!r} is no {family} guard: its chat template does not mention {absent[0]!r}; "
             f"give a checkpoint like {spec.hub}."
@@ -117,7 +127,10 @@ def load_guard(
         name: frame_of(
             checkpoint,
             text=spec.text,
-            arguments={**(spec.arguments or {}), **({spec.argument: words} if spec.argument else {})},
+            arguments={
+                **(spec.arguments or {}),
+                **({spec.argument: words} if spec.argument else {}),
+            },
             add_generation_prompt=spec.add_generation_prompt,
         )
         for name, words in asked.items()
@@ -176,8 +189,10 @@ class GuardJudge:
     def _by_writing(self, pairs: list[tuple[str, str]]) -> list[tuple[str, float | None, str]]:
         """Let the guard write its verdict, greedily."""
         (frame,) = self.frames.values()
-        ids = encode(self.checkpoint, [frame.fill(*pair) for pair in pairs])
-        results: list[tuple[str, float | None, str]] = [("unscored", None, self._too_long(row)) for row in ids]
+        ids = encode_texts(self.checkpoint, [frame.fill(*pair) for pair in pairs])
+        results: list[tuple[str, float | None, str]] = [
+            ("unscored", None, self._too_long(row)) for row in ids
+        ]
         fitting = [i for i, row in enumerate(ids) if not self._too_long(row)]
         for batch in batches([ids[i] for i in fitting], self.batch_size):
             chosen = [fitting[b] for b in batch]
@@ -209,13 +224,15 @@ class GuardJudge:
         """Ask about each guideline and compare the probabilities of the two documented answers; the worst guideline counts."""
         found: list[dict[str, float | str]] = [{} for _ in pairs]
         for guideline, frame in self.frames.items():
-            ids = encode(self.checkpoint, [frame.fill(*pair) for pair in pairs])
+            ids = encode_texts(self.checkpoint, [frame.fill(*pair) for pair in pairs])
             for i, row in enumerate(ids):
                 found[i][guideline] = self._too_long(row)
             fitting = [i for i, row in enumerate(ids) if not self._too_long(row)]
             for batch in batches([ids[i] for i in fitting], self.batch_size):
                 chosen = [fitting[b] for b in batch]
-                for i, probability in zip(chosen, self._probabilities([ids[i] for i in chosen]), strict=True):
+                for i, probability in zip(
+                    chosen, self._probabilities([ids[i] for i in chosen]), strict=True
+                ):
                     found[i][guideline] = probability
         return [_worst(each) for each in found]
 
@@ -224,13 +241,19 @@ class GuardJudge:
         import torch
 
         tokens = self.family.tokens or {}
-        unsafe, safe = (self._token(word) for word in sorted(tokens, key=lambda word: tokens[word] != "unsafe"))
+        unsafe, safe = (
+            self._token(word) for word in sorted(tokens, key=lambda word: tokens[word] != "unsafe")
+        )
         ids, mask = left_padded(self.checkpoint, rows)
         with torch.inference_mode():
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             logits = (
                 self.checkpoint.model(
-                    input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    logits_to_keep=1,
+                    use_cache=False,
                 )
                 .logits[:, -1]
                 .float()
@@ -256,7 +279,9 @@ class GuardJudge:
 
     def _too_long(self, row: list[int]) -> str:
         room = self.checkpoint.context - self.family.max_new_tokens
-        return f"too long for the guard: {len(row)} tokens, room for {room}" if len(row) > room else ""
+        return (
+            f"too long for the guard: {len(row)} tokens, room for {room}" if len(row) > room else ""
+        )
 
 
 def _worst(found: Mapping[str, float | str]) -> tuple[str, float | None, str]:

@@ -70,7 +70,11 @@ def load_refusal_rules() -> RefusalRules:
             raise ValueError(
                 f"{_PATTERNS_FILE}: where is 'start' or 'anywhere', got {row['where']!r} in {row['pattern']!r}."
             )
-        patterns.append(RefusalPattern(_compile(row["pattern"], fragments), row["kind"], row["where"], row["example"]))
+        patterns.append(
+            RefusalPattern(
+                _compile(row["pattern"], fragments), row["kind"], row["where"], row["example"]
+            )
+        )
     vetoes = tuple(_compile(row["pattern"], fragments) for row in content["vetoes"])
     return RefusalRules(tuple(patterns), vetoes, key_of(content)[:8])
 
@@ -107,9 +111,13 @@ class RefusalPatterns:
             TypeError: If one string is given in place of a list.
         """
         if isinstance(prompts, str) or isinstance(responses, str):
-            raise TypeError("prompts and responses must be lists of texts, got one string; write [prompt], [response].")
+            raise TypeError(
+                "prompts and responses must be lists of texts, got one string; write [prompt], [response]."
+            )
         if len(prompts) != len(responses):
-            raise ValueError(f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}.")
+            raise ValueError(
+                f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}."
+            )
         return [self._judge(response) for response in responses]
 
     def _judge(self, response: str) -> Verdict:
@@ -121,11 +129,15 @@ class RefusalPatterns:
             if written and pattern.where == "anywhere":
                 continue
             if match := pattern.search(opening):
-                return Verdict("refusal", None, self.name, f"{pattern.kind}: {match[0].strip()[:80]!r}")
+                return Verdict(
+                    "refusal", None, self.name, f"{pattern.kind}: {match[0].strip()[:80]!r}"
+                )
         return Verdict("not_refusal", None, self.name, "no pattern of refusal found")
 
 
-_SAME_CHARACTER = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u201c": '"', "\u201d": '"'})
+_SAME_CHARACTER = str.maketrans(
+    {"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u201c": '"', "\u201d": '"'}
+)
 
 
 # A quotation ends at its mark, or where the line ends if the answer was cut inside it; without marks, at the sentence's end.
@@ -138,7 +150,8 @@ _QUOTED = re.compile(
 
 
 _SPOKEN = re.compile(
-    r"^(?!(?:assistant|ai|answer|response|bot|chatbot|model)\b)[^\W\d][\w .]{0,24}: .*$", re.MULTILINE | re.IGNORECASE
+    r"^(?!(?:assistant|ai|answer|response|bot|chatbot|model)\b)[^\W\d][\w .]{0,24}: .*$",
+    re.MULTILINE | re.IGNORECASE,
 )
 
 

@@ -76,7 +76,9 @@ def embedded_pairs(
         ValueError: If the two lists differ in length.
     """
     if len(prompts) != len(responses):
-        raise ValueError(f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}.")
+        raise ValueError(
+            f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}."
+        )
     rows = {text: i for i, text in enumerate(dict.fromkeys([*prompts, *responses]))}
     vectors = np.asarray(
         (encoder or load_encoder()).encode(
@@ -87,7 +89,10 @@ def embedded_pairs(
         ),
         dtype=np.float64,
     )
-    asked, said = vectors[[rows[text] for text in prompts]], vectors[[rows[text] for text in responses]]
+    asked, said = (
+        vectors[[rows[text] for text in prompts]],
+        vectors[[rows[text] for text in responses]],
+    )
     return np.hstack([said, said * asked, (said * asked).sum(axis=1, keepdims=True)])
 
 
@@ -119,12 +124,16 @@ def train_probe(
     from sklearn.model_selection import StratifiedGroupKFold
 
     if measures not in MEASURES:
-        raise ValueError(f"a probe does not measure {measures!r}; it measures: {', '.join(MEASURES)}.")
+        raise ValueError(
+            f"a probe does not measure {measures!r}; it measures: {', '.join(MEASURES)}."
+        )
     features, labels = embedded_pairs(prompts, responses, encoder), np.asarray(truth, dtype=bool)
     if len(labels) != len(features):
         raise ValueError(f"truth must pair up with prompts, got {len(labels)} and {len(features)}.")
     for side in (True, False):
-        distinct = len({prompt for prompt, label in zip(prompts, labels, strict=True) if label == side})
+        distinct = len(
+            {prompt for prompt, label in zip(prompts, labels, strict=True) if label == side}
+        )
         if distinct < FOLDS:
             raise ValueError(
                 f"only {distinct} prompts have an answer labelled {side} for {measures}; a probe needs {FOLDS} or more, to be tested on unseen ones."
@@ -132,13 +141,17 @@ def train_probe(
 
     def fit(rows: Any) -> tuple[Float[np.ndarray, " feature"], float]:
         mean, scale = features[rows].mean(axis=0), features[rows].std(axis=0).clip(1e-8)
-        model = LogisticRegression(C=1 / (penalty * features.shape[1]), max_iter=2000, class_weight="balanced")
+        model = LogisticRegression(
+            C=1 / (penalty * features.shape[1]), max_iter=2000, class_weight="balanced"
+        )
         model.fit((features[rows] - mean) / scale, labels[rows])
         weights = model.coef_[0] / scale
         return weights, float(model.intercept_[0] - weights @ mean)
 
     scores = np.zeros(len(labels))
-    splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(features, labels, groups=list(prompts))
+    splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(
+        features, labels, groups=list(prompts)
+    )
     for train, test in splits:
         weights, bias = fit(train)
         scores[test] = features[test] @ weights + bias
@@ -156,13 +169,17 @@ def train_probe(
         "agreement": agreement(list(scores > 0), list(labels)).to_dict(),
     }
     weights, bias = fit(slice(None))
-    return ProbeJudge(measures, torch.from_numpy(weights).float(), float(np.float32(bias)), card, encoder)
+    return ProbeJudge(
+        measures, torch.from_numpy(weights).float(), float(np.float32(bias)), card, encoder
+    )
 
 
 def save_probe(path: PathLike, probe: ProbeJudge) -> None:
     """Write a probe with its card as safetensors, atomically."""
     write_tensors(
-        path, {"weights": probe.weights, "bias": torch.tensor([probe.bias])}, {**probe.card, "format": FORMAT}
+        path,
+        {"weights": probe.weights, "bias": torch.tensor([probe.bias])},
+        {**probe.card, "format": FORMAT},
     )
 
 
@@ -178,6 +195,12 @@ def load_probe(path: PathLike, encoder: Any = None) -> ProbeJudge:
         ValueError: If it is damaged or holds something else.
     """
     tensors, card = read_tensors(path)
-    if card.get("format") != FORMAT or card.get("measures") not in MEASURES or set(tensors) != {"weights", "bias"}:
+    if (
+        card.get("format") != FORMAT
+        or card.get("measures") not in MEASURES
+        or set(tensors) != {"weights", "bias"}
+    ):
         raise ValueError(f"{path} is no probe judge; train one with 'workbench judge train'.")
-    return ProbeJudge(str(card["measures"]), tensors["weights"], float(tensors["bias"][0]), card, encoder)
+    return ProbeJudge(
+        str(card["measures"]), tensors["weights"], float(tensors["bias"][0]), card, encoder
+    )

@@ -16,7 +16,7 @@ from workbench.judges._checkpoints import (
     Checkpoint,
     Frame,
     batches,
-    encode,
+    encode_texts,
     frame_of,
     judge_models,
     left_padded,
@@ -86,21 +86,30 @@ def load_reward_model(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    by_folder = {hub.rpartition("/")[2]: row for hub, row in judge_models("rewards").items()}  # a clone keeps its name
+    by_folder = {
+        hub.rpartition("/")[2]: row for hub, row in judge_models("rewards").items()
+    }  # a clone keeps its name
     known: Mapping[str, Any] = by_folder.get(Path(name_or_path).name, {})
     named = outputs or known.get("outputs")
     options: dict[str, Any] = {"num_labels": len(named)} if named else {}
     if "head" in known:
         options["key_mapping"] = {rf"^{re.escape(known['head'])}\.": "score."}
     checkpoint = read_checkpoint(
-        "AutoModelForSequenceClassification", name_or_path, device=device, dtype=dtype, revision=revision, **options
+        "AutoModelForSequenceClassification",
+        name_or_path,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        **options,
     )
     if not hasattr(checkpoint.model, "score"):
         raise ValueError(
             f"{checkpoint.name!r} has no head named 'score' on a decoder; such reward models are not read."
         )
     config = checkpoint.model.config
-    columns = _columns(checkpoint.name, named or [str(config.id2label[i]) for i in range(config.num_labels)])
+    columns = _columns(
+        checkpoint.name, named or [str(config.id2label[i]) for i in range(config.num_labels)]
+    )
     scale = (float(known.get("scale", 1.0)), float(known.get("offset", 0.0)))
     return RewardJudge(checkpoint, frame_of(checkpoint), columns, scale, batch_size)
 
@@ -128,7 +137,9 @@ class RewardJudge:
     @property
     def name(self) -> str:
         """Checkpoint, with a key of weights, input and outputs."""
-        key = key_of([self.checkpoint.key, asdict(self.frame), list(self.columns), list(self.scale)])
+        key = key_of(
+            [self.checkpoint.key, asdict(self.frame), list(self.columns), list(self.scale)]
+        )
         return f"reward:{self.checkpoint.name}-{key[:8]}"
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Rewards]:
@@ -140,7 +151,10 @@ class RewardJudge:
         """
         check_pairs(prompts, responses)
         name, limit = self.name, self.checkpoint.context
-        ids = encode(self.checkpoint, [self.frame.fill(*pair) for pair in zip(prompts, responses, strict=True)])
+        ids = encode_texts(
+            self.checkpoint,
+            [self.frame.fill(*pair) for pair in zip(prompts, responses, strict=True)],
+        )
         reasons = [
             "empty"
             if is_empty(response)
@@ -153,7 +167,9 @@ class RewardJudge:
         rated = [i for i, reason in enumerate(reasons) if not reason]
         for batch in batches([ids[i] for i in rated], self.batch_size):
             chosen = [rated[b] for b in batch]
-            for i, values in zip(chosen, self._rate([ids[i] for i in chosen]).tolist(), strict=True):
+            for i, values in zip(
+                chosen, self._rate([ids[i] for i in chosen]).tolist(), strict=True
+            ):
                 if all(map(math.isfinite, values)):
                     ratings[i] = Rewards(**dict(zip(ATTRIBUTES, values, strict=True)), judge=name)
                 else:
@@ -168,7 +184,9 @@ class RewardJudge:
         ids, mask = left_padded(self.checkpoint, rows)
         with torch.inference_mode():
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            hidden = model.base_model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+            )
             outputs = model.score(hidden.last_hidden_state[:, -1]).float()
         factor, offset = self.scale
         return outputs[:, list(self.columns)].cpu() * factor + offset
@@ -181,7 +199,11 @@ def _columns(name: str, outputs: Sequence[str]) -> tuple[int, ...]:
             f"{name!r} has {len(outputs)} output(s), the five attributes ({', '.join(ATTRIBUTES)}) need one each; "
             "give a multi-attribute reward model."
         )
-    found = [(match[1].lower(), i) for i, output in enumerate(outputs) if (match := _NAMED.fullmatch(output.strip()))]
+    found = [
+        (match[1].lower(), i)
+        for i, output in enumerate(outputs)
+        if (match := _NAMED.fullmatch(output.strip()))
+    ]
     names = [attribute for attribute, _ in found]
     if sorted(names) != sorted(ATTRIBUTES):
         raise ValueError(

@@ -44,7 +44,9 @@ class Rubric:
 
     def __post_init__(self) -> None:
         if wrong := {label for label, _ in self.answers.values()} - set(LABELS):
-            raise ValueError(f"unknown labels {sorted(wrong)} in rubric {self.name!r}; labels: {', '.join(LABELS)}.")
+            raise ValueError(
+                f"unknown labels {sorted(wrong)} in rubric {self.name!r}; labels: {', '.join(LABELS)}."
+            )
 
     def read(self, text: str) -> tuple[str, str] | None:
         """The judge's word and its reason, or None if the text is not one JSON object with one listed word as its verdict."""
@@ -73,9 +75,13 @@ def load_rubrics() -> dict[str, Rubric]:
     content = yaml.safe_load(data_path(_RUBRICS_FILE).read_text(encoding="utf-8"))
     rubrics = {}
     for name, row in content["rubrics"].items():
-        words = "\n".join(f'"{word}": {meaning}' for word, (_, _, meaning) in row["answers"].items())
+        words = "\n".join(
+            f'"{word}": {meaning}' for word, (_, _, meaning) in row["answers"].items()
+        )
         instructions = "\n".join([content["frame"], row["criteria"], content["reply"] + words])
-        answers = {word: (label, float(score)) for word, (label, score, _) in row["answers"].items()}
+        answers = {
+            word: (label, float(score)) for word, (label, score, _) in row["answers"].items()
+        }
         rubrics[name] = Rubric(name, row["asks"], instructions, answers)
     return rubrics
 

@@ -281,7 +281,10 @@ def load_encoder(name: str | None = None, device: str = "cpu") -> SentenceTransf
 
 
 def relevance(
-    prompts: Sequence[str], responses: Sequence[str], encoder: SentenceTransformer | None = None, batch_size: int = 64
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    encoder: SentenceTransformer | None = None,
+    batch_size: int = 64,
 ) -> list[float | None]:
     """Cosine of the sentence embeddings of each prompt and its answer: is the answer about what was asked?
 
@@ -303,18 +306,32 @@ def relevance(
         OSError: If no encoder is given and none can be reached.
     """
     _check_pairs("prompts", prompts, "responses", responses)
-    scored = [bool(prompt.strip() and response.strip()) for prompt, response in zip(prompts, responses, strict=True)]
-    pairs = [pair for pair, ok in zip(zip(prompts, responses, strict=True), scored, strict=True) if ok]
+    scored = [
+        bool(prompt.strip() and response.strip())
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    pairs = [
+        pair for pair, ok in zip(zip(prompts, responses, strict=True), scored, strict=True) if ok
+    ]
     if not pairs:
         return [None] * len(prompts)
-    rows = {text: row for row, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
+    rows = {
+        text: row for row, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))
+    }
     # A lone surrogate is a str but not UTF-8, and the tokenizer takes UTF-8 only.
     texts = [text.encode("utf-8", "replace").decode("utf-8") for text in rows]
     embeddings = (load_encoder() if encoder is None else encoder).encode(
-        texts, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+        texts,
+        batch_size=batch_size,
+        normalize_embeddings=True,
+        convert_to_numpy=True,
+        show_progress_bar=False,
     )
     cosines = iter(
-        [max(-1.0, min(1.0, float(embeddings[rows[prompt]] @ embeddings[rows[answer]]))) for prompt, answer in pairs]
+        [
+            max(-1.0, min(1.0, float(embeddings[rows[prompt]] @ embeddings[rows[answer]])))
+            for prompt, answer in pairs
+        ]
     )
     return [next(cosines) if ok else None for ok in scored]
 
@@ -335,11 +352,17 @@ def perplexity_from_log_probs(log_probs: Tensor | Sequence[float]) -> float | No
 
     values = torch.as_tensor(log_probs).detach().to("cpu", torch.float64)  # bf16 sums lose counts
     if values.ndim != 1:
-        raise ValueError(f"log_probs must be one row, got shape {tuple(values.shape)}; score one answer at a time.")
+        raise ValueError(
+            f"log_probs must be one row, got shape {tuple(values.shape)}; score one answer at a time."
+        )
     if not values.numel():
         return None
-    if not bool((values <= 1e-3).all()):  # a little above 0 is rounding; a NaN fails the comparison too
-        raise ValueError("log_probs must be log-probabilities, at most 0; got a larger value or NaN (losses? logits?).")
+    if not bool(
+        (values <= 1e-3).all()
+    ):  # a little above 0 is rounding; a NaN fails the comparison too
+        raise ValueError(
+            "log_probs must be log-probabilities, at most 0; got a larger value or NaN (losses? logits?)."
+        )
     return max(1.0, float(torch.exp(-values.mean())))
 
 
@@ -392,13 +415,21 @@ def _stuck(text: str) -> str:
 def _packaged_encoder() -> Path | None:
     """Folder of the encoder inside its package, found without importing the package."""
     spec = find_spec(ENCODER_PACKAGE)
-    folders = [Path(root) / "model" for root in (spec.submodule_search_locations or [])] if spec else []
+    folders = (
+        [Path(root) / "model" for root in (spec.submodule_search_locations or [])] if spec else []
+    )
     return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
 
 
-def _check_pairs(first_name: str, first: Sequence[Any], second_name: str, second: Sequence[Any]) -> None:
+def _check_pairs(
+    first_name: str, first: Sequence[Any], second_name: str, second: Sequence[Any]
+) -> None:
     for name, texts in ((first_name, first), (second_name, second)):
         if isinstance(texts, str):
-            raise TypeError(f"{name} must be a list of texts, got one string; write [{name.rstrip('s')}].")
+            raise TypeError(
+                f"{name} must be a list of texts, got one string; write [{name.rstrip('s')}]."
+            )
     if len(first) != len(second):
-        raise ValueError(f"{first_name} and {second_name} must pair up, got {len(first)} and {len(second)}.")
+        raise ValueError(
+            f"{first_name} and {second_name} must pair up, got {len(first)} and {len(second)}."
+        )

@@ -57,7 +57,9 @@ def read_labelled(path: PathLike) -> LabelledAnswers:
     truth: dict[str, tuple[bool | None, ...]] = {}
     for measure in MEASURES:
         if measure in rows[0]:
-            truth[measure] = tuple(_yes_or_no(row.get(measure), path, i) for i, row in enumerate(rows, start=1))
+            truth[measure] = tuple(
+                _yes_or_no(row.get(measure), path, i) for i, row in enumerate(rows, start=1)
+            )
         elif "label" in rows[0]:
             labels = [str(row.get("label") or "").strip().lower() for row in rows]
             if measure in labels:
@@ -66,7 +68,9 @@ def read_labelled(path: PathLike) -> LabelledAnswers:
         raise ValueError(
             f"{path} has no labels: it needs a column refusal, unsafe or label; columns: {', '.join(rows[0])}."
         )
-    prompts, responses = (tuple(str(row.get(name) or "") for row in rows) for name in ("prompt", "response"))
+    prompts, responses = (
+        tuple(str(row.get(name) or "") for row in rows) for name in ("prompt", "response")
+    )
     return LabelledAnswers(prompts, responses, truth)
 
 
@@ -131,7 +135,9 @@ def lines(found: Mapping[str, Agreement]) -> list[str]:
     ]
 
 
-def known_answers(answers: LabelledAnswers, measure: str) -> tuple[list[str], list[str], list[bool]]:
+def known_answers(
+    answers: LabelledAnswers, measure: str
+) -> tuple[list[str], list[str], list[bool]]:
     """Prompts, responses and truth of the answers that are labelled for a measure.
 
     Raises:
@@ -141,7 +147,9 @@ def known_answers(answers: LabelledAnswers, measure: str) -> tuple[list[str], li
         raise ValueError(f"no labels of {measure!r}; labelled: {', '.join(answers.truth)}.")
     rows = [
         (prompt, response, label)
-        for prompt, response, label in zip(answers.prompts, answers.responses, answers.truth[measure], strict=True)
+        for prompt, response, label in zip(
+            answers.prompts, answers.responses, answers.truth[measure], strict=True
+        )
         if label is not None
     ]
     return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
@@ -162,5 +170,7 @@ def _yes_or_no(value: Any, path: PathLike, row: int) -> bool | None:
     if text in ("", "nan", "none"):
         return None
     if text not in _YES + _NO:
-        raise ValueError(f"{path}, row {row}: a label is yes or no (true, false, 1, 0), got {str(value)[:40]!r}.")
+        raise ValueError(
+            f"{path}, row {row}: a label is yes or no (true, false, 1, 0), got {str(value)[:40]!r}."
+        )
     return text in _YES

@@ -1,1 +1,5 @@
-"""models."""
+"""Hooked models: load one, name its activations, run it fast, and cache what it computes."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

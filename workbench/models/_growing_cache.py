@@ -26,7 +26,9 @@ class _GrowingLayer(DynamicLayer):
         self.__dict__.update(layer.__dict__)
         self.buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **keywords: Any
+    ) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled():  # gradients need what was there before
             return super().update(key_states, value_states, *args, **keywords)
         filled: tuple[Any, Any] = self.keys, self.values

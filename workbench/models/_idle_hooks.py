@@ -48,7 +48,9 @@ class _OuterHooks(nn.Module):
         super().__init__()
         self.__dict__["component"] = component  # not as a submodule: it is in the model already
         # torch's own hooks on the component fire here in its stead.
-        self.__dict__.update({name: own for name, own in component.__dict__.items() if "_hooks" in name})
+        self.__dict__.update(
+            {name: own for name, own in component.__dict__.items() if "_hooks" in name}
+        )
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
         own = self.component
@@ -60,7 +62,9 @@ class _OuterHooks(nn.Module):
         return (own.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else own.hook_out(out)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["component"].original_component, name)  # what a caller asks a Hugging Face module
+        return getattr(
+            self.__dict__["component"].original_component, name
+        )  # what a caller asks a Hugging Face module
 
 
 _OPTIONAL = ("use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "use_attn_result")
@@ -104,7 +108,9 @@ def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
     lightest = [slot.lightest() for slot in slots]
     kept = {id(own) for slot, own in zip(slots, lightest, strict=True) if own is slot.component}
     if kept:  # a component with hooks inside may look into those it holds
-        lightest = [s.component if s.within & kept else own for s, own in zip(slots, lightest, strict=True)]
+        lightest = [
+            s.component if s.within & kept else own for s, own in zip(slots, lightest, strict=True)
+        ]
     config = model.original_model.config
     fused = _takes_fused_attention(model.original_model) and not any(map(_is_attention, lightest))
     before = config._attn_implementation
@@ -130,7 +136,10 @@ def block_slots(model: HookedModel) -> list[_Slot]:
 def blocks_are_idle(model: HookedModel, n: int) -> bool:
     """Whether no hook is set in the first ``n`` blocks."""
     modules = [module for slot in block_slots(model)[:n] for module in slot.component.modules()]
-    used = any(_is_used(m) if hasattr(m, "fwd_hooks") else _is_component(m) and _is_watched(m) for m in modules)
+    used = any(
+        _is_used(m) if hasattr(m, "fwd_hooks") else _is_component(m) and _is_watched(m)
+        for m in modules
+    )
     return not used and not _computes_its_own_way(model)
 
 
@@ -148,7 +157,11 @@ def _slots(model: HookedModel) -> list[_Slot]:
     places: dict[tuple[int, str], str] = {}
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
-        if id(module) not in in_blocks or not _is_component(module) or module.original_component is None:
+        if (
+            id(module) not in in_blocks
+            or not _is_component(module)
+            or module.original_component is None
+        ):
             continue
         if not _is_component(modules[parent]):
             places.setdefault((id(modules[parent]), name), path)
@@ -159,9 +172,17 @@ def _slots(model: HookedModel) -> list[_Slot]:
         component = modules[path]
         # What stands in a slot of its own fires its hooks there. Inside attention that is so for the projections alone: the Hugging Face
         # module norms queries and keys in another layout.
-        apart = [m for m in standing if m is not component and (_is_projection(m) or not _is_attention(component))]
+        apart = [
+            m
+            for m in standing
+            if m is not component and (_is_projection(m) or not _is_attention(component))
+        ]
         # What turns positions into angles has no weights, and hook points other than its input and output.
-        ends = (component.hook_in, component.hook_out) if next(component.parameters(), None) is not None else ()
+        ends = (
+            (component.hook_in, component.hook_out)
+            if next(component.parameters(), None) is not None
+            else ()
+        )
         points = _hook_points(component, {id(m) for m in apart})
         inner = tuple(point for point in points if not any(point is end for end in ends))
         holders = path.split(".")[:-1]
@@ -171,7 +192,9 @@ def _slots(model: HookedModel) -> list[_Slot]:
             if _is_component(modules[".".join(holders[:n])])
         )
         outer, siblings = _OuterHooks(component), modules[parent]._modules
-        slots.append(_Slot(siblings, name, component, outer, ends, inner, within, id(component) in blocks))
+        slots.append(
+            _Slot(siblings, name, component, outer, ends, inner, within, id(component) in blocks)
+        )
     return slots
 
 
@@ -187,7 +210,11 @@ def _hook_points(module: nn.Module, apart: set[int]) -> Iterator[Any]:
 
 
 def _is_component(module: Any) -> bool:
-    return hasattr(module, "hook_in") and hasattr(module, "hook_out") and "_original_component" in module._modules
+    return (
+        hasattr(module, "hook_in")
+        and hasattr(module, "hook_out")
+        and "_original_component" in module._modules
+    )
 
 
 def _is_attention(module: Any) -> bool:
@@ -203,15 +230,21 @@ def _is_projection(component: Any) -> bool:
 def _is_watched(component: Any) -> bool:
     """Whether anyone but TransformerLens has put a torch hook on a component."""
     hooks = [*component._forward_hooks.values(), *component._forward_pre_hooks.values()]
-    return any(not str(getattr(hook, "__module__", "")).startswith("transformer_lens.") for hook in hooks)
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformer_lens.") for hook in hooks
+    )
 
 
 def _is_used(point: Any) -> bool:
-    return bool(point.fwd_hooks or point.bwd_hooks or point._forward_hooks or point._forward_pre_hooks)
+    return bool(
+        point.fwd_hooks or point.bwd_hooks or point._forward_hooks or point._forward_pre_hooks
+    )
 
 
 def _computes_its_own_way(model: HookedModel) -> bool:
-    return getattr(model, "compatibility_mode", False) or any(getattr(model.cfg, flag, False) for flag in _OPTIONAL)
+    return getattr(model, "compatibility_mode", False) or any(
+        getattr(model.cfg, flag, False) for flag in _OPTIONAL
+    )
 
 
 def _takes_fused_attention(hf_model: Any) -> bool:

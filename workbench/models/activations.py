@@ -11,8 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.files.store import PathLike, file_checksum, key_of, read_json, read_tensors, write_json, write_tensors
-from workbench.models.forward import has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
+from workbench.files.store import (
+    PathLike,
+    file_checksum,
+    key_of,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from workbench.models.forward import (
+    has_key_value_cache,
+    prefix_cache,
+    reading,
+    rows_of_cache,
+    shared_prefix_length,
+)
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import SPANS, Encoded, encode, pad, pad_id, span_mask, template_text
@@ -57,7 +71,10 @@ class ActivationSet:
         return len(self.prompts)
 
     def select(
-        self, *, category: str | Iterable[str] | None = None, label: str | Iterable[str] | None = None
+        self,
+        *,
+        category: str | Iterable[str] | None = None,
+        label: str | Iterable[str] | None = None,
     ) -> ActivationSet:
         """The rows of prompts of a category and a label, in order.
 
@@ -75,11 +92,19 @@ class ActivationSet:
         row = {prompt.id: i for i, prompt in enumerate(self.prompts)}
         for prompt in prompts:
             if prompt.id not in row:
-                raise ValueError(f"no activations of prompt {prompt.id!r} at {self.site}; cache it first.")
+                raise ValueError(
+                    f"no activations of prompt {prompt.id!r} at {self.site}; cache it first."
+                )
             ran = self.prompts[row[prompt.id]]
-            if ran.text != prompt.text or (self.span == "response" and ran.response != prompt.response):
-                raise ValueError(f"prompt {prompt.id!r} was run at {self.site} with another text; cache it again.")
-        return replace(self, values=self.values[[row[prompt.id] for prompt in prompts]], prompts=tuple(prompts))
+            if ran.text != prompt.text or (
+                self.span == "response" and ran.response != prompt.response
+            ):
+                raise ValueError(
+                    f"prompt {prompt.id!r} was run at {self.site} with another text; cache it again."
+                )
+        return replace(
+            self, values=self.values[[row[prompt.id] for prompt in prompts]], prompts=tuple(prompts)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +179,9 @@ def cache_activations(
             "model": info.to_dict(),
             "template": template_text(model, system_prompt),
             "prompts": prompts_key(prompts),
-            "tokens": key_of([[row.ids, row.span(span)] for row in encoded]),  # tells tokenizers of one model apart
+            "tokens": key_of(
+                [[row.ids, row.span(span)] for row in encoded]
+            ),  # tells tokenizers of one model apart
             "span": span,
             "sites": [str(site) for site in sites],
             "shard": SHARD,
@@ -167,7 +194,9 @@ def cache_activations(
         values = _read_shard(folder, manifest, number) if folder is not None else None
         if values is None:
             columns: dict[Site, list[Tensor]] = {site: [] for site in sites}
-            for _, pooled in pooled_batches(model, [encoded[i] for i in shard], sites, span, batch_size, max_tokens):
+            for _, pooled in pooled_batches(
+                model, [encoded[i] for i in shard], sites, span, batch_size, max_tokens
+            ):
                 for site in sites:
                     columns[site].append(pooled[site].cpu())
                 bar.update(len(pooled[sites[0]]))
@@ -214,7 +243,9 @@ def class_moments(
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
     bar = _progress_bar(len(prompts), "moments", progress)
     for rows, pooled in pooled_batches(model, encoded, sites, span, batch_size, max_tokens):
-        label = torch.tensor([classes.index((row.prompt.category, row.prompt.label)) for row in rows])
+        label = torch.tensor(
+            [classes.index((row.prompt.category, row.prompt.label)) for row in rows]
+        )
         member = torch.nn.functional.one_hot(label, len(classes)).double()
         added = member.sum(dim=0)
         total = (n + added).clamp(min=1)
@@ -232,7 +263,9 @@ def class_moments(
         bar.update(len(rows))
     bar.close()
     return {
-        site: ClassMoments(site, classes, n, mean[site], squares[site] / (n - 1).clamp(min=1)[:, None], span, info)
+        site: ClassMoments(
+            site, classes, n, mean[site], squares[site] / (n - 1).clamp(min=1)[:, None], span, info
+        )
         for site in sites
     }
 
@@ -242,30 +275,47 @@ def token_activations(
 ) -> tuple[Encoded, Float[Tensor, "pos d"]]:
     """Activations of one prompt token by token, for views: the tokens and one row each (with the response, if the prompt has one)."""
     check_sites(model, [site])
-    row = encode(model, [prompt], with_response=bool(prompt.response), system_prompt=system_prompt)[0]
+    row = encode(model, [prompt], with_response=bool(prompt.response), system_prompt=system_prompt)[
+        0
+    ]
     batch = pad([row], pad_id=pad_id(model), side="right", device=_device(model))
     kept: list[Tensor] = []
     with (
         torch.no_grad(),
-        reading(model, [(site.hook_name, lambda a: kept.append(a.flatten(2)[0].float().cpu()))]) as run,
+        reading(
+            model, [(site.hook_name, lambda a: kept.append(a.flatten(2)[0].float().cpu()))]
+        ) as run,
     ):
         run(batch.tokens, batch.mask)
     return row, kept[0].clone()
 
 
 def pooled_batches(
-    model: HookedModel, encoded: Sequence[Encoded], sites: Sequence[Site], span: str, batch_size: int, max_tokens: int
+    model: HookedModel,
+    encoded: Sequence[Encoded],
+    sites: Sequence[Site],
+    span: str,
+    batch_size: int,
+    max_tokens: int,
 ) -> Iterator[tuple[Sequence[Encoded], dict[Site, Float[Tensor, "batch d"]]]]:
     """Forward passes over rows in their order, each giving the span means of its rows at every site.
 
     What comes after a row's span is not run: no earlier token sees it.
     """
     if batch_size < 1 or max_tokens < 1:
-        raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}.")
+        raise ValueError(
+            f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}."
+        )
     device = _device(model)
     encoded = [dataclasses.replace(row, ids=row.ids[: row.span(span)[1]]) for row in encoded]
-    n_prefix = shared_prefix_length(encoded, keep=lambda row: row.span(span)[0]) if has_key_value_cache(model) else 0
-    weights: Tensor  # share of each token in its row's mean; set for each batch before the hooks read it
+    n_prefix = (
+        shared_prefix_length(encoded, keep=lambda row: row.span(span)[0])
+        if has_key_value_cache(model)
+        else 0
+    )
+    weights: (
+        Tensor  # share of each token in its row's mean; set for each batch before the hooks read it
+    )
     columns: slice
     pooled: dict[Site, Tensor] = {}
 
@@ -296,7 +346,11 @@ def pooled_batches(
 
 
 def _prepare(
-    model: HookedModel, prompts: Sequence[Prompt], sites: Sequence[Site], span: str, system_prompt: str | None
+    model: HookedModel,
+    prompts: Sequence[Prompt],
+    sites: Sequence[Site],
+    span: str,
+    system_prompt: str | None,
 ) -> tuple[list[Encoded], ModelInfo]:
     if not prompts or not sites:
         raise ValueError("nothing to run: give at least one prompt and one site.")
@@ -313,7 +367,9 @@ def _prepare(
     return encoded, model_info(model)
 
 
-def _batches(encoded: Sequence[Encoded], batch_size: int, max_tokens: int) -> Iterator[list[Encoded]]:
+def _batches(
+    encoded: Sequence[Encoded], batch_size: int, max_tokens: int
+) -> Iterator[list[Encoded]]:
     """Consecutive rows, at most batch_size and at most max_tokens with padding (a longer single row goes alone)."""
     rows: list[Encoded] = []
     width = 0
@@ -340,7 +396,8 @@ def _open_store(store: Path, what: dict[str, Any], ids: list[str]) -> tuple[Path
         except (ValueError, KeyError, TypeError):
             pass
         warnings.warn(
-            f"{path.name} of the activations in {folder.name} is damaged; computing them again.", stacklevel=3
+            f"{path.name} of the activations in {folder.name} is damaged; computing them again.",
+            stacklevel=3,
         )
     manifest = {"what": what, "ids": ids, "shards": {}}
     write_json(path, manifest)
@@ -354,14 +411,20 @@ def _read_shard(folder: Path, manifest: dict[str, Any], number: int) -> dict[str
     if checksum is None:
         return None
     if not path.is_file() or file_checksum(path) != checksum:
-        warnings.warn(f"activation shard {path.name} is missing or damaged; computing it again.", stacklevel=3)
+        warnings.warn(
+            f"activation shard {path.name} is missing or damaged; computing it again.", stacklevel=3
+        )
         return None
     return read_tensors(path)[0]
 
 
-def _write_shard(folder: Path, manifest: dict[str, Any], number: int, values: dict[str, Tensor]) -> None:
+def _write_shard(
+    folder: Path, manifest: dict[str, Any], number: int, values: dict[str, Tensor]
+) -> None:
     path = folder / f"shard-{number:05d}.safetensors"
-    manifest["shards"][str(number)] = write_tensors(path, values, {"shard": number, **manifest["what"]})
+    manifest["shards"][str(number)] = write_tensors(
+        path, values, {"shard": number, **manifest["what"]}
+    )
     write_json(folder / "manifest.json", manifest)
 
 

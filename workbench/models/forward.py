@@ -79,7 +79,9 @@ def last_logits(
     # ones: to find out whether it needs any, TransformerLens waits for the device at every step.
     keywords: dict[str, Any] = {"attention_mask": mask.long(), "logits_to_keep": n}
     if getattr(model, "_accepts_derived_position_ids", bool)():
-        keywords["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - tokens.shape[1] :]
+        keywords["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[
+            :, mask.shape[1] - tokens.shape[1] :
+        ]
     if cache is not None:
         keywords["past_key_values"] = cache
         if use_cache:
@@ -87,7 +89,12 @@ def last_logits(
 
             grow_in_place(cache)
     with fast(model):
-        return model(tokens, return_type="logits_and_cache", use_cache=use_cache or cache is not None, **keywords)
+        return model(
+            tokens,
+            return_type="logits_and_cache",
+            use_cache=use_cache or cache is not None,
+            **keywords,
+        )
 
 
 def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], int]) -> int:
@@ -99,8 +106,14 @@ def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], i
     """
     if not (_fast.get() and _share_prefix.get()):
         return 0
-    first, last = min(row.ids for row in encoded), max(row.ids for row in encoded)  # all others lie between these
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    first, last = (
+        min(row.ids for row in encoded),
+        max(row.ids for row in encoded),
+    )  # all others lie between these
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
     return max(0, min(shared, *(keep(row) for row in encoded)))
 
 
@@ -117,7 +130,11 @@ def allows_padding_behind(cache: KeyValueCache, columns: int) -> bool:
 
     Sliding-window layers (Gemma, Mistral) count columns, padding too: in longer rows they would lose sight of the prefix too early.
     """
-    return all(layer.sliding_window >= columns for layer in cache.layers if getattr(layer, "is_sliding", False))
+    return all(
+        layer.sliding_window >= columns
+        for layer in cache.layers
+        if getattr(layer, "is_sliding", False)
+    )
 
 
 def rows_of_cache(cache: KeyValueCache, rows: Int[Tensor, " batch"]) -> KeyValueCache:
@@ -190,7 +207,11 @@ def reading(
         except _Stop:
             return
         missing = ", ".join(readers[place][0] for place in sorted(waiting))
-        raise RuntimeError(f"hook points never fired: {missing}; this architecture does not compute them.")
+        raise RuntimeError(
+            f"hook points never fired: {missing}; this architecture does not compute them."
+        )
 
-    with model.hooks(fwd_hooks=[(name, hook_of(place, read)) for place, (name, read) in enumerate(readers)]):
+    with model.hooks(
+        fwd_hooks=[(name, hook_of(place, read)) for place, (name, read) in enumerate(readers)]
+    ):
         yield run

@@ -105,18 +105,27 @@ def load_model(
     if name_or_path is None:  # the packaged copy has no revisions: who asks for one wants the hub's
         from_hub = revision is not None or on_hub_or_cached(DEFAULT_MODEL, None)
         name_or_path = DEFAULT_MODEL if from_hub else EMBEDDED
-    is_local = name_or_path == EMBEDDED or str(name_or_path).endswith(".gguf") or Path(name_or_path).is_dir()
+    is_local = (
+        name_or_path == EMBEDDED
+        or str(name_or_path).endswith(".gguf")
+        or Path(name_or_path).is_dir()
+    )
     if revision is not None and is_local:
         raise ValueError(
             f"revision {revision!r} of a model that is not on the hub ({str(name_or_path)!r}); leave it out."
         )
     if name_or_path == EMBEDDED:
-        folder, name = _converted_folder(_embedded_file()), "SmolLM2-135M-Instruct (Q4_1, dequantised)"
+        folder, name = (
+            _converted_folder(_embedded_file()),
+            "SmolLM2-135M-Instruct (Q4_1, dequantised)",
+        )
         hf_model, tokenizer = _read_checkpoint(folder, torch_dtype, None)
     elif str(name_or_path).endswith(".gguf"):
         path = Path(name_or_path)
         if not path.is_file():
-            raise ValueError(f"no model file {str(path)!r}; give a .gguf file, a folder, or a hub name.")
+            raise ValueError(
+                f"no model file {str(path)!r}; give a .gguf file, a folder, or a hub name."
+            )
         folder, name = _converted_folder(path), path.name
         hf_model, tokenizer = _read_checkpoint(folder, torch_dtype, None)
     elif Path(name_or_path).is_dir():
@@ -152,7 +161,9 @@ def hooked(
     hf_model = hf_model.to(device).eval()  # type: ignore[arg-type]
     hf_model.requires_grad_(False)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # every batch carries its attention mask, so any id will do
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+        )  # every batch carries its attention mask, so any id will do
     # The weights and the tokenizer are already here; the name is spelt so that it is none of TransformerLens's old aliases.
     model = TransformerBridge.boot_transformers(
         f"./{name}", hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=hf_model.dtype
@@ -197,10 +208,16 @@ def _fingerprint(model: HookedModel) -> str:
         return known[1]
     digest = hashlib.sha256(template.encode())
     for name, tensor in parameters:
-        bits = tensor.detach().contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16).flatten()
+        bits = (
+            tensor.detach()
+            .contiguous()
+            .view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+            .flatten()
+        )
         sample = bits[:: max(1, bits.numel() // 256)].cpu().numpy().tobytes()
         digest.update(
-            f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{int(bits.sum(dtype=torch.int64))}|".encode() + sample
+            f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{int(bits.sum(dtype=torch.int64))}|".encode()
+            + sample
         )
     _FINGERPRINTS[model] = (state, digest.hexdigest()[:16])
     return digest.hexdigest()[:16]
@@ -209,19 +226,29 @@ def _fingerprint(model: HookedModel) -> str:
 def _weights(model: HookedModel) -> list[tuple[str, torch.Tensor]]:
     """The model's distinct weights, under their Hugging Face names where it has them."""
     source: Any = getattr(model, "original_model", model)
-    return sorted((name.replace("._original_component", ""), p) for name, p in source.named_parameters())
+    return sorted(
+        (name.replace("._original_component", ""), p) for name, p in source.named_parameters()
+    )
 
 
 def _parse_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, if it can be used here; a GPU if there is one, else the CPU, if none was."""
     if device is None:
-        gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        gpu = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
         return torch.device(gpu)
     try:
         parsed = torch.device(device)
         torch.empty(1, device=parsed)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used here; devices: cpu, cuda, cuda:0 ..., mps.") from error
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here; devices: cpu, cuda, cuda:0 ..., mps."
+        ) from error
     return parsed
 
 
@@ -275,7 +302,11 @@ def on_hub_or_cached(name: str, revision: str | None, *, explain: bool = False) 
     With ``explain``, a no is raised as a ValueError that says which of the two it was.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     where = "give a hub name, a local folder, a .gguf file, or nothing for the embedded model"
     try:
@@ -285,7 +316,9 @@ def on_hub_or_cached(name: str, revision: str | None, *, explain: bool = False) 
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         if explain:
             at = f" at revision {revision!r}" if revision else ""
-            raise ValueError(f"no model {name!r}{at}: no such folder here and none on the hub; {where}.") from error
+            raise ValueError(
+                f"no model {name!r}{at}: no such folder here and none on the hub; {where}."
+            ) from error
         return False
     except Exception as error:  # every network library has its own family of connection errors
         if explain:
@@ -345,7 +378,9 @@ def _converted_folder(gguf_file: Path) -> Path:
         try:
             part.rename(folder)
         except OSError:
-            if not (folder / "complete").is_file():  # else another process was first, with the same content
+            if not (
+                folder / "complete"
+            ).is_file():  # else another process was first, with the same content
                 raise
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         first_line = (str(error).strip() or type(error).__name__).split("\n")[0]

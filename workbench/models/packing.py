@@ -93,7 +93,9 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     nan = float("nan")
     if choice == "off":
         return Packing(False, nan, "switched off")
-    linears = [m for m in linears if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
+    linears = [
+        m for m in linears if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32
+    ]
     if not linears:
         return Packing(False, nan, "only float32 layers on the processor can be packed")
     if choice == "auto" and sum(m.weight.numel() for m in linears) < LEAST_WEIGHTS:
@@ -122,7 +124,9 @@ def is_packed(module: nn.Module) -> bool:
 def unpacked(module: nn.Module) -> Iterator[None]:
     """The plain products inside the block."""
     kept = [
-        (m, m.__dict__.pop("forward")) for m in module.modules() if "forward" in m.__dict__ and hasattr(m, "weight")
+        (m, m.__dict__.pop("forward"))
+        for m in module.modules()
+        if "forward" in m.__dict__ and hasattr(m, "weight")
     ]
     try:
         yield
@@ -147,7 +151,13 @@ def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         own = linear.weight
         changed = own is not weight or (own.data_ptr(), own._version) != state
         wants_gradient = torch.is_grad_enabled() and (x.requires_grad or own.requires_grad)
-        if changed or wants_gradient or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
+        if (
+            changed
+            or wants_gradient
+            or x.dtype != torch.float32
+            or x.device.type != "cpu"
+            or x.numel() == 0
+        ):
             return torch.nn.functional.linear(x, own, linear.bias)
         return _product(x, packed, bias)
 
@@ -183,7 +193,9 @@ def _known_gain(shapes: list[tuple[int, ...]], pairs: dict[int, list[Pair]]) -> 
         return float(read_json(path)["gain"])
     except (OSError, ValueError, KeyError, TypeError):
         gain = _gain(pairs)
-    with suppress(OSError):  # a cache folder that cannot be written to costs a measurement each time, nothing else
+    with suppress(
+        OSError
+    ):  # a cache folder that cannot be written to costs a measurement each time, nothing else
         write_json(path, {"gain": gain, "what": what})
     return gain
 
@@ -193,7 +205,9 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+    )
 
 
 def _gain(pairs: dict[int, list[Pair]]) -> float:
@@ -208,6 +222,8 @@ def _gain(pairs: dict[int, list[Pair]]) -> float:
     gains = []
     with torch.no_grad():
         for own in pairs.values():
-            ratios = [seconds(p for p, _ in own) / seconds(q for _, q in own) for _ in range(ROUNDS + 1)]
+            ratios = [
+                seconds(p for p, _ in own) / seconds(q for _, q in own) for _ in range(ROUNDS + 1)
+            ]
             gains.append(statistics.median(ratios[1:]))
     return statistics.geometric_mean(gains)

@@ -43,7 +43,12 @@ class Below:
         first, *others = self.output if isinstance(self.output, tuple) else (self.output,)
         own = first[self.place]
         output = (own, *others) if isinstance(self.output, tuple) else own
-        with fast(model), _replaced({s: _Known(s.siblings[s.name], output) for s in block_slots(model)[: self.layer]}):
+        with (
+            fast(model),
+            _replaced(
+                {s: _Known(s.siblings[s.name], output) for s in block_slots(model)[: self.layer]}
+            ),
+        ):
             yield
         cache.layers[: self.layer] = rows_of_cache(self.cache, self.place).layers[: self.layer]
 

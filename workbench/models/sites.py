@@ -55,7 +55,9 @@ class Site:
             )
         if isinstance(self.layer, bool) or not isinstance(self.layer, Integral) or self.layer < 0:
             raise ValueError(f"layer must be a whole number from 0, got {self.layer!r}.")
-        object.__setattr__(self, "layer", int(self.layer))  # a NumPy integer, as tables hold them, prints otherwise
+        object.__setattr__(
+            self, "layer", int(self.layer)
+        )  # a NumPy integer, as tables hold them, prints otherwise
 
     @property
     def hook_name(self) -> str:
@@ -89,7 +91,9 @@ def sites_of_kind(model: Any, kind: str, layers: Iterable[int] | None = None) ->
     Raises:
         ValueError: If the kind is unknown or the model has no such hook point.
     """
-    sites = [Site(layer, kind) for layer in (range(model.cfg.n_layers) if layers is None else layers)]
+    sites = [
+        Site(layer, kind) for layer in (range(model.cfg.n_layers) if layers is None else layers)
+    ]
     check_sites(model, sites)
     return sites
 
@@ -104,7 +108,9 @@ def check_sites(model: Any, sites: Iterable[Site]) -> None:
     name = str(getattr(model.cfg, "model_name", "the model")).rstrip("/").rsplit("/", 1)[-1]
     for site in sites:
         if site.layer >= n_layers:
-            raise ValueError(f"no hook point for {site!r}: {name!r} has {n_layers} layers (0-{n_layers - 1}).")
+            raise ValueError(
+                f"no hook point for {site!r}: {name!r} has {n_layers} layers (0-{n_layers - 1})."
+            )
         if site.hook_name not in model.hook_dict:
             raise ValueError(
                 f"no hook point for {site!r}: {name!r} does not compute {site.hook_name}; choose another kind."

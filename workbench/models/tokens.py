@@ -54,7 +54,12 @@ class Encoded:
         if span not in SPANS:
             raise ValueError(f"unknown span {span!r}; spans: {', '.join(SPANS)}.")
         n = len(self.ids)
-        start, stop = {"content": self.content, "response": self.response, "last": (n - 1, n), "all": (0, n)}[span]
+        start, stop = {
+            "content": self.content,
+            "response": self.response,
+            "last": (n - 1, n),
+            "all": (0, n),
+        }[span]
         if stop <= start:
             raise ValueError(
                 f"prompt {self.prompt.id!r} has no {span} tokens; choose another span or give it a response."
@@ -106,11 +111,17 @@ def encode(
     encoded = []
     for prompt in prompts:
         if with_response and not prompt.response:
-            raise ValueError(f"prompt {prompt.id!r} has no response; spans and caches of answers need one.")
+            raise ValueError(
+                f"prompt {prompt.id!r} has no response; spans and caches of answers need one."
+            )
         words = prompt.text.strip()  # chat templates trim them too
-        ids, content = _tokenize(tokenizer, before + words + after, len(before), len(before) + len(words))
+        ids, content = _tokenize(
+            tokenizer, before + words + after, len(before), len(before) + len(words)
+        )
         n = len(ids)
-        if with_response:  # on its own, so that the context is token for token the one of generation
+        if (
+            with_response
+        ):  # on its own, so that the context is token for token the one of generation
             ids += tokenizer(prompt.response, add_special_tokens=False).input_ids
         if limit and len(ids) + max_new_tokens > limit:
             raise ValueError(
@@ -121,7 +132,13 @@ def encode(
     return encoded
 
 
-def pad(encoded: Sequence[Encoded], *, pad_id: int, side: PaddingSide, device: torch.device | str = "cpu") -> Batch:
+def pad(
+    encoded: Sequence[Encoded],
+    *,
+    pad_id: int,
+    side: PaddingSide,
+    device: torch.device | str = "cpu",
+) -> Batch:
     """Pad rows to one length.
 
     Args:
@@ -144,14 +161,21 @@ def pad(encoded: Sequence[Encoded], *, pad_id: int, side: PaddingSide, device: t
 
 def span_mask(encoded: Sequence[Encoded], batch: Batch, span: str) -> Bool[Tensor, "batch pos"]:
     """True at the tokens of a span, in the columns of a padded batch."""
-    ranges = torch.tensor([row.span(span) for row in encoded], device=batch.tokens.device) + batch.starts[:, None]
+    ranges = (
+        torch.tensor([row.span(span) for row in encoded], device=batch.tokens.device)
+        + batch.starts[:, None]
+    )
     columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     return (columns >= ranges[:, :1]) & (columns < ranges[:, 1:])
 
 
 def decode(model: HookedModel, ids: Sequence[int]) -> str:
     """Text of token ids, without special tokens."""
-    return str(model.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(
+        model.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+    )
 
 
 def token_strings(model: HookedModel, ids: Sequence[int]) -> list[str]:
@@ -162,7 +186,11 @@ def token_strings(model: HookedModel, ids: Sequence[int]) -> list[str]:
 def pad_id(model: HookedModel) -> int:
     """Token id used for padding (told apart by the mask, so it may be a real token)."""
     tokenizer = model.tokenizer
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+    return int(
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0
+    )
 
 
 def stop_ids(model: HookedModel) -> frozenset[int]:
@@ -223,7 +251,9 @@ def _adds_bos(tokenizer: object) -> bool:
     return bool(ids) and ids[0] == getattr(tokenizer, "bos_token_id", None)
 
 
-def _tokenize(tokenizer: object, text: str, first: int, last: int) -> tuple[list[int], tuple[int, int]]:
+def _tokenize(
+    tokenizer: object, text: str, first: int, last: int
+) -> tuple[list[int], tuple[int, int]]:
     """Token ids of a text that holds its own BOS, and the token range of the characters from ``first`` to ``last``.
 
     A token belongs to the range when it overlaps it: one that joins a template's line end with the first word counts as content.

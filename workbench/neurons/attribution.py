@@ -75,7 +75,9 @@ class Attribution:
     @property
     def error(self) -> float:
         """What the parts miss of the total, as a share of ``absolute``."""
-        missing = abs(self.total - self.embedding - float(self.heads.sum()) - float(self.neurons.sum()))
+        missing = abs(
+            self.total - self.embedding - float(self.heads.sum()) - float(self.neurons.sum())
+        )
         return missing / self.absolute if self.absolute else missing
 
 
@@ -140,11 +142,16 @@ def write_matrix(model: HookedModel, site: Site) -> Float[Tensor, "d d_model"]:
     return matrix.detach() * float(getattr(block, "residual_contribution_scale", 1.0))
 
 
-def write_weights(model: HookedModel, site: Site, directions: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d"]:
+def write_weights(
+    model: HookedModel, site: Site, directions: Float[Tensor, "... d_model"]
+) -> Float[Tensor, "... d"]:
     """How far one unit of each activation at a site moves the residual stream along directions: <W_out[n], u>."""
     if site == _EMBEDDING:
         return directions
-    return directions @ write_matrix(model, site).to(device=directions.device, dtype=directions.dtype).T
+    return (
+        directions
+        @ write_matrix(model, site).to(device=directions.device, dtype=directions.dtype).T
+    )
 
 
 def class_difference(
@@ -152,7 +159,8 @@ def class_difference(
 ) -> dict[Site, Float[Tensor, " d"]]:
     """Mean over unsafe prompts minus mean over reference prompts at each site, float64."""
     return {
-        site: own.of(unsafe).values.double().mean(dim=0) - own.of(reference).values.double().mean(dim=0)
+        site: own.of(unsafe).values.double().mean(dim=0)
+        - own.of(reference).values.double().mean(dim=0)
         for site, own in activations.items()
     }
 
@@ -228,9 +236,14 @@ def _norm_weight(norm: Any, like: Tensor) -> Float[Tensor, " d_model"]:
     with torch.no_grad():
         constant = torch.full((1, 1, like.shape[1]), 1e3, device=like.device, dtype=like.dtype)
         weight = norm(constant)[0, 0]
-        x = torch.linspace(-1, 2, like.shape[1], device=like.device, dtype=like.dtype)[None, None] * 1e3
+        x = (
+            torch.linspace(-1, 2, like.shape[1], device=like.device, dtype=like.dtype)[None, None]
+            * 1e3
+        )
         expected = weight * x[0, 0] / x.square().mean().sqrt()
-        if not torch.allclose(norm(x)[0, 0], expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
+        if not torch.allclose(
+            norm(x)[0, 0], expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())
+        ):
             raise ValueError(
                 "a norm behind a sublayer's output is not an RMS norm; attribution through it is not linear."
             )

@@ -21,7 +21,14 @@ from workbench.models.forward import (
     shared_prefix_length,
 )
 from workbench.models.tokens import Batch, Encoded, encode, pad, pad_id, span_mask
-from workbench.neurons.silencing import Method, Neuron, NeuronReference, by_row, matched_controls, neuron_interventions
+from workbench.neurons.silencing import (
+    Method,
+    Neuron,
+    NeuronReference,
+    by_row,
+    matched_controls,
+    neuron_interventions,
+)
 from workbench.stats.estimates import Estimate, mean, paired_difference, to_floats
 from workbench.stats.selectivity import permutation_p
 from workbench.steering.apply import intervene
@@ -125,7 +132,9 @@ def neuron_effect(
             projections = run.projections(prompts, vectors)
             gaps = np.array([vector.norm for vector in vectors])
             if safe:
-                plain = _Run(model, reference, [()], "clamp", 1.0, batch_size, seed).projections(safe, vectors)
+                plain = _Run(model, reference, [()], "clamp", 1.0, batch_size, seed).projections(
+                    safe, vectors
+                )
                 gaps = plain[0].mean(axis=0) - projections[0].mean(axis=0)
                 if gaps.min() <= 0:
                     site = vectors[int(gaps.argmin())].site
@@ -133,7 +142,9 @@ def neuron_effect(
                         f"held-out safe prompts project no further than the unsafe ones at {site}: no gap to measure."
                     )
             shifts = (projections - projections[:1]) / gaps
-            outcomes |= {f"shift at {vector.site}": shifts[..., i] for i, vector in enumerate(vectors)}
+            outcomes |= {
+                f"shift at {vector.site}": shifts[..., i] for i, vector in enumerate(vectors)
+            }
         if neutral:
             outcomes["kl"] = run.divergences(neutral)
     if scorers:
@@ -143,18 +154,34 @@ def neuron_effect(
         for outcome, values in outcomes.items():
             paired = scorers is not None and outcome in scorers
             estimates = [
-                paired_difference(values[0], values[i], seed=seed) if paired else mean(values[i], seed=seed)
+                paired_difference(values[0], values[i], seed=seed)
+                if paired
+                else mean(values[i], seed=seed)
                 for i in (number, *plan.controls[name])
             ]
-            observed, others = estimates[0].value, tuple(estimate.value for estimate in estimates[1:])
+            observed, others = (
+                estimates[0].value,
+                tuple(estimate.value for estimate in estimates[1:]),
+            )
             known = [value for value in others if not math.isnan(value)]
             p = math.nan
             if known and not math.isnan(observed):
-                p = permutation_p(abs(observed), np.abs(known)) if paired else permutation_p(observed, np.array(known))
+                p = (
+                    permutation_p(abs(observed), np.abs(known))
+                    if paired
+                    else permutation_p(observed, np.array(known))
+                )
             own = values[number] - values[0] if paired else values[number]
             effects.append(
                 NeuronEffect(
-                    name, outcome, method, len(plan.sets[number]), estimates[0], others, p, tuple(own.tolist())
+                    name,
+                    outcome,
+                    method,
+                    len(plan.sets[number]),
+                    estimates[0],
+                    others,
+                    p,
+                    tuple(own.tolist()),
                 )
             )
     return effects
@@ -214,7 +241,15 @@ def rank_curve(
             for name, own in slices.items()
         }
     return neuron_effect(
-        model, prompts, slices, reference, vectors, controls=controls, method=method, safe=safe, seed=seed
+        model,
+        prompts,
+        slices,
+        reference,
+        vectors,
+        controls=controls,
+        method=method,
+        safe=safe,
+        seed=seed,
     )
 
 
@@ -228,7 +263,10 @@ def effects_table(effects: Iterable[NeuronEffect]) -> pd.DataFrame:
             "outcome": effect.outcome,
             "method": effect.method,
             "n_neurons": effect.n_neurons,
-            **{field: getattr(effect.estimate, field) for field in ("value", "low", "high", "n", "n_unscored")},
+            **{
+                field: getattr(effect.estimate, field)
+                for field in ("value", "low", "high", "n", "n_unscored")
+            },
             "control_mean": float(np.mean(effect.controls)) if effect.controls else math.nan,
             "control_max": max(effect.controls, default=math.nan),
             "n_controls": len(effect.controls),
@@ -247,7 +285,11 @@ class _Plan:
     controls: dict[str, list[int]]
 
     @classmethod
-    def of(cls, targets: Mapping[str, Sequence[Neuron]], controls: Mapping[str, Sequence[Sequence[Neuron]]]) -> _Plan:
+    def of(
+        cls,
+        targets: Mapping[str, Sequence[Neuron]],
+        controls: Mapping[str, Sequence[Sequence[Neuron]]],
+    ) -> _Plan:
         sets: list[tuple[Neuron, ...]] = [()]
         plan = cls(sets, {}, {})
         for name, target in targets.items():
@@ -293,7 +335,10 @@ class _Run:
             return hook
 
         device = next(iter(self.model.parameters())).device
-        readers = [(v.site.hook_name, reader(i, v.direction.double().to(device))) for i, v in enumerate(vectors)]
+        readers = [
+            (v.site.hook_name, reader(i, v.direction.double().to(device)))
+            for i, v in enumerate(vectors)
+        ]
         spans = {vector.span for vector in vectors}
         # What comes after the last token that is read cannot change it.
         encoded = [
@@ -301,13 +346,17 @@ class _Run:
             for row in encode(self.model, prompts)
         ]
         out = np.empty((len(self.sets), len(prompts), len(vectors)))
-        for one in self._passes(encoded, lambda row: min(row.content[0], *(row.span(span)[0] for span in spans))):
+        for one in self._passes(
+            encoded, lambda row: min(row.content[0], *(row.span(span)[0] for span in spans))
+        ):
             with intervene(self.model, one.interventions), reading(self.model, readers) as run:
                 run(one.batch.tokens, one.mask, one.cache)
             for place, vector in enumerate(vectors):
                 inside = span_mask(one.rows, one.batch, vector.span)
                 pooled = (read[place] * inside).sum(dim=1) / inside.sum(dim=1)
-                out[one.sets[:, None], one.prompts, place] = pooled.view(len(one.sets), -1).cpu().numpy()
+                out[one.sets[:, None], one.prompts, place] = (
+                    pooled.view(len(one.sets), -1).cpu().numpy()
+                )
         return out
 
     def divergences(self, prompts: Sequence[Prompt]) -> Float[np.ndarray, "set prompt"]:
@@ -317,7 +366,9 @@ class _Run:
         for one in self._passes(encode(self.model, prompts), lambda row: row.content[0]):
             with intervene(self.model, one.interventions):
                 logits, _ = forward(self.model, one.batch.tokens, one.mask, cache=one.cache)
-            log_probs = logits.double().log_softmax(dim=-1).view(len(one.sets), len(one.prompts), -1)
+            log_probs = (
+                logits.double().log_softmax(dim=-1).view(len(one.sets), len(one.prompts), -1)
+            )
             if one.sets[0] == 0:  # the unedited model comes first for each block of prompts
                 plain = log_probs[0]
             out[one.sets[:, None], one.prompts] = (
@@ -332,14 +383,30 @@ class _Run:
         donors = self._donors(len(prompts))
         conditions: dict[str, Any] = {}
         for i in range(len(self.sets)):
-            own = {prompt.id: self._edits(i, donor) for prompt, donor in zip(prompts, donors, strict=True)}
+            own = {
+                prompt.id: self._edits(i, donor)
+                for prompt, donor in zip(prompts, donors, strict=True)
+            }
             conditions[str(i)] = own if self.method == "resample" else own[prompts[0].id]
-        answers = sweep(self.model, prompts, conditions, max_new_tokens=max_new_tokens, batch_size=self.batch_size)
-        questions, texts = [answer.prompt.text for answer in answers], [answer.text for answer in answers]
+        answers = sweep(
+            self.model,
+            prompts,
+            conditions,
+            max_new_tokens=max_new_tokens,
+            batch_size=self.batch_size,
+        )
+        questions, texts = (
+            [answer.prompt.text for answer in answers],
+            [answer.text for answer in answers],
+        )
         scored = {name: to_floats(score(questions, texts), name) for name, score in scorers.items()}
-        return {name: values.reshape(len(self.sets), len(prompts)) for name, values in scored.items()}
+        return {
+            name: values.reshape(len(self.sets), len(prompts)) for name, values in scored.items()
+        }
 
-    def _passes(self, encoded: Sequence[Encoded], keep: Callable[[Encoded], int]) -> Iterator[_Pass]:
+    def _passes(
+        self, encoded: Sequence[Encoded], keep: Callable[[Encoded], int]
+    ) -> Iterator[_Pass]:
         """Blocks of prompts, longest first, each with all sets in blocks; the shared template prefix is computed once, unedited."""
         device = next(iter(self.model.parameters())).device
         n_prefix = shared_prefix_length(encoded, keep) if has_key_value_cache(self.model) else 0
@@ -358,14 +425,21 @@ class _Run:
                 where = columns >= first[:, None]
                 zeros = torch.zeros(len(rows), dtype=torch.long, device=device)
                 cache = rows_of_cache(prefix, zeros) if prefix is not None else None
-                edits = {pair: self._edits(*pair) for pair in {(i, donors[p]) for i in sets for p in prompts}}
+                edits = {
+                    pair: self._edits(*pair)
+                    for pair in {(i, donors[p]) for i in sets for p in prompts}
+                }
                 lists = [edits[i, donors[p]] for i in sets for p in prompts]
-                interventions = by_row(lists, None if bool((where == batch.mask).all()) else where[..., None])
+                interventions = by_row(
+                    lists, None if bool((where == batch.mask).all()) else where[..., None]
+                )
                 mask = torch.cat([batch.mask.new_ones(len(rows), n_prefix), batch.mask], dim=1)
                 yield _Pass(sets, prompts, rows, batch, mask, cache, interventions)
 
     def _edits(self, number: int, donor: int | None) -> list[Intervention]:
-        return neuron_interventions(self.reference, self.sets[number], self.method, factor=self.factor, donor=donor)
+        return neuron_interventions(
+            self.reference, self.sets[number], self.method, factor=self.factor, donor=donor
+        )
 
     def _donors(self, n: int) -> list[int | None]:
         if self.method != "resample":
@@ -387,7 +461,9 @@ def _check(
 ) -> None:
     seen = next((prompt.id for prompt in prompts if prompt.id in reference.prompt_ids), None)
     if seen is not None:
-        raise ValueError(f"prompt {seen!r} is one the reference was measured on: measure effects on held-out prompts.")
+        raise ValueError(
+            f"prompt {seen!r} is one the reference was measured on: measure effects on held-out prompts."
+        )
     strangers = sorted(set(controls) - set(plan.targets))
     if strangers:
         raise ValueError(
@@ -395,9 +471,15 @@ def _check(
         )
     empty = next((name for name, number in plan.targets.items() if not plan.sets[number]), None)
     if empty is not None or not plan.targets:
-        raise ValueError(f"target {empty!r} has no neurons." if plan.targets else "give at least one target.")
-    ends = [v.site.layer + (v.site.kind in ("mlp_out", "resid_post")) for v in vectors]  # layers whose neurons are read
-    beyond = [neuron for neurons in plan.sets for neuron in neurons if ends and neuron[0] >= max(ends)]
+        raise ValueError(
+            f"target {empty!r} has no neurons." if plan.targets else "give at least one target."
+        )
+    ends = [
+        v.site.layer + (v.site.kind in ("mlp_out", "resid_post")) for v in vectors
+    ]  # layers whose neurons are read
+    beyond = [
+        neuron for neurons in plan.sets for neuron in neurons if ends and neuron[0] >= max(ends)
+    ]
     if beyond:
         raise ValueError(
             f"neuron {beyond[0]} comes after {vectors[ends.index(max(ends))].site}, where effects are read: leave it out."

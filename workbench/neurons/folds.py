@@ -10,7 +10,12 @@ import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.models.load import model_info
-from workbench.neurons.attribution import Attribution, class_difference, direct_attribution, writing_sites
+from workbench.neurons.attribution import (
+    Attribution,
+    class_difference,
+    direct_attribution,
+    writing_sites,
+)
 from workbench.neurons.splits import writing_activations
 from workbench.prompts.prompt import Prompt, categories_of
 
@@ -39,7 +44,11 @@ class Sides:
     reference: Int[np.ndarray, " reference"]
     paired: bool
 
-    def labels(self) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"], Int[np.ndarray, " rows"] | None]:
+    def labels(
+        self,
+    ) -> tuple[
+        Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"], Int[np.ndarray, " rows"] | None
+    ]:
         """Rows, which of them are unsafe, and the pair of each (None where there are no pairs)."""
         n, m = len(self.unsafe), len(self.reference)
         pairs = np.concatenate([np.arange(n), np.arange(m)]) if self.paired else None
@@ -80,7 +89,9 @@ def attribute_folds(
 ) -> AttributedFolds:
     """Check two folds and attribute each category's direction; arguments and errors are those of ``neurons.attribute_neurons``."""
     if reference not in get_args(Reference):
-        raise ValueError(f"unknown reference {reference!r}; allowed: {', '.join(get_args(Reference))}.")
+        raise ValueError(
+            f"unknown reference {reference!r}; allowed: {', '.join(get_args(Reference))}."
+        )
     writing_sites(model, site)
     info = model_info(model)
     for name, fold in (("fit", fit), ("held-out", held_out)):
@@ -104,7 +115,11 @@ def attribute_folds(
         raise ValueError(
             f"the folds overlap: prompt {twice[0]!r} is in both ({len(twice)} in all); split them with split_prompts."
         )
-    known = [category for category in categories_of(residual.prompts) if category in categories_of(held.prompts)]
+    known = [
+        category
+        for category in categories_of(residual.prompts)
+        if category in categories_of(held.prompts)
+    ]
     chosen = known if categories is None else list(categories)
     for category in chosen:
         if category not in known:
@@ -126,15 +141,25 @@ def attribute_folds(
     attributions = {}
     for category in chosen:
         first, second = sides[0][category], sides[1][category]
-        u = residual.values[first.unsafe].double().mean(dim=0) - residual.values[first.reference].double().mean(dim=0)
-        unsafe, safe = ([held.prompts[i] for i in side] for side in (second.unsafe, second.reference))
-        attributions[category] = direct_attribution(model, site, u, class_difference(written, unsafe, safe))
+        u = residual.values[first.unsafe].double().mean(dim=0) - residual.values[
+            first.reference
+        ].double().mean(dim=0)
+        unsafe, safe = (
+            [held.prompts[i] for i in side] for side in (second.unsafe, second.reference)
+        )
+        attributions[category] = direct_attribution(
+            model, site, u, class_difference(written, unsafe, safe)
+        )
     return AttributedFolds(site, chosen, residual, written, sides[0], sides[1], attributions)
 
 
 def sides_of(prompts: Sequence[Prompt], category: str, against: str) -> Sides:
     """Rows of a category's unsafe prompts and of what they are compared with (none, where the fold holds none)."""
-    unsafe = [i for i, prompt in enumerate(prompts) if prompt.label == "unsafe" and prompt.category == category]
+    unsafe = [
+        i
+        for i, prompt in enumerate(prompts)
+        if prompt.label == "unsafe" and prompt.category == category
+    ]
     if against == "twins":
         safe_of = {prompt.pair_id: i for i, prompt in enumerate(prompts) if prompt.label == "safe"}
         safe_of.pop(None, None)
@@ -143,7 +168,11 @@ def sides_of(prompts: Sequence[Prompt], category: str, against: str) -> Sides:
     elif against == "neutral":
         other = [i for i, prompt in enumerate(prompts) if prompt.label == "neutral"]
     else:
-        other = [i for i, prompt in enumerate(prompts) if prompt.label == "unsafe" and prompt.category != category]
+        other = [
+            i
+            for i, prompt in enumerate(prompts)
+            if prompt.label == "unsafe" and prompt.category != category
+        ]
     return Sides(np.array(unsafe, dtype=int), np.array(other, dtype=int), against == "twins")
 
 
@@ -164,7 +193,9 @@ def resamples(sides: Sides, n_resamples: int, rng: np.random.Generator) -> Weigh
     """Weights of bootstrap samples of both sides; pairs are drawn together."""
 
     def draw(n: int) -> Tensor:
-        return torch.from_numpy((rng.multinomial(n, np.full(n, 1 / n), n_resamples) / n).astype(np.float32))
+        return torch.from_numpy(
+            (rng.multinomial(n, np.full(n, 1 / n), n_resamples) / n).astype(np.float32)
+        )
 
     unsafe = draw(len(sides.unsafe))
     return unsafe, unsafe if sides.paired else draw(len(sides.reference))

@@ -59,9 +59,7 @@ class ActivationContrast:
 
     def __repr__(self) -> str:
         layers, d_mlp = self.rms.shape
-        return (
-            f"ActivationContrast({layers} layers x {d_mlp} neurons, {self.n_prompts} answers, {self.n_tokens} tokens)"
-        )
+        return f"ActivationContrast({layers} layers x {d_mlp} neurons, {self.n_prompts} answers, {self.n_tokens} tokens)"
 
     def ranked(self, n: int | None = None) -> list[tuple[int, int]]:
         """Neurons (layer, neuron) by root mean square, largest first; the first ``n``, or all."""
@@ -75,7 +73,9 @@ class ActivationContrast:
 
         layer, neuron = zip(*self.ranked(), strict=True)
         columns = {"layer": layer, "neuron": neuron}
-        return pd.DataFrame(columns | {name: getattr(self, name)[layer, neuron].numpy() for name in ("rms", "mean")})
+        return pd.DataFrame(
+            columns | {name: getattr(self, name)[layer, neuron].numpy() for name in ("rms", "mean")}
+        )
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,14 @@ class CopyNeurons:
 
     chosen: Bool[Tensor, "row d_mlp"]
 
-    def __call__(self, activation: Float[Tensor, "two_rows pos d_mlp"]) -> Float[Tensor, "two_rows pos d_mlp"]:
+    def __call__(
+        self, activation: Float[Tensor, "two_rows pos d_mlp"]
+    ) -> Float[Tensor, "two_rows pos d_mlp"]:
         """The batch with the chosen neurons of its first half overwritten; the second half is as it was."""
         receiver, donor = activation.chunk(2)
-        return torch.cat([torch.where(self.chosen[:, None].to(activation.device), donor, receiver), donor])
+        return torch.cat(
+            [torch.where(self.chosen[:, None].to(activation.device), donor, receiver), donor]
+        )
 
     @property
     def width(self) -> int:
@@ -153,7 +157,9 @@ def contrast_activations(
     _check(model, interventions, transfer)
     answers = [completion for completion in completions if completion.tokens]
     if not answers:
-        raise ValueError("no answers to contrast: give completions of the unsteered model that hold tokens.")
+        raise ValueError(
+            "no answers to contrast: give completions of the unsteered model that hold tokens."
+        )
     sites = sites_of_kind(model, "mlp_post")
     device = next(iter(model.parameters())).device
     squares = torch.zeros(len(sites), model.cfg.d_mlp, dtype=torch.float64)
@@ -185,7 +191,9 @@ def contrast_activations(
             ):
                 run(tokens.repeat(2, 1), mask.repeat(2, 1))
     n_tokens = sum(len(answer.tokens) for answer in answers)
-    return ActivationContrast((squares / n_tokens).sqrt(), sums / n_tokens, len(answers), n_tokens, model_info(model))
+    return ActivationContrast(
+        (squares / n_tokens).sqrt(), sums / n_tokens, len(answers), n_tokens, model_info(model)
+    )
 
 
 def patched_answers(
@@ -231,22 +239,30 @@ def patched_answers(
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; directions: {', '.join(DIRECTIONS)}.")
     if not prompts or not neurons or max_new_tokens < 1 or batch_size < 1:
-        raise ValueError("give at least one prompt, one set of neurons, max_new_tokens and batch_size of at least 1.")
+        raise ValueError(
+            "give at least one prompt, one set of neurons, max_new_tokens and batch_size of at least 1."
+        )
     encoded = encode(model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens)
     chosen = torch.stack([_as_mask(model, own) for own in neurons.values()])
     pairs = [(i, row) for i in range(len(chosen)) for row in range(len(encoded))]
     order = sorted(range(len(pairs)), key=lambda place: -len(encoded[pairs[place][1]].ids))
-    loop = _PairLoop(model, interventions, direction == "necessity", positions, max_new_tokens, transfer)
+    loop = _PairLoop(
+        model, interventions, direction == "necessity", positions, max_new_tokens, transfer
+    )
     found: dict[int, tuple[list[int], Literal["eos", "length"]]] = {}
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
             own = order[start : start + batch_size]
-            texts = loop.run([encoded[pairs[i][1]] for i in own], chosen[[pairs[i][0] for i in own]])
+            texts = loop.run(
+                [encoded[pairs[i][1]] for i in own], chosen[[pairs[i][0] for i in own]]
+            )
             found |= zip(own, texts, strict=True)
     names = list(neurons)
     return [
         Completion(prompts[row], decode(model, tokens), tuple(tokens), finish, names[i])
-        for (i, row), (tokens, finish) in ((pairs[place], found[place]) for place in range(len(pairs)))
+        for (i, row), (tokens, finish) in (
+            (pairs[place], found[place]) for place in range(len(pairs))
+        )
     ]
 
 
@@ -289,11 +305,19 @@ def patching_effect(
 
     def scored(answers: Sequence[Completion]) -> Any:
         return to_floats(
-            score([answer.prompt.text for answer in answers], [answer.text for answer in answers]), "scores"
+            score([answer.prompt.text for answer in answers], [answer.text for answer in answers]),
+            "scores",
         )
 
     runs = {"unsteered": [], "steered": list(interventions)}
-    texts = sweep(model, prompts, runs, max_new_tokens=max_new_tokens, batch_size=2 * batch_size, transfer=transfer)
+    texts = sweep(
+        model,
+        prompts,
+        runs,
+        max_new_tokens=max_new_tokens,
+        batch_size=2 * batch_size,
+        transfer=transfer,
+    )
     unsteered, steered = scored(texts).reshape(2, -1)
     effects = []
     for direction in directions:
@@ -313,7 +337,11 @@ def patching_effect(
         for place, (name, own) in enumerate(neurons.items()):
             share = ratio_of_means(values[place] - run, other - run, seed=seed)
             part = tuple(answers[place * len(prompts) : (place + 1) * len(prompts)])
-            effects.append(PatchingEffect(name, direction, len(set(own)), share, tuple(values[place].tolist()), part))
+            effects.append(
+                PatchingEffect(
+                    name, direction, len(set(own)), share, tuple(values[place].tolist()), part
+                )
+            )
     return effects
 
 
@@ -363,7 +391,9 @@ class _PairLoop:
             texts[row] = written[place].tolist()
         return list(zip(texts, finish, strict=True))
 
-    def _paired(self, chosen: Bool[Tensor, "row layer d_mlp"], prompt_length: int) -> AbstractContextManager[Any]:
+    def _paired(
+        self, chosen: Bool[Tensor, "row layer d_mlp"], prompt_length: int
+    ) -> AbstractContextManager[Any]:
         """Context in which one half is steered and then the first half takes over the chosen neurons of the second."""
         n = len(chosen)
         steered = range(n) if self.patched_is_steered else range(n, 2 * n)
@@ -376,12 +406,17 @@ class _PairLoop:
 
 
 def _forced(
-    model: HookedModel, rows: Sequence[Encoded], texts: Sequence[Sequence[int]], device: torch.device
+    model: HookedModel,
+    rows: Sequence[Encoded],
+    texts: Sequence[Sequence[int]],
+    device: torch.device,
 ) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"], Bool[Tensor, "row new"]]:
     """Prompts padded on the left and answers on the right, so that all answers begin in one column; and where the answers are."""
     fill = pad_id(model)
     prompts = pad(rows, pad_id=fill, side="left", device=device)
-    replies = [dataclasses.replace(row, ids=tuple(text)) for row, text in zip(rows, texts, strict=True)]
+    replies = [
+        dataclasses.replace(row, ids=tuple(text)) for row, text in zip(rows, texts, strict=True)
+    ]
     answers = pad(replies, pad_id=fill, side="right", device=device)
     tokens = torch.cat([prompts.tokens, answers.tokens], dim=1)
     return tokens, torch.cat([prompts.mask, answers.mask], dim=1), answers.mask
@@ -392,7 +427,9 @@ def _as_mask(model: HookedModel, neurons: Sequence[tuple[int, int]]) -> Bool[Ten
     mask = torch.zeros(n_layers, d_mlp, dtype=torch.bool)
     for layer, neuron in neurons:
         if not (0 <= layer < n_layers and 0 <= neuron < d_mlp):
-            raise ValueError(f"no neuron ({layer}, {neuron}): the model has {n_layers} layers of {d_mlp}, from 0.")
+            raise ValueError(
+                f"no neuron ({layer}, {neuron}): the model has {n_layers} layers of {d_mlp}, from 0."
+            )
         mask[layer, neuron] = True
     return mask
 
@@ -401,5 +438,7 @@ def _check(model: HookedModel, interventions: Sequence[Intervention], transfer: 
     if not interventions:
         raise ValueError("no steering: give the interventions that make the two runs differ.")
     if any(intervention.rows is not None for intervention in interventions):
-        raise ValueError("steering for patching applies to a whole run: give interventions without rows.")
+        raise ValueError(
+            "steering for patching applies to a whole run: give interventions without rows."
+        )
     check_interventions(model, interventions, transfer=transfer)

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.models.forward import has_key_value_cache, prefix_cache, reading, rows_of_cache, shared_prefix_length
+from workbench.models.forward import (
+    has_key_value_cache,
+    prefix_cache,
+    reading,
+    rows_of_cache,
+    shared_prefix_length,
+)
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask, token_strings
@@ -126,10 +132,14 @@ class NeuronProfile:
             return cls(**parts)
         except (KeyError, TypeError) as error:
             names = ", ".join(own.name for own in fields(cls))
-            raise ValueError(f"this is not a neuron profile ({error}); its fields are {names}.") from error
+            raise ValueError(
+                f"this is not a neuron profile ({error}); its fields are {names}."
+            ) from error
 
 
-def random_neurons(model: HookedModel, neurons: Sequence[tuple[int, int]], *, seed: int = 0) -> list[tuple[int, int]]:
+def random_neurons(
+    model: HookedModel, neurons: Sequence[tuple[int, int]], *, seed: int = 0
+) -> list[tuple[int, int]]:
     """For each neuron another one of its layer, drawn at random, none of them given or drawn twice: controls for a dashboard.
 
     Raises:
@@ -198,9 +208,16 @@ def profile_neurons(
     encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
     encoded.sort(key=lambda row: -len(row.ids))
     device = next(iter(model.parameters())).device
-    first = shared_prefix_length(encoded, keep=lambda row: _shown(row, span).start) if has_key_value_cache(model) else 0
+    first = (
+        shared_prefix_length(encoded, keep=lambda row: _shown(row, span).start)
+        if has_key_value_cache(model)
+        else 0
+    )
     classes = tuple(sorted({(prompt.category, prompt.label) for prompt in prompts}))
-    ends = [_TopTokens.empty(len(columns), n_examples, tokens_per_prompt, context, sign) for sign in (1, -1)]
+    ends = [
+        _TopTokens.empty(len(columns), n_examples, tokens_per_prompt, context, sign)
+        for sign in (1, -1)
+    ]
     means, values = (_Counts.empty(len(columns), len(classes)) for _ in range(2))
     parts: dict[int, Tensor] = {}
 
@@ -219,18 +236,29 @@ def profile_neurons(
             batch = pad(rows, pad_id=pad_id(model), side="right", device=device)
             inside = span_mask(rows, batch, span)[:, first:].cpu()
             copies = torch.zeros(len(rows), dtype=torch.long, device=device)
-            run(batch.tokens[:, first:], batch.mask, rows_of_cache(prefix, copies) if prefix is not None else None)
+            run(
+                batch.tokens[:, first:],
+                batch.mask,
+                rows_of_cache(prefix, copies) if prefix is not None else None,
+            )
             activations = torch.cat([parts[layer] for layer in layers], dim=2)
             if not activations[inside].isfinite().all():
                 raise ValueError(
                     f"an activation is not finite in {model_info(model).dtype}; load the model in float32."
                 )
-            of_row = torch.tensor([classes.index((row.prompt.category, row.prompt.label)) for row in rows])
+            of_row = torch.tensor(
+                [classes.index((row.prompt.category, row.prompt.label)) for row in rows]
+            )
             for end in ends:
                 end.update(torch.arange(start, start + len(rows)), activations, inside)
             values.update(of_row[:, None].expand_as(inside)[inside], activations[inside])
             weights = inside.float() / inside.sum(dim=1, keepdim=True)
-            means.update(of_row, torch.einsum("bp,bpn->bn", weights, torch.where(inside[..., None], activations, 0.0)))
+            means.update(
+                of_row,
+                torch.einsum(
+                    "bp,bpn->bn", weights, torch.where(inside[..., None], activations, 0.0)
+                ),
+            )
 
     vocabularies: list[Vocabulary] = []  # in the order of the columns: layer by layer
     cosines: list[tuple[WeightCosine, ...]] = []
@@ -275,7 +303,14 @@ class _TopTokens:
     def empty(cls, n_neurons: int, k: int, per_prompt: int, context: int, sign: int) -> _TopTokens:
         places = torch.zeros(k, n_neurons, dtype=torch.long)
         windows = torch.zeros(k, n_neurons, 2 * context + 1)
-        return cls(sign, per_prompt, torch.full((k, n_neurons), -torch.inf), places, places.clone(), windows)
+        return cls(
+            sign,
+            per_prompt,
+            torch.full((k, n_neurons), -torch.inf),
+            places,
+            places.clone(),
+            windows,
+        )
 
     def update(
         self,
@@ -286,7 +321,10 @@ class _TopTokens:
         k, width = len(self.values), self.windows.shape[2]
         n_best = min(self.per_prompt, activations.shape[1])
         scores = torch.where(inside[..., None], self.sign * activations, -torch.inf)
-        best, columns = (part[:, :n_best].flatten(0, 1) for part in scores.sort(dim=1, descending=True, stable=True))
+        best, columns = (
+            part[:, :n_best].flatten(0, 1)
+            for part in scores.sort(dim=1, descending=True, stable=True)
+        )
         every = torch.cat([self.values, best])
         order = every.argsort(dim=0, descending=True, stable=True)[:k]
         kept, old, new = order < k, order.clamp(max=k - 1), (order - k).clamp(min=0)
@@ -297,7 +335,9 @@ class _TopTokens:
         self.values = every.gather(0, order)
         self.prompts = torch.where(kept, self.prompts.gather(0, old), prompts[rows])
         self.columns = torch.where(kept, self.columns.gather(0, old), columns)
-        self.windows = torch.where(kept[..., None], self.windows.gather(0, old[..., None].expand_as(windows)), windows)
+        self.windows = torch.where(
+            kept[..., None], self.windows.gather(0, old[..., None].expand_as(windows)), windows
+        )
 
     def examples(
         self, model: HookedModel, encoded: Sequence[Encoded], span: str, first: int, neuron: int
@@ -305,14 +345,24 @@ class _TopTokens:
         """What was found, in words; ``first`` is the position of the first column."""
         found, middle = [], self.windows.shape[2] // 2
         for place in range(int(self.values[:, neuron].isfinite().sum())):
-            row, at = encoded[int(self.prompts[place, neuron])], first + int(self.columns[place, neuron])
+            row, at = (
+                encoded[int(self.prompts[place, neuron])],
+                first + int(self.columns[place, neuron]),
+            )
             shown = _shown(row, span)
             start, stop = max(shown.start, at - middle), min(shown.stop, at + middle + 1)
             window = self.windows[place, neuron, start - at + middle : stop - at + middle]
             tokens = token_strings(model, row.ids[start:stop])
             prompt = row.prompt
             found.append(
-                Example(prompt.id, prompt.category, prompt.label, tuple(tokens), tuple(window.tolist()), at - start)
+                Example(
+                    prompt.id,
+                    prompt.category,
+                    prompt.label,
+                    tuple(tokens),
+                    tuple(window.tolist()),
+                    at - start,
+                )
             )
         return tuple(found)
 
@@ -326,14 +376,19 @@ class _Counts:
 
     @classmethod
     def empty(cls, n_neurons: int, n_classes: int) -> _Counts:
-        return cls(torch.full((n_neurons,), -40), torch.zeros(n_classes, 2 * HALF_BINS, n_neurons, dtype=torch.long))
+        return cls(
+            torch.full((n_neurons,), -40),
+            torch.zeros(n_classes, 2 * HALF_BINS, n_neurons, dtype=torch.long),
+        )
 
     def update(self, classes: Int[Tensor, " value"], values: Float[Tensor, "value neuron"]) -> None:
         largest = values.abs().amax(dim=0)
         needed = torch.frexp(largest).exponent.long()  # |value| < 2^e, so the bins hold it
         grown = torch.where(largest > 0, torch.maximum(self.exponents, needed), self.exponents)
         doublings = (grown - self.exponents).clamp(max=62)
-        bins = torch.arange(-HALF_BINS, HALF_BINS)[:, None] >> doublings  # rounds down, below zero too
+        bins = (
+            torch.arange(-HALF_BINS, HALF_BINS)[:, None] >> doublings
+        )  # rounds down, below zero too
         target = (bins + HALF_BINS).expand_as(self.counts)
         self.counts = torch.zeros_like(self.counts).scatter_add(1, target, self.counts)
         self.exponents = grown
@@ -350,7 +405,9 @@ class _Counts:
             first, last = first // 2, last // 2
         zero = counts.shape[1] // 2
         edges = tuple((i - zero) * width for i in range(first, last + 2))
-        return Histogram(edges, classes, tuple(tuple(row) for row in counts[:, first : last + 1].tolist()))
+        return Histogram(
+            edges, classes, tuple(tuple(row) for row in counts[:, first : last + 1].tolist())
+        )
 
 
 def _shown(row: Encoded, span: str) -> range:
@@ -385,7 +442,9 @@ def _check(
             )
     if min(n_examples, tokens_per_prompt, batch_size) < 1 or context < 0:
         given = f"{n_examples}, {tokens_per_prompt}, {batch_size} and {context}"
-        raise ValueError(f"n_examples, tokens_per_prompt and batch_size must be at least 1 and context 0, got {given}.")
+        raise ValueError(
+            f"n_examples, tokens_per_prompt and batch_size must be at least 1 and context 0, got {given}."
+        )
 
 
 def _progress(steps: range, show: bool) -> Any:

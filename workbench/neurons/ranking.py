@@ -108,10 +108,16 @@ def attribute_neurons(
     written = [own for own in writing_sites(model, site) if own.kind == "mlp_post"]
     missing = [own for own in written if own.layer not in layers]
     if missing:
-        raise ValueError(f"no activations at {missing[0]} in the fit fold; cache mlp_post of all layers in both folds.")
-    x_fit, x = (_columns(fold, [Site(layer, "mlp_post") for layer in layers]) for fold in (fit, held_out))
+        raise ValueError(
+            f"no activations at {missing[0]} in the fit fold; cache mlp_post of all layers in both folds."
+        )
+    x_fit, x = (
+        _columns(fold, [Site(layer, "mlp_post") for layer in layers]) for fold in (fit, held_out)
+    )
     n = x.shape[1] // max(1, len(layers))
-    below = np.concatenate([np.arange(n) + layers.index(own.layer) * n for own in written] or [np.array([], dtype=int)])
+    below = np.concatenate(
+        [np.arange(n) + layers.index(own.layer) * n for own in written] or [np.array([], dtype=int)]
+    )
     prompts = (folds.residual.prompts, folds.written[site].prompts)
     separation = _separation((x_fit, x), prompts, folds.categories)
     rng = np.random.default_rng(seed)
@@ -124,12 +130,16 @@ def attribute_neurons(
             "layer": np.repeat(layers, n),
             "neuron": np.tile(np.arange(n), len(layers)),
         }
-        columns |= _contribution_columns(model, folds, category, written, below, x.shape[1], top, n_resamples, rng)
+        columns |= _contribution_columns(
+            model, folds, category, written, below, x.shape[1], top, n_resamples, rng
+        )
         columns |= {
             "mean_unsafe": own[labels].mean(axis=0, dtype=float),
             "mean_reference": own[~labels].mean(axis=0, dtype=float),
             "hedges_g": hedges_g(own, labels),
-            "p_fwer": max_statistic_permutation(own, labels, groups=pairs, n_permutations=n_permutations, seed=seed),
+            "p_fwer": max_statistic_permutation(
+                own, labels, groups=pairs, n_permutations=n_permutations, seed=seed
+            ),
         }
         columns |= {name: values[place] for name, values in separation.items()}
         same_side = _same_side(columns[f"auroc_{reference}_fit"], columns[f"auroc_{reference}"])
@@ -171,7 +181,10 @@ def attribute_heads(
         u = folds.attributions[category].direction
         x = np.concatenate(
             [
-                (write_weights(model, own, u) * folds.written[own].values).view(len(prompts), n, -1).sum(dim=2).numpy()
+                (write_weights(model, own, u) * folds.written[own].values)
+                .view(len(prompts), n, -1)
+                .sum(dim=2)
+                .numpy()
                 for own in written
             ],
             axis=1,
@@ -183,16 +196,29 @@ def attribute_heads(
             "head": np.tile(np.arange(n), len(written)),
         }
         columns |= _contribution_columns(
-            model, folds, category, written, np.arange(x.shape[1]), x.shape[1], top, n_resamples, rng
+            model,
+            folds,
+            category,
+            written,
+            np.arange(x.shape[1]),
+            x.shape[1],
+            top,
+            n_resamples,
+            rng,
         )
-        columns |= {"mean_unsafe": x[sides.unsafe].mean(axis=0), "mean_reference": x[sides.reference].mean(axis=0)}
+        columns |= {
+            "mean_unsafe": x[sides.unsafe].mean(axis=0),
+            "mean_reference": x[sides.reference].mean(axis=0),
+        }
         for against, (area, p) in _auroc_and_p(x, prompts, [category]).items():
             columns |= {f"auroc_{against}": area[0], f"q_{against}": benjamini_hochberg(p[0])}
         tables.append(pd.DataFrame(columns))
     return _finished(tables, folds, reference, top)
 
 
-def _columns(fold: Mapping[Site, ActivationSet], sites: Sequence[Site]) -> Float[np.ndarray, "prompt neuron"]:
+def _columns(
+    fold: Mapping[Site, ActivationSet], sites: Sequence[Site]
+) -> Float[np.ndarray, "prompt neuron"]:
     return np.concatenate([fold[site].values.float().numpy() for site in sites], axis=1)
 
 
@@ -218,7 +244,14 @@ def _contribution_columns(
     rank[np.argsort(-contribution, kind="stable")] = np.arange(1, width + 1)
     sides = (folds.fit[category], folds.held_out[category])
     half, again = np.split(
-        _again(model, folds, category, written, [_halves_and_resamples(side, n_resamples, rng) for side in sides]), [2]
+        _again(
+            model,
+            folds,
+            category,
+            written,
+            [_halves_and_resamples(side, n_resamples, rng) for side in sides],
+        ),
+        [2],
     )
     k = min(top, again.shape[1])
     first = np.argpartition(-again, k - 1, axis=1)[:, :k] if k else np.zeros((1, 0), dtype=int)
@@ -244,7 +277,11 @@ def _halves_and_resamples(sides: Sides, n_resamples: int, rng: np.random.Generat
 
 
 def _again(
-    model: HookedModel, folds: AttributedFolds, category: str, written: Sequence[Site], weights: Sequence[Weights]
+    model: HookedModel,
+    folds: AttributedFolds,
+    category: str,
+    written: Sequence[Site],
+    weights: Sequence[Weights],
 ) -> Float[np.ndarray, "draw column"]:
     """Contributions, direction included, with prompts weighted otherwise: one row a weighting of both folds."""
 
@@ -258,20 +295,28 @@ def _again(
         part = write_weights(model, site, u) * difference(
             folds.written[site].values, folds.held_out[category], weights[1]
         )
-        parts.append(part if site.kind == "mlp_post" else part.view(len(u), model.cfg.n_heads, -1).sum(dim=2))
+        parts.append(
+            part if site.kind == "mlp_post" else part.view(len(u), model.cfg.n_heads, -1).sum(dim=2)
+        )
     return torch.cat(parts, dim=1).numpy()
 
 
 def _separation(
-    x: tuple[Float[np.ndarray, "prompt neuron"], ...], prompts: tuple[Sequence[Prompt], ...], categories: Sequence[str]
+    x: tuple[Float[np.ndarray, "prompt neuron"], ...],
+    prompts: tuple[Sequence[Prompt], ...],
+    categories: Sequence[str],
 ) -> dict[str, Float[np.ndarray, "category neuron"]]:
     """AUROC, q and survival of every neuron against each contrast, from the fit fold (first) and the held-out one (second)."""
     columns: dict[str, Any] = {}
-    fit, held_out = (_auroc_and_p(own, rows, categories) for own, rows in zip(x, prompts, strict=True))
+    fit, held_out = (
+        _auroc_and_p(own, rows, categories) for own, rows in zip(x, prompts, strict=True)
+    )
     for against in CONTRASTS:
         (area_fit, p_fit), (area, p) = fit[against], held_out[against]
         q_fit, q = benjamini_hochberg(p_fit, axis=1), benjamini_hochberg(p, axis=1)
-        confirmed = benjamini_hochberg(np.where(q_fit <= LEVEL, p, np.nan), axis=1)  # the family is what was selected
+        confirmed = benjamini_hochberg(
+            np.where(q_fit <= LEVEL, p, np.nan), axis=1
+        )  # the family is what was selected
         columns |= {
             f"auroc_{against}": area,
             f"auroc_{against}_fit": area_fit,
@@ -293,9 +338,15 @@ def _auroc_and_p(
     All unsafe prompts are ranked once alone and once with the neutral ones, for all categories together: the pairs a category wins against the
     neutral prompts are those it wins against all, less those against the other categories.
     """
-    unsafe = np.array([i for i, prompt in enumerate(prompts) if prompt.label == "unsafe"], dtype=int)
-    neutral = np.array([i for i, prompt in enumerate(prompts) if prompt.label == "neutral"], dtype=int)
-    labels = np.array([[prompts[i].category == category for category in categories] for i in unsafe])
+    unsafe = np.array(
+        [i for i, prompt in enumerate(prompts) if prompt.label == "unsafe"], dtype=int
+    )
+    neutral = np.array(
+        [i for i, prompt in enumerate(prompts) if prompt.label == "neutral"], dtype=int
+    )
+    labels = np.array(
+        [[prompts[i].category == category for category in categories] for i in unsafe]
+    )
     own, n_others = labels.sum(axis=0)[:, None], (~labels).sum(axis=0)[:, None]
     wins_others = np.zeros((len(categories), x.shape[1]))
     if n_others.all():
@@ -303,14 +354,20 @@ def _auroc_and_p(
     wins_all = wins_others
     if len(neutral):
         rest = np.concatenate([labels, np.zeros((len(neutral), len(categories)), dtype=bool)])
-        wins_all = auroc(x[np.concatenate([unsafe, neutral])], rest) * own * (n_others + len(neutral))
+        wins_all = (
+            auroc(x[np.concatenate([unsafe, neutral])], rest) * own * (n_others + len(neutral))
+        )
     twins: tuple[list[Any], list[Any]] = ([], [])
     for category in categories:
         sides = sides_of(prompts, category, "twins")
         rows, is_unsafe, _ = sides.labels()
         known = len(sides.unsafe) > 0
         twins[0].append(auroc(x[rows], is_unsafe) if known else np.full(x.shape[1], np.nan))
-        twins[1].append(_signed_rank_p(x[sides.unsafe] - x[sides.reference]) if known else np.full(x.shape[1], np.nan))
+        twins[1].append(
+            _signed_rank_p(x[sides.unsafe] - x[sides.reference])
+            if known
+            else np.full(x.shape[1], np.nan)
+        )
     return {
         "twins": (np.array(twins[0]), np.array(twins[1])),
         "neutral": _mann_whitney(wins_all - wins_others, own, len(neutral)),
@@ -318,13 +375,17 @@ def _auroc_and_p(
     }
 
 
-def _mann_whitney(wins: Float[np.ndarray, "category column"], n: Int[np.ndarray, "category 1"], m: Any) -> _AurocAndP:
+def _mann_whitney(
+    wins: Float[np.ndarray, "category column"], n: Int[np.ndarray, "category 1"], m: Any
+) -> _AurocAndP:
     """AUROC and p from won pairs: the normal approximation with continuity correction, without one for ties (too careful where there are any)."""
     from scipy.special import ndtr
 
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = np.maximum(np.abs(wins - n * m / 2) - 0.5, 0)
-        return wins / (n * m), np.minimum(1, 2 * ndtr(-distance / np.sqrt(n * m * (n + m + 1) / 12)))
+        return wins / (n * m), np.minimum(
+            1, 2 * ndtr(-distance / np.sqrt(n * m * (n + m + 1) / 12))
+        )
 
 
 def _signed_rank_p(differences: Float[np.ndarray, "pair column"]) -> Float[np.ndarray, " column"]:
@@ -339,7 +400,9 @@ def _signed_rank_p(differences: Float[np.ndarray, "pair column"]) -> Float[np.nd
     exact: Any = p == 0
     if n <= 50:
         order = np.argsort(size, axis=0)
-        exact = (np.diff(np.take_along_axis(size, order, axis=0), axis=0, prepend=0) > 0).all(axis=0)
+        exact = (np.diff(np.take_along_axis(size, order, axis=0), axis=0, prepend=0) > 0).all(
+            axis=0
+        )
         ways = np.ones(1)  # of signs that give each rank sum
         for rank in range(1, n + 1):
             ways = np.pad(ways, (0, rank)) + np.pad(ways, (rank, 0))
@@ -356,7 +419,9 @@ def _same_side(a: Float[np.ndarray, ...], b: Float[np.ndarray, ...]) -> Bool[np.
     return np.sign(a - 0.5) == np.sign(b - 0.5)
 
 
-def _finished(tables: Sequence[pd.DataFrame], folds: AttributedFolds, reference: str, top: int) -> pd.DataFrame:
+def _finished(
+    tables: Sequence[pd.DataFrame], folds: AttributedFolds, reference: str, top: int
+) -> pd.DataFrame:
     """One table, with what it was made of in its attributes."""
     import pandas as pd
 

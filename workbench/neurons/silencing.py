@@ -59,7 +59,9 @@ class AffineEdit:
     shift: Float[Tensor, "*row d_mlp"]
     where: Bool[Tensor, "row pos 1"] | None = None
 
-    def __call__(self, activation: Float[Tensor, "row pos d_mlp"]) -> Float[Tensor, "row pos d_mlp"]:
+    def __call__(
+        self, activation: Float[Tensor, "row pos d_mlp"]
+    ) -> Float[Tensor, "row pos d_mlp"]:
         """The activations with these neurons changed; the others keep every bit."""
         edited = torch.addcmul(self.shift.to(activation), activation, self.keep.to(activation))
         return edited if self.where is None else torch.where(self.where, edited, activation)
@@ -116,10 +118,13 @@ def neuron_reference(
             f"no neurons of layer {missing[0] if missing else 0}: cache sites_of_kind(model, 'mlp_post'), all layers."
         )
     if not unsafe or not safe:
-        raise ValueError(f"a reference needs unsafe and safe prompts, got {len(unsafe)} and {len(safe)}.")
+        raise ValueError(
+            f"a reference needs unsafe and safe prompts, got {len(unsafe)} and {len(safe)}."
+        )
     sites = [Site(layer, "mlp_post") for layer in layers]
     first, second = (
-        torch.stack([activations[site].of(side).values for site in sites], dim=1) for side in (unsafe, safe)
+        torch.stack([activations[site].of(side).values for site in sites], dim=1)
+        for side in (unsafe, safe)
     )
     ids = frozenset(prompt.id for prompt in [*unsafe, *safe])
     return NeuronReference(first, second, ids, activations[sites[0]].model)
@@ -150,7 +155,9 @@ def neuron_interventions(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; methods: {', '.join(METHODS)}.")
     if (method == "resample") != (donor is not None):
-        raise ValueError(f"method 'resample' needs a donor and no other method takes one, got {method!r} with {donor}.")
+        raise ValueError(
+            f"method 'resample' needs a donor and no other method takes one, got {method!r} with {donor}."
+        )
     n_layers, d_mlp = reference.safe.shape[1:]
     by_layer: dict[int, list[int]] = {}
     for layer, neuron in neurons:
@@ -161,13 +168,19 @@ def neuron_interventions(
         by_layer.setdefault(int(layer), []).append(int(neuron))
     interventions = []
     for layer, own in sorted(by_layer.items()):
-        keep, shift, value = torch.ones(d_mlp), torch.zeros(d_mlp), _replacement(reference, layer, method, donor)
+        keep, shift, value = (
+            torch.ones(d_mlp),
+            torch.zeros(d_mlp),
+            _replacement(reference, layer, method, donor),
+        )
         if method != "steer":
             keep[own] = 1 - factor
         shift[own] = factor * value[own]
         edit = AffineEdit(keep, shift)
         interventions.append(
-            Intervention(Site(layer, "mlp_post"), edit, label=f"{method} neurons", model=reference.model)
+            Intervention(
+                Site(layer, "mlp_post"), edit, label=f"{method} neurons", model=reference.model
+            )
         )
     return interventions
 
@@ -194,12 +207,19 @@ def by_row(lists: Sequence[Sequence[Intervention]], where: Tensor | None) -> lis
     return merged
 
 
-def _replacement(reference: NeuronReference, layer: int, method: str, donor: int | None) -> Float[Tensor, " d_mlp"]:
+def _replacement(
+    reference: NeuronReference, layer: int, method: str, donor: int | None
+) -> Float[Tensor, " d_mlp"]:
     """What the method puts in, or adds, at full strength."""
     if method == "resample":
         return reference.safe[donor, layer]
     unsafe, safe = (side[layer] for side in reference.means)
-    values = {"clamp": safe, "mean": (safe + unsafe) / 2, "zero": torch.zeros_like(safe), "steer": safe - unsafe}
+    values = {
+        "clamp": safe,
+        "mean": (safe + unsafe) / 2,
+        "zero": torch.zeros_like(safe),
+        "steer": safe - unsafe,
+    }
     return values[method].float()
 
 
@@ -222,7 +242,9 @@ class Controls(NamedTuple):
     ratios: dict[str, float]
 
 
-def matching_statistics(model: HookedModel, reference: NeuronReference, vector: SteeringVector) -> pd.DataFrame:
+def matching_statistics(
+    model: HookedModel, reference: NeuronReference, vector: SteeringVector
+) -> pd.DataFrame:
     """What control neurons are matched by: columns layer, neuron, mean_abs, sd (of pooled activations over all prompts) and write.
 
     Args:
@@ -234,7 +256,9 @@ def matching_statistics(model: HookedModel, reference: NeuronReference, vector: 
 
     values = torch.cat([reference.unsafe, reference.safe]).double()
     u = vector.direction.double()
-    write = torch.stack([(block.mlp.W_out.detach().double().cpu() @ u).abs() for block in model.blocks])
+    write = torch.stack(
+        [(block.mlp.W_out.detach().double().cpu() @ u).abs() for block in model.blocks]
+    )
     n_layers, d_mlp = write.shape
     return pd.DataFrame(
         {
@@ -280,7 +304,10 @@ def matched_controls(
             if missing
             else "give a target and n_sets >= 1."
         )
-    place = {pair: i for i, pair in enumerate(zip(statistics["layer"], statistics["neuron"], strict=True))}
+    place = {
+        pair: i
+        for i, pair in enumerate(zip(statistics["layer"], statistics["neuron"], strict=True))
+    }
     unknown = [pair for pair in target if pair not in place]
     if unknown:
         raise ValueError(f"no neuron {unknown[0]} in the table of statistics.")
@@ -293,9 +320,15 @@ def matched_controls(
     exact, start = 0, 0
     for own_layer in sorted({pair[0] for pair in target}):
         members = np.flatnonzero(layer == own_layer)
-        decile = np.argsort(np.argsort(values[members], axis=0, kind="stable"), axis=0) * 10 // len(members)
+        decile = (
+            np.argsort(np.argsort(values[members], axis=0, kind="stable"), axis=0)
+            * 10
+            // len(members)
+        )
         pool = np.flatnonzero(free[members])
-        wanted = decile[np.searchsorted(members, [place[pair] for pair in target if pair[0] == own_layer])]
+        wanted = decile[
+            np.searchsorted(members, [place[pair] for pair in target if pair[0] == own_layer])
+        ]
         if len(pool) < len(wanted):
             raise ValueError(
                 f"layer {own_layer} has {len(pool)} neurons besides the {len(wanted)} of the target: take fewer, or exclude fewer."
@@ -310,5 +343,7 @@ def matched_controls(
                 left[:, pick] = math.inf
         start += len(wanted)
     sets = tuple(tuple((int(layer[i]), int(neuron[i])) for i in own) for own in chosen)
-    ratios = values[chosen.ravel()].mean(axis=0) / values[[place[pair] for pair in target]].mean(axis=0)
+    ratios = values[chosen.ravel()].mean(axis=0) / values[[place[pair] for pair in target]].mean(
+        axis=0
+    )
     return Controls(sets, exact / chosen.size, dict(zip(by, ratios.tolist(), strict=True)))

@@ -75,7 +75,12 @@ def writing_activations(
     if normed:
         known = activations[site]
         chosen |= scaled_activations(
-            model, known.prompts, normed, span=known.span, system_prompt=system_prompt, batch_size=batch_size
+            model,
+            known.prompts,
+            normed,
+            span=known.span,
+            system_prompt=system_prompt,
+            batch_size=batch_size,
         )
     return chosen
 
@@ -96,7 +101,9 @@ def scaled_activations(
     readers: list[_Reader] = []
     for site in sites:
 
-        def finish(step: _Step, held: list[Tensor], scale: Tensor | None, name: str = str(site)) -> None:
+        def finish(
+            step: _Step, held: list[Tensor], scale: Tensor | None, name: str = str(site)
+        ) -> None:
             step.pool(name, held[0], scale)
 
         readers += _together(model, site, (), finish)
@@ -107,7 +114,10 @@ def scaled_activations(
         for name, part in parts.items():
             part.append(pooled[name].float().cpu())
     back, info = torch.tensor(order).argsort(), model_info(model)
-    return {site: ActivationSet(site, torch.cat(parts[str(site)])[back], tuple(prompts), span, info) for site in sites}
+    return {
+        site: ActivationSet(site, torch.cat(parts[str(site)])[back], tuple(prompts), span, info)
+        for site in sites
+    }
 
 
 def gate_split(
@@ -141,17 +151,25 @@ def gate_split(
     for layer in layers:
         site, mlp = Site(layer, "mlp_post"), model.blocks[layer].mlp
         names = (f"blocks.{layer}.mlp.hook_pre", f"blocks.{layer}.mlp.hook_pre_linear")
-        function = getattr(mlp, "act_fn", None) or getattr(getattr(mlp, "original_component", None), "act_fn", None)
+        function = getattr(mlp, "act_fn", None) or getattr(
+            getattr(mlp, "original_component", None), "act_fn", None
+        )
         if names[1] not in model.hook_dict or function is None:
             raise ValueError(
                 f"the MLP of layer {layer} shows no gate and value to split its neurons into: it is not gated, or fused."
             )
 
         def split(
-            step: _Step, held: list[Tensor], scale: Tensor | None, site: Site = site, function: Any = function
+            step: _Step,
+            held: list[Tensor],
+            scale: Tensor | None,
+            site: Site = site,
+            function: Any = function,
         ) -> None:
             gate, value, product = function(held[0]), held[1], held[2]
-            if not torch.allclose(gate * value, product, rtol=1e-2, atol=1e-4 * float(product.abs().max())):
+            if not torch.allclose(
+                gate * value, product, rtol=1e-2, atol=1e-4 * float(product.abs().max())
+            ):
                 raise ValueError(
                     f"the neurons at {site} are not their gate times their value; this MLP cannot be split."
                 )
@@ -164,7 +182,9 @@ def gate_split(
     u = direction.double().cpu() / direction.double().cpu().norm()
     rows: list[list[Tensor]] = [[], [], []]
     for layer in layers:
-        gate, value, product = (means[f"{Site(layer, 'mlp_post')} {name}"] for name in ("gate", "value", "product"))
+        gate, value, product = (
+            means[f"{Site(layer, 'mlp_post')} {name}"] for name in ("gate", "value", "product")
+        )
         weights = write_weights(model, Site(layer, "mlp_post"), u)
         covariance = product - gate * value
         rows[0].append(weights * (gate[0] - gate[1]) * value.mean(dim=0))
@@ -204,18 +224,25 @@ def head_sources(
     layers = tuple(range(model.cfg.n_layers) if layers is None else layers)
     readers: list[_Reader] = []
     for layer in layers:
-        site, names = Site(layer, "z"), (f"blocks.{layer}.attn.hook_v", f"blocks.{layer}.attn.hook_pattern")
+        site, names = (
+            Site(layer, "z"),
+            (f"blocks.{layer}.attn.hook_v", f"blocks.{layer}.attn.hook_pattern"),
+        )
 
         def split(step: _Step, held: list[Tensor], scale: Tensor | None, site: Site = site) -> None:
             values, pattern, z = held
             weights = step.weights if scale is None else step.weights / scale
             attended = torch.einsum("bt,bhts->bhs", weights.to(pattern.dtype), pattern).double()
-            shared = pattern.shape[1] // values.shape[2]  # heads that read one key-value head's values
+            shared = (
+                pattern.shape[1] // values.shape[2]
+            )  # heads that read one key-value head's values
             values = values.repeat_interleave(shared, dim=2).double()
             by_role = torch.einsum("bhs,bsr,bshd->brhd", attended, step.roles, values).flatten(2)
             step.pool(str(site), z, scale)
             whole = step.pooled[str(site)]
-            if not torch.allclose(by_role.sum(dim=1), whole, rtol=1e-2, atol=1e-4 * float(whole.abs().max())):
+            if not torch.allclose(
+                by_role.sum(dim=1), whole, rtol=1e-2, atol=1e-4 * float(whole.abs().max())
+            ):
                 raise ValueError(
                     f"the heads at {site} do not write their pattern times values (gated attention); no split by source."
                 )
@@ -226,9 +253,13 @@ def head_sources(
     u = direction.double().cpu() / direction.double().cpu().norm()
     rows = []
     for layer in layers:
-        difference = (means[str(Site(layer, "z"))][0] - means[str(Site(layer, "z"))][1]).view(len(ROLES), -1)
+        difference = (means[str(Site(layer, "z"))][0] - means[str(Site(layer, "z"))][1]).view(
+            len(ROLES), -1
+        )
         rows.append(
-            (write_weights(model, Site(layer, "z"), u) * difference).view(len(ROLES), model.cfg.n_heads, -1).sum(dim=2)
+            (write_weights(model, Site(layer, "z"), u) * difference)
+            .view(len(ROLES), model.cfg.n_heads, -1)
+            .sum(dim=2)
         )
     return dict(zip(ROLES, torch.stack(rows, dim=1), strict=True))
 
@@ -251,7 +282,10 @@ _Reader = tuple[str, Callable[["Tensor", _Step], None]]
 
 
 def _together(
-    model: HookedModel, site: Site, others: Sequence[str], finish: Callable[[_Step, list[Tensor], Tensor | None], None]
+    model: HookedModel,
+    site: Site,
+    others: Sequence[str],
+    finish: Callable[[_Step, list[Tensor], Tensor | None], None],
 ) -> list[_Reader]:
     """Readers that call ``finish`` with the other activations and the site's own, and the scale of its output norm, once all have come."""
     check_sites(model, [site])
@@ -293,10 +327,14 @@ def _pooled(
     with torch.no_grad(), reading(model, [(name, reader(read)) for name, read in readers]) as run:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = pad([encoded[i] for i in rows], pad_id=pad_id(model), side="right", device=device)
+            batch = pad(
+                [encoded[i] for i in rows], pad_id=pad_id(model), side="right", device=device
+            )
             inside = span_mask([encoded[i] for i in rows], batch, span).double()
             step.weights, step.pooled = inside / inside.sum(dim=1, keepdim=True), {}
-            step.roles = torch.stack([_roles(encoded[i], batch.tokens.shape[1]) for i in rows]).to(device)
+            step.roles = torch.stack([_roles(encoded[i], batch.tokens.shape[1]) for i in rows]).to(
+                device
+            )
             run(batch.tokens, batch.mask)
             yield rows, step.pooled
 
@@ -312,11 +350,15 @@ def _class_means(
 ) -> dict[str, Float[Tensor, "class d"]]:
     """Means of what the readers pool over unsafe (row 0) and reference (row 1) prompts."""
     if not unsafe or not reference:
-        raise ValueError(f"both classes need prompts, got {len(unsafe)} unsafe and {len(reference)} reference ones.")
+        raise ValueError(
+            f"both classes need prompts, got {len(unsafe)} unsafe and {len(reference)} reference ones."
+        )
     shares = torch.zeros(2, len(unsafe) + len(reference), dtype=torch.float64)
     shares[0, : len(unsafe)], shares[1, len(unsafe) :] = 1 / len(unsafe), 1 / len(reference)
     means: dict[str, Tensor] = {}
-    for rows, pooled in _pooled(model, [*unsafe, *reference], readers, span, system_prompt, batch_size):
+    for rows, pooled in _pooled(
+        model, [*unsafe, *reference], readers, span, system_prompt, batch_size
+    ):
         for name, values in pooled.items():
             means[name] = means.get(name, 0) + shares[:, rows] @ values.cpu()
     return means

@@ -37,11 +37,15 @@ def stability(table: pd.DataFrame, k: int = 100) -> pd.DataFrame:
     for category, own in _by_category(table):
         halves = own[["contribution_half_1", "contribution_half_2"]].to_numpy()
         first, second = (_first(halves[:, half], k) for half in (0, 1))
-        written = halves.any(axis=1)  # neurons above the site are 0 in both: they would only make ties
+        written = halves.any(
+            axis=1
+        )  # neurons above the site are 0 in both: they would only make ties
         rows.append(
             {
                 "category": category,
-                "split_half_correlation": float(spearmanr(halves[written]).statistic) if written.sum() > 2 else np.nan,
+                "split_half_correlation": float(spearmanr(halves[written]).statistic)
+                if written.sum() > 2
+                else np.nan,
                 "split_half_overlap": len(first & second) / len(first),
                 "chance_overlap": len(first) / max(1, int(written.sum())),
                 "inclusion": float(own.nsmallest(k, "rank")["inclusion"].mean()),
@@ -68,7 +72,11 @@ def overlap(table: pd.DataFrame, k: int = 100) -> pd.DataFrame:
     }
     names = list(halves)
     shares = [
-        [(len(halves[a][0] & halves[b][1]) + len(halves[a][1] & halves[b][0])) / (2 * len(halves[a][0])) for b in names]
+        [
+            (len(halves[a][0] & halves[b][1]) + len(halves[a][1] & halves[b][0]))
+            / (2 * len(halves[a][0]))
+            for b in names
+        ]
         for a in names
     ]
     return pd.DataFrame(shares, index=names, columns=names)
@@ -89,7 +97,9 @@ def shared_neurons(table: pd.DataFrame, k: int = 100) -> pd.DataFrame:
         .join(mean.rename("mean_contribution"))
         .reset_index()
     )
-    return found.sort_values(["n_categories", "mean_contribution"], ascending=False, ignore_index=True)
+    return found.sort_values(
+        ["n_categories", "mean_contribution"], ascending=False, ignore_index=True
+    )
 
 
 def survivors(table: pd.DataFrame) -> pd.DataFrame:
@@ -144,7 +154,15 @@ def _by_category(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     Raises:
         ValueError: If the table has no such rows.
     """
-    needed = ("category", "layer", "contribution", "contribution_half_1", "contribution_half_2", "rank", "inclusion")
+    needed = (
+        "category",
+        "layer",
+        "contribution",
+        "contribution_half_1",
+        "contribution_half_2",
+        "rank",
+        "inclusion",
+    )
     missing = [name for name in needed if name not in table.columns]
     if missing or table.empty:
         raise ValueError(

@@ -80,7 +80,9 @@ def reading_site(model: HookedModel, layer: int) -> Site:
     return site if site.hook_name in model.hook_dict else Site(layer, "resid_pre")
 
 
-def vocabulary_of(model: HookedModel, layer: int, neurons: Sequence[int], *, seed: int = 0) -> list[Vocabulary]:
+def vocabulary_of(
+    model: HookedModel, layer: int, neurons: Sequence[int], *, seed: int = 0
+) -> list[Vocabulary]:
     """The vocabulary that neurons of one layer promote and suppress directly, each against random neurons of that layer.
 
     Only the direct path: what later layers make of the neuron's output is not in it, so early layers say little. Where a neuron is
@@ -97,7 +99,10 @@ def vocabulary_of(model: HookedModel, layer: int, neurons: Sequence[int], *, see
     random = torch.randperm(len(written), generator=generator)[:N_RANDOM]
     of_random = _effects(model, written, random)
     of_chosen = _effects(model, written, torch.tensor(list(neurons)))
-    p = [permutation_p(chosen.numpy(), null.numpy()) for chosen, null in zip(of_chosen[:3], of_random[:3], strict=True)]
+    p = [
+        permutation_p(chosen.numpy(), null.numpy())
+        for chosen, null in zip(of_chosen[:3], of_random[:3], strict=True)
+    ]
     kurtosis, _, _, largest, smallest = of_chosen
     return [
         Vocabulary(
@@ -140,7 +145,11 @@ def weight_cosines(
         own_norm = block.ln1  # attention and MLP side by side behind one norm
     norm = _norm_of(own_norm, model)
     gated = getattr(block.mlp, "W_gate", None) is not None
-    sides = [("gate", block.mlp.W_gate.T), ("up", block.mlp.W_in.T)] if gated else [("in", block.mlp.W_in.T)]
+    sides = (
+        [("gate", block.mlp.W_gate.T), ("up", block.mlp.W_in.T)]
+        if gated
+        else [("in", block.mlp.W_in.T)]
+    )
     weights = [(side, reads, norm.read(matrix.detach().float())) for side, matrix in sides]
     if site is not None:
         weights.append(("out", site, _written(model, layer)))
@@ -184,7 +193,8 @@ def _norm_of(norm: Any, model: HookedModel) -> _Norm:
     probe -= probe.mean()  # no entry of it is zero
     large = 1e3  # next to which the norm's epsilon is nothing
     outputs = [
-        norm((x * large)[None, None].to(parameter.dtype))[0, 0].float() for x in (0 * probe, 0 * probe + 1, probe)
+        norm((x * large)[None, None].to(parameter.dtype))[0, 0].float()
+        for x in (0 * probe, 0 * probe + 1, probe)
     ]
     bias, constant, varied = outputs
     weight = (varied - bias) * probe.square().mean().sqrt() / probe
@@ -204,17 +214,25 @@ def _effects(
 ) -> tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"], Float[Tensor, " neuron"], Any, Any]:
     """Kurtosis, largest and negated smallest effect, and the top entries (effects, ids) at either end, of effects scaled to sd 1."""
     norm = _norm_of(model.ln_final, model)
-    n_tokens = min(model.unembed.W_U.shape[1], len(model.tokenizer))  # padding rows of the matrix are no tokens
+    n_tokens = min(
+        model.unembed.W_U.shape[1], len(model.tokenizer)
+    )  # padding rows of the matrix are no tokens
     unembedding = model.unembed.W_U.detach()[:, :n_tokens].float()
     kurtosis, top, bottom = [], [], []
     for rows in neurons.to(written.device).split(_ROWS):
         effects = norm.written(written[rows]) @ unembedding
-        effects = effects - effects.mean(dim=1, keepdim=True)  # a shift of all logits changes no probability
+        effects = effects - effects.mean(
+            dim=1, keepdim=True
+        )  # a shift of all logits changes no probability
         effects = effects / effects.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-30)
         kurtosis.append(effects.pow(4).mean(dim=1).cpu() - 3)
         top.append(tuple(part.cpu() for part in effects.topk(min(N_WORDS, n_tokens), dim=1)))
-        bottom.append(tuple(part.cpu() for part in effects.topk(min(N_WORDS, n_tokens), dim=1, largest=False)))
-    largest, smallest = ([torch.cat(part) for part in zip(*end, strict=True)] for end in (top, bottom))
+        bottom.append(
+            tuple(part.cpu() for part in effects.topk(min(N_WORDS, n_tokens), dim=1, largest=False))
+        )
+    largest, smallest = (
+        [torch.cat(part) for part in zip(*end, strict=True)] for end in (top, bottom)
+    )
     return torch.cat(kurtosis), largest[0][:, 0], -smallest[0][:, 0], largest, smallest
 
 
@@ -223,7 +241,9 @@ def _words(model: HookedModel, end: Sequence[Tensor], row: int) -> tuple[tuple[s
     return tuple(zip(token_strings(model, ids), effects, strict=True))
 
 
-def _cosine(rows: Float[Tensor, "row d_model"], direction: Tensor, name: str) -> Float[Tensor, " row"]:
+def _cosine(
+    rows: Float[Tensor, "row d_model"], direction: Tensor, name: str
+) -> Float[Tensor, " row"]:
     u = direction.detach().to(rows).flatten()
     if u.shape != rows.shape[1:] or not u.norm() > 0:
         raise ValueError(

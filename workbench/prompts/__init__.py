@@ -1,1 +1,5 @@
-"""prompts."""
+"""What goes into a model: prompts and their folds, written openings of answers, and readers of public benchmarks."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 from workbench.files.hints import did_you_mean
 from workbench.files.store import atomic_path, data_path, key_of
 from workbench.files.tables import SUFFIXES, read_rows
-from workbench.prompts.prompt import HARD_SAFE, HARMLESS, LABELS, Prompt, load_prompts, select_prompts
+from workbench.prompts.prompt import (
+    HARD_SAFE,
+    HARMLESS,
+    LABELS,
+    Prompt,
+    load_prompts,
+    select_prompts,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +68,10 @@ _LABEL_WORDS |= dict.fromkeys(("neutral", "harmless"), "neutral")
 _YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
 
 
-_SAYS_UNSAFE, _SAYS_SAFE = ("unsafe", "is_unsafe", "harmful", "is_harmful", "toxic", "toxicity"), ("safe", "is_safe")
+_SAYS_UNSAFE, _SAYS_SAFE = (
+    ("unsafe", "is_unsafe", "harmful", "is_harmful", "toxic", "toxicity"),
+    ("safe", "is_safe"),
+)
 
 
 @dataclass(frozen=True)
@@ -109,9 +119,16 @@ def list_datasets() -> pd.DataFrame:
 
     rows = []
     for known in known_datasets().values():
-        entry = {key: getattr(known, key) for key in ("name", "what", "licence", "citation", "hub", "revision")}
+        entry = {
+            key: getattr(known, key)
+            for key in ("name", "what", "licence", "citation", "hub", "revision")
+        }
         roles = {key: getattr(known, key) for key in ("text", "category", "label", "response")}
-        columns = (f"{role}: {' | '.join(names)}" for role, names in roles.items() if names and isinstance(names, list))
+        columns = (
+            f"{role}: {' | '.join(names)}"
+            for role, names in roles.items()
+            if names and isinstance(names, list)
+        )
         rows.append(entry | {"splits": ", ".join(known.files), "columns": "; ".join(columns)})
     return pd.DataFrame(rows)
 
@@ -149,13 +166,22 @@ def read_dataset(
         ConnectionError: If the set cannot be fetched.
     """
     name, path, options = _parse(spec)
-    given = {"text": text, "response": response, "category": category, "label": label, "split": split, "limit": limit}
+    given = {
+        "text": text,
+        "response": response,
+        "category": category,
+        "label": label,
+        "split": split,
+        "limit": limit,
+    }
     options |= {key: str(value) for key, value in given.items() if value is not None}
     most = options.get("limit", "1")
     if not most.isdecimal() or int(most) < 1:
         raise ValueError(f"limit must be a whole number from 1, got {most!r}.")
     if name == OWN and (path is not None or options.keys() - {"limit"}):
-        raise ValueError(f"{OWN!r} is the project's own set: it has no path, and no option but limit; got {spec!r}.")
+        raise ValueError(
+            f"{OWN!r} is the project's own set: it has no path, and no option but limit; got {spec!r}."
+        )
     prompts = load_prompts() if name == OWN else _read(_known(name, path), path, options)
     return select_prompts(prompts, limit=int(most)) if "limit" in options else prompts
 
@@ -181,7 +207,9 @@ def prompts_from(spec: str | Path | None) -> list[Prompt]:
             unique.setdefault((prompt.text, prompt.response), prompt)
     for prompt_id, n in Counter(prompt.id for prompt in unique.values()).items():
         if n > 1:
-            raise ValueError(f"id {prompt_id!r} comes {n} times in {str(spec)!r}; rename the ids in one of the files.")
+            raise ValueError(
+                f"id {prompt_id!r} comes {n} times in {str(spec)!r}; rename the ids in one of the files."
+            )
     return list(unique.values())
 
 
@@ -196,7 +224,10 @@ def category_of(dataset: str, theirs: object) -> str:
 @functools.cache
 def _category_map() -> dict[tuple[str, str], str]:
     with data_path("categories.csv").open(encoding="utf-8", newline="") as file:
-        return {(row["dataset"], _slug(row["their_category"])): row["category"] for row in csv.DictReader(file)}
+        return {
+            (row["dataset"], _slug(row["their_category"])): row["category"]
+            for row in csv.DictReader(file)
+        }
 
 
 def _slug(name: str) -> str:
@@ -210,7 +241,9 @@ def _parse(spec: str) -> tuple[str, str | None, dict[str, str]]:
     while len(pieces) > 1 and (match := _OPTION.fullmatch(pieces[-1])):
         key, value = match.groups()
         if key not in _OPTIONS or not value:
-            allowed = f"options: {', '.join(_OPTIONS)}, as option=value.{did_you_mean(key, _OPTIONS)}"
+            allowed = (
+                f"options: {', '.join(_OPTIONS)}, as option=value.{did_you_mean(key, _OPTIONS)}"
+            )
             raise ValueError(f"cannot read {pieces[-1]!r} in {spec!r}; {allowed}")
         options[key] = value
         pieces.pop()
@@ -220,10 +253,14 @@ def _parse(spec: str) -> tuple[str, str | None, dict[str, str]]:
 def _known(name: str, path: str | None) -> Dataset:
     known = known_datasets()
     if name == "file" and path is not None:
-        return Dataset(_slug(Path(path).name.split(".")[0]) or "file", "a table", category=("category", OTHER))
+        return Dataset(
+            _slug(Path(path).name.split(".")[0]) or "file", "a table", category=("category", OTHER)
+        )
     if name not in known:
         hint = did_you_mean(name, [*known, OWN])
-        raise ValueError(f"unknown data set {name!r}; data sets: {', '.join([*known, OWN])}, or 'file:PATH'.{hint}")
+        raise ValueError(
+            f"unknown data set {name!r}; data sets: {', '.join([*known, OWN])}, or 'file:PATH'.{hint}"
+        )
     return known[name]
 
 
@@ -233,7 +270,11 @@ def _prompts_of_part(part: str) -> list[Prompt]:
     if name in known_datasets() or name in ("file", OWN):
         return read_dataset(part)
     bare = ":".join(piece for piece in part.split(":") if not _OPTION.fullmatch(piece))
-    if not (bare.lower().endswith((*SUFFIXES, ".gz", ".xz")) or "/" in bare or (bare and Path(bare).exists())):
+    if not (
+        bare.lower().endswith((*SUFFIXES, ".gz", ".xz"))
+        or "/" in bare
+        or (bare and Path(bare).exists())
+    ):
         _known(name, path)
     if not bare.lower().endswith(".jsonl") or options:
         return read_dataset(f"file:{part}")
@@ -246,13 +287,18 @@ def _read(dataset: Dataset, path: str | None, options: Mapping[str, str]) -> lis
     """Prompts of a local file, or of the hub's."""
     split = options.get("split")
     if split is not None and split not in dataset.files:
-        allowed = f"splits: {', '.join(dataset.files) or 'none'}.{did_you_mean(split, dataset.files)}"
+        allowed = (
+            f"splits: {', '.join(dataset.files) or 'none'}.{did_you_mean(split, dataset.files)}"
+        )
         raise ValueError(f"{dataset.name!r} has no split {split!r}; {allowed}")
     first = next(iter(dataset.files), "")
     if path is not None:
         files = {split or first: Path(path)}
     else:
-        files = {each: _fetch(dataset, each) for each in ((split,) if split else dataset.splits or (first,))}
+        files = {
+            each: _fetch(dataset, each)
+            for each in ((split,) if split else dataset.splits or (first,))
+        }
     rows = [{**row, _SPLIT: each} for each, file in files.items() for row in read_rows(file)]
     columns = ("text", "response", "category", "label")
     asked: dict[str, Any] = {key: (options[key],) for key in columns if key in options}
@@ -269,7 +315,9 @@ def _prompts(dataset: Dataset, rows: Sequence[Row], where: str) -> list[Prompt]:
             rows = [_PREPARE[dataset.prepare](row) for row in rows]
         except KeyError as error:
             raise _missing(where, [error.args[0]], present) from error
-    columns = set().union(*rows) - {""}  # "" is how an unnamed index is written, and below: no such column
+    columns = set().union(*rows) - {
+        ""
+    }  # "" is how an unnamed index is written, and below: no such column
     rows = [{key: value for key, value in row.items() if key in columns} for row in rows]
     ours = {category for category in _category_map().values() if category} | {OTHER}
 
@@ -289,16 +337,30 @@ def _prompts(dataset: Dataset, rows: Sequence[Row], where: str) -> list[Prompt]:
     prompts, pairs = [], []
     for number, row in enumerate(rows, start=1):
         place = f"{where}, row {number}"
-        question, answer, more = (_text_of(row.get(name), name, place) for name in (text, response, context))
-        verdict = _label_of(row.get(label), label, place) if label in columns else label or fixed[row[_SPLIT]]
+        question, answer, more = (
+            _text_of(row.get(name), name, place) for name in (text, response, context)
+        )
+        verdict = (
+            _label_of(row.get(label), label, place)
+            if label in columns
+            else label or fixed[row[_SPLIT]]
+        )
         if not question or verdict is None:
             continue
         question = f"{question}\n\n{more}" if more else question
-        risk = category_of(dataset.name, row.get(category)) if category in columns or not category else category
-        if (verdict == "unsafe" and risk in (HARMLESS, HARD_SAFE)) or (verdict == "neutral" and risk == OTHER):
+        risk = (
+            category_of(dataset.name, row.get(category))
+            if category in columns or not category
+            else category
+        )
+        if (verdict == "unsafe" and risk in (HARMLESS, HARD_SAFE)) or (
+            verdict == "neutral" and risk == OTHER
+        ):
             risk = OTHER if verdict == "unsafe" else HARMLESS
         key = key_of([question, answer or None])[:12]
-        prompts.append(Prompt(f"{dataset.name}-{key}", question, answer or None, risk, verdict, dataset.name))
+        prompts.append(
+            Prompt(f"{dataset.name}-{key}", question, answer or None, risk, verdict, dataset.name)
+        )
         pairs.append(question if pair == text else str(row.get(pair)))
     return _without_copies(prompts, pairs, where)
 
@@ -320,13 +382,17 @@ def _without_copies(prompts: Sequence[Prompt], pairs: Sequence[str], where: str)
             risks[prompt.text][prompt.category] += 1
     result = []
     for prompt, pair in kept:
-        category = risks[prompt.text].most_common(1)[0][0] if risks[prompt.text] else prompt.category
+        category = (
+            risks[prompt.text].most_common(1)[0][0] if risks[prompt.text] else prompt.category
+        )
         pair_id = f"{prompt.source}-pair-{key_of(pair)[:12]}" if size_of_pair[pair] > 1 else None
         result.append(replace(prompt, category=category, pair_id=pair_id))
     return result
 
 
-def _missing(where: str, names: Sequence[str], present: Sequence[str], constants: Iterable[str] = ()) -> ValueError:
+def _missing(
+    where: str, names: Sequence[str], present: Sequence[str], constants: Iterable[str] = ()
+) -> ValueError:
     wanted = " or ".join(repr(name) for name in names if name not in constants) or repr(names[-1])
     also = f" The same for all rows: {', '.join(sorted(constants))}." if constants else ""
     there = f"columns: {', '.join(map(repr, present))}.{did_you_mean(names[-1], present)}"
@@ -335,8 +401,12 @@ def _missing(where: str, names: Sequence[str], present: Sequence[str], constants
 
 def _text_of(value: object, column: str, place: str) -> str:
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{place}: column {column!r} holds {type(value).__name__}, a text is needed.")
-    return (value or "").encode("utf-8", "replace").decode("utf-8").strip()  # a lone surrogate has no UTF-8
+        raise ValueError(
+            f"{place}: column {column!r} holds {type(value).__name__}, a text is needed."
+        )
+    return (
+        (value or "").encode("utf-8", "replace").decode("utf-8").strip()
+    )  # a lone surrogate has no UTF-8
 
 
 def _label_of(value: object, column: str, place: str) -> str | None:
@@ -347,7 +417,9 @@ def _label_of(value: object, column: str, place: str) -> str | None:
     for columns, yes, no in ((_SAYS_UNSAFE, "unsafe", "safe"), (_SAYS_SAFE, "safe", "unsafe")):
         if column.lower() in columns and word in (*_YES, *_NO):
             return yes if word in _YES else no
-    raise ValueError(f"{place}: cannot read label {value!r} of column {column!r}; labels: {', '.join(_LABEL_WORDS)}.")
+    raise ValueError(
+        f"{place}: cannot read label {value!r} of column {column!r}; labels: {', '.join(_LABEL_WORDS)}."
+    )
 
 
 def _fetch(dataset: Dataset, split: str) -> Path:
@@ -372,7 +444,11 @@ def _from_hub(dataset: Dataset, split: str) -> Path:
         cached = try_to_load_from_cache(dataset.hub, file, revision=revision, repo_type="dataset")
         if isinstance(cached, str):
             return Path(cached)
-    return Path(DownloadManager(download_config=DownloadConfig(disable_tqdm=True)).download(dataset.url(split)))
+    return Path(
+        DownloadManager(download_config=DownloadConfig(disable_tqdm=True)).download(
+            dataset.url(split)
+        )
+    )
 
 
 def _from_github(url: str) -> Path:
@@ -380,7 +456,12 @@ def _from_github(url: str) -> Path:
 
     import platformdirs
 
-    cached = Path(platformdirs.user_cache_dir("workbench")) / "datasets" / key_of(url) / url.rsplit("/", 1)[-1]
+    cached = (
+        Path(platformdirs.user_cache_dir("workbench"))
+        / "datasets"
+        / key_of(url)
+        / url.rsplit("/", 1)[-1]
+    )
     if not cached.is_file():
         with urlopen(url, timeout=60) as answer, atomic_path(cached) as temporary:
             temporary.write_bytes(answer.read())
@@ -390,7 +471,9 @@ def _from_github(url: str) -> Path:
 def _first_harm(row: Row) -> Row:
     """BeaverTails: the first harm that is set, in the order of data/categories.csv (rarer ones come first there)."""
     if not isinstance(row["category"], Mapping):
-        raise ValueError(f"BeaverTails' category must be an object of yes or no per harm, got {row['category']!r}.")
+        raise ValueError(
+            f"BeaverTails' category must be an object of yes or no per harm, got {row['category']!r}."
+        )
     harms = {_slug(name) for name, is_set in row["category"].items() if is_set}
     order = [slug for dataset, slug in _category_map() if dataset == "beavertails"]
     return {**row, "category": next((slug for slug in order if slug in harms), None)}
@@ -399,7 +482,11 @@ def _first_harm(row: Row) -> Row:
 def _harm_of_answer(row: Row) -> Row:
     """WildGuardMix: the answer with its own label, or the prompt's label without the answer."""
     of_answer, of_prompt = row["response"] and row["response_harm_label"], row["prompt_harm_label"]
-    return {**row, "response_harm_label": of_answer or of_prompt, "response": row["response"] if of_answer else None}
+    return {
+        **row,
+        "response_harm_label": of_answer or of_prompt,
+        "response": row["response"] if of_answer else None,
+    }
 
 
 def _toxic(row: Row) -> Row:
@@ -413,6 +500,11 @@ _PREPARE: Mapping[str, Callable[[Row], Row]] = {
     "first_harm": _first_harm,
     "harm_of_answer": _harm_of_answer,
     "toxic": _toxic,
-    "contrast": lambda row: {"label": "unsafe" if row["type"].startswith("contrast") else "safe", **row},
-    "copyright": lambda row: {"category": "copyright", **row} if row[_SPLIT] == "copyright" else row,
+    "contrast": lambda row: {
+        "label": "unsafe" if row["type"].startswith("contrast") else "safe",
+        **row,
+    },
+    "copyright": lambda row: (
+        {"category": "copyright", **row} if row[_SPLIT] == "copyright" else row
+    ),
 }

@@ -43,14 +43,20 @@ def answer_prompts(
     rows = read_openings() if openings is None else openings
     for kind in (safe, unsafe):
         if kind not in OPENING_KINDS:
-            raise ValueError(f"unknown kind of opening {kind!r}; kinds: {', '.join(OPENING_KINDS)}.")
+            raise ValueError(
+                f"unknown kind of opening {kind!r}; kinds: {', '.join(OPENING_KINDS)}."
+            )
     pairs: dict[str, list[tuple[str, str, str]]] = {}
     by_key = {(row["category"], row["style"], row["kind"]): str(row["text"]) for row in rows}
     for (category, style, kind), text in by_key.items():
         if kind == safe and (category, style, unsafe) in by_key:
-            pairs.setdefault(category, []).append((f"{category}-{style}", by_key[category, style, unsafe], text))
+            pairs.setdefault(category, []).append(
+                (f"{category}-{style}", by_key[category, style, unsafe], text)
+            )
     if not pairs:
-        raise ValueError(f"no openings of kinds {safe!r} and {unsafe!r} in one style; add some to the openings file.")
+        raise ValueError(
+            f"no openings of kinds {safe!r} and {unsafe!r} in one style; add some to the openings file."
+        )
     everyone = [pair for own in zip(*pairs.values(), strict=False) for pair in own]
     answers = []
     for place, prompt in enumerate(p for p in prompts if p.label == "unsafe"):
@@ -81,7 +87,11 @@ def read_openings(path: PathLike | None = None) -> list[dict[str, Any]]:
     path = data_path("openings.jsonl") if path is None else path
     rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
-        missing = [name for name in ("category", "kind", "style", "text") if not isinstance(row.get(name), str)]
+        missing = [
+            name
+            for name in ("category", "kind", "style", "text")
+            if not isinstance(row.get(name), str)
+        ]
         if missing:
             raise ValueError(f"{path}, opening {number}: column {missing[0]!r} is missing.")
     return rows

@@ -151,7 +151,9 @@ def select_prompts(
     for name in sorted(categories or ()):
         if name not in present:
             allowed = ", ".join(repr(known) for known in sorted(present))
-            raise ValueError(f"no prompts of category {name!r}; categories: {allowed}.{did_you_mean(name, present)}")
+            raise ValueError(
+                f"no prompts of category {name!r}; categories: {allowed}.{did_you_mean(name, present)}"
+            )
     for name in sorted(labels or ()):
         if name not in LABELS:
             raise ValueError(f"unknown label {name!r}; labels: {', '.join(LABELS)}.")
@@ -167,12 +169,17 @@ def select_prompts(
             selected.append(prompt)
     if not selected:
         wanted = f"category {', '.join(sorted(categories or present))} with label {', '.join(sorted(labels or LABELS))}"
-        raise ValueError(f"no prompts of {wanted}{f', limit {limit}' if limit is not None else ''}.")
+        raise ValueError(
+            f"no prompts of {wanted}{f', limit {limit}' if limit is not None else ''}."
+        )
     return selected
 
 
 def split_prompts(
-    prompts: Sequence[Prompt], *, seed: int = 0, fractions: tuple[float, float, float] = (0.5, 0.25, 0.25)
+    prompts: Sequence[Prompt],
+    *,
+    seed: int = 0,
+    fractions: tuple[float, float, float] = (0.5, 0.25, 0.25),
 ) -> Folds:
     """Split into fit, tune and test: disjoint, seeded, each category and label in the given shares, twins kept together.
 
@@ -184,7 +191,9 @@ def split_prompts(
     Raises:
         ValueError: If the fractions are not shares of 1, or a category has too few prompts to be in every fold.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1) <= 1e-9:  # so written, it refuses NaN
+    if (
+        len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1) <= 1e-9
+    ):  # so written, it refuses NaN
         raise ValueError(f"fractions must be three shares that add up to 1, got {fractions}.")
     groups: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
@@ -202,7 +211,9 @@ def split_prompts(
         keys = sorted(keys)
         own.shuffle(keys)
         sizes = _fold_sizes(len(keys), fractions)
-        fold_of |= zip(keys, (fold for fold, size in enumerate(sizes) for _ in range(size)), strict=True)
+        fold_of |= zip(
+            keys, (fold for fold, size in enumerate(sizes) for _ in range(size)), strict=True
+        )
     folds = Folds([], [], [])
     for prompt in prompts:
         folds[fold_of[prompt.pair_id or prompt.id]].append(prompt)
@@ -225,7 +236,9 @@ def text_key(text: str) -> str:
 def _fold_sizes(n: int, fractions: tuple[float, float, float]) -> list[int]:
     """Sizes of the folds of n groups: rounded shares; no fold with a share is empty, and none without one gets any."""
     sizes = [max(1, round(n * fraction)) if fraction > 0 else 0 for fraction in fractions]
-    spare = next(fold for fold, fraction in enumerate(fractions) if fraction > 0)  # takes what rounding leaves over
+    spare = next(
+        fold for fold, fraction in enumerate(fractions) if fraction > 0
+    )  # takes what rounding leaves over
     while sum(sizes) > n:
         sizes[max(range(3), key=lambda fold: (fold == spare and sizes[fold] > 1, sizes[fold]))] -= 1
     sizes[spare] += n - sum(sizes)

@@ -1,1 +1,5 @@
-"""report."""
+"""Reports: the pages that tell what a run found."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

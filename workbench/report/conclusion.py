@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import pandas as pd
 from workbench.figures.wording import (
+    ALL_CATEGORIES,
     CONTROLS,
-    HARMLESS,
+    HARMLESS_CATEGORIES,
     LEVEL,
-    MAIN,
-    POOLED,
     UNSTEERED,
     interval,
     is_control,
     listed,
+    main_metrics,
     metric,
     number,
 )
@@ -33,7 +33,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Conclusion:
     """What a run shows, in words.
 
     Attributes:
@@ -46,12 +46,6 @@ class Verdict:
     tone: Literal["better", "worse", "null", "open", "none"]
     headline: str
     points: tuple[Point, ...] = ()
-
-
-def main_metrics(names: Iterable[str]) -> list[str]:
-    """The metrics a verdict speaks of, most telling first, of those that are there."""
-    names = set(names)
-    return [name for name in MAIN if name in names]
 
 
 def clear(row: Mapping[str, Any] | None) -> int:
@@ -87,8 +81,15 @@ def control_differences(scores: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         for condition in steered:
             for control in filter(is_control, conditions):
                 if condition in table and control in table:
-                    d = paired_difference(table[control].tolist(), table[condition].tolist(), seed=seed)
-                    row = {"condition": condition, "control": control, "metric": name, "difference": d.value}
+                    d = paired_difference(
+                        table[control].tolist(), table[condition].tolist(), seed=seed
+                    )
+                    row = {
+                        "condition": condition,
+                        "control": control,
+                        "metric": name,
+                        "difference": d.value,
+                    }
                     row |= {"difference_low": d.low, "difference_high": d.high}
                     found.append(row | {"n": d.n, "n_unscored": d.n_unscored, "p": d.p})
     ends = ["difference", "difference_low", "difference_high"]
@@ -99,7 +100,7 @@ def control_differences(scores: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     return frame
 
 
-def verdict(evaluation: pd.DataFrame, controls: pd.DataFrame | None = None) -> Verdict:
+def conclude(evaluation: pd.DataFrame, controls: pd.DataFrame | None = None) -> Conclusion:
     """What an evaluation shows, in plain sentences: never more than its intervals and its control allow.
 
     An effect needs a 95 % interval without 0 and p <= .05 corrected (Holm) over the steered conditions; it is put down to the vector
@@ -109,16 +110,21 @@ def verdict(evaluation: pd.DataFrame, controls: pd.DataFrame | None = None) -> V
         evaluation: Columns condition, category, metric, value, difference, difference_low, difference_high, p, n.
         controls: Result of ``control_differences``; None where scores of single prompts are missing.
     """
-    pooled = evaluation[evaluation["category"] == POOLED]
+    pooled = evaluation[evaluation["category"] == ALL_CATEGORIES]
     rows = {(row["condition"], row["metric"]): row for row in pooled.to_dict("records")}
     names = main_metrics(pooled["metric"])
-    conditions = [c for c in dict.fromkeys(pooled["condition"]) if c != UNSTEERED and not is_control(c)]
+    conditions = [
+        c for c in dict.fromkeys(pooled["condition"]) if c != UNSTEERED and not is_control(c)
+    ]
     measured = [
-        c for c in conditions if names and math.isfinite(rows.get((c, names[0]), {}).get("difference", math.nan))
+        c
+        for c in conditions
+        if names and math.isfinite(rows.get((c, names[0]), {}).get("difference", math.nan))
     ]
     if not measured:
-        return Verdict(
-            "none", "There is nothing to conclude: no steered condition was compared with the unsteered model."
+        return Conclusion(
+            "none",
+            "There is nothing to conclude: no steered condition was compared with the unsteered model.",
         )
     main = names[0]
     versus = (
@@ -137,13 +143,21 @@ def verdict(evaluation: pd.DataFrame, controls: pd.DataFrame | None = None) -> V
     for condition in measured:
         changes = {name: rows[condition, name] for name in names if (condition, name) in rows}
         n = int(rows[condition, main]["n"])
-        points.append(Point(f"{condition}, against unsteered", f"{_changes(changes, rows)} {n} unsafe prompts."))
+        points.append(
+            Point(
+                f"{condition}, against unsteered", f"{_changes(changes, rows)} {n} unsafe prompts."
+            )
+        )
         beside = {name: versus[condition, name] for name in names if (condition, name) in versus}
-        points.append(Point(f"{condition}, against a random vector", _changes(beside) if beside else _NO_CONTROL))
+        points.append(
+            Point(
+                f"{condition}, against a random vector", _changes(beside) if beside else _NO_CONTROL
+            )
+        )
     points += _by_category(evaluation, main, measured)
     points += _harmless(evaluation, measured)
     points.append(Point("What this does not say", f"{_CAVEATS.get(main, '')} {_NOT_READ}".strip()))
-    return Verdict(tone, headline, tuple(points))
+    return Conclusion(tone, headline, tuple(points))
 
 
 _NO_CONTROL = "Not compared: this run has no scores of a random vector. Any push of this size might do the same."
@@ -168,19 +182,31 @@ def _effects(rows: Sequence[dict[str, Any]]) -> list[int]:
 
     corrected = holm(np.array([row.get("p", math.nan) for row in rows], dtype=float))
     return [
-        0 if p > LEVEL else 1 if row["difference_low"] > 0 else -1 if row["difference_high"] < 0 else 0
+        0
+        if p > LEVEL
+        else 1
+        if row["difference_low"] > 0
+        else -1
+        if row["difference_high"] < 0
+        else 0
         for row, p in zip(rows, corrected, strict=True)
     ]
 
 
 def _headline(
-    main: str, conditions: Sequence[str], effects: Sequence[int], rows: dict[Any, Any], versus: dict[Any, Any]
+    main: str,
+    conditions: Sequence[str],
+    effects: Sequence[int],
+    rows: dict[Any, Any],
+    versus: dict[Any, Any],
 ) -> tuple[Any, str]:
     label, better = f"“{metric(main).label}”", metric(main).better
 
     def change(condition: str) -> str:
         row, base = rows[condition, main], rows.get((UNSTEERED, main), {}).get("value", math.nan)
-        return f"from {number(main, base)} to {number(main, row['value'])} ({_difference(main, row)})"
+        return (
+            f"from {number(main, base)} to {number(main, row['value'])} ({_difference(main, row)})"
+        )
 
     rose = [c for c, effect in zip(conditions, effects, strict=True) if effect > 0]
     fell = [c for c, effect in zip(conditions, effects, strict=True) if effect < 0]
@@ -201,7 +227,11 @@ def _headline(
         text += f", but it is not shown that a random vector of the same size does less: {gap}."
     else:
         text += "."
-    price = [name for name in ("degenerate", "relevance") if clear(rows.get((best, name))) * metric(name).better < 0]
+    price = [
+        name
+        for name in ("degenerate", "relevance")
+        if clear(rows.get((best, name))) * metric(name).better < 0
+    ]
     if rose and price:
         text += f" The price: {'; '.join(f'{metric(n).label} {_difference(n, rows[best, n])}' for n in price)}."
     if rose and fell:
@@ -209,9 +239,14 @@ def _headline(
     if rose and not beyond:
         return "open", f"A change that cannot be put down to the vector. {text}"
     if better <= 0:
-        return "open", f"Steering changed the answers; whether for the better is not measured. {text}"
+        return (
+            "open",
+            f"Steering changed the answers; whether for the better is not measured. {text}",
+        )
     return (
-        ("better", f"Steering helped on this measure. {text}") if rose else ("worse", f"Steering did not help. {text}")
+        ("better", f"Steering helped on this measure. {text}")
+        if rose
+        else ("worse", f"Steering did not help. {text}")
     )
 
 
@@ -230,7 +265,11 @@ def _changes(changed: dict[str, dict[str, Any]], rows: dict[Any, Any] | None = N
         for name, row in changed.items():
             if clear(row) == sign:
                 base = rows.get((UNSTEERED, name)) if rows else None
-                values = f" {number(name, base['value'])} → {number(name, row['value'])}," if base else ""
+                values = (
+                    f" {number(name, base['value'])} → {number(name, row['value'])},"
+                    if base
+                    else ""
+                )
                 found.append(f"{metric(name).label}{values} {_difference(name, row)}")
         if found:
             parts.append(f"{way}: {'; '.join(found)}.")
@@ -241,7 +280,10 @@ def _changes(changed: dict[str, dict[str, Any]], rows: dict[Any, Any] | None = N
 
 
 def _by_category(evaluation: pd.DataFrame, main: str, conditions: Sequence[str]) -> list[Point]:
-    rows = evaluation[(evaluation["metric"] == main) & ~evaluation["category"].isin([POOLED, *HARMLESS])]
+    rows = evaluation[
+        (evaluation["metric"] == main)
+        & ~evaluation["category"].isin([ALL_CATEGORIES, *HARMLESS_CATEGORIES])
+    ]
     rows = rows[rows["condition"].isin(conditions) & rows["difference"].notna()]
     n_categories = rows["category"].nunique()
     if n_categories < 2:
@@ -249,24 +291,35 @@ def _by_category(evaluation: pd.DataFrame, main: str, conditions: Sequence[str])
     counts = []
     for condition, own in rows.groupby("condition", sort=False):
         signs = [clear(row) for row in own.to_dict("records")]
-        counts.append(f"{condition} up in {signs.count(1)}, down in {signs.count(-1)} of {len(signs)} categories")
-    n = f"{int(rows['n'].min())} to {int(rows['n'].max())}" if rows["n"].nunique() > 1 else f"{int(rows['n'].iloc[0])}"
+        counts.append(
+            f"{condition} up in {signs.count(1)}, down in {signs.count(-1)} of {len(signs)} categories"
+        )
+    n = (
+        f"{int(rows['n'].min())} to {int(rows['n'].max())}"
+        if rows["n"].nunique() > 1
+        else f"{int(rows['n'].iloc[0])}"
+    )
     text = f"“{metric(main).label}”: {'; '.join(counts)}. With {n} prompts each, and no correction for looking {n_categories} times, this is a hint."
     return [Point("By category", text)]
 
 
 def _harmless(evaluation: pd.DataFrame, conditions: Sequence[str]) -> list[Point]:
     points = []
-    for category in HARMLESS:
+    for category in HARMLESS_CATEGORIES:
         own = evaluation[evaluation["category"] == category].to_dict("records")
         rows = {(row["condition"], row["metric"]): row for row in own}
         for condition in conditions:
-            changed = {n: rows[condition, n] for n in ("refusal", "degenerate", "relevance") if (condition, n) in rows}
+            changed = {
+                n: rows[condition, n]
+                for n in ("refusal", "degenerate", "relevance")
+                if (condition, n) in rows
+            }
             if changed:
                 n = max(int(row["n"]) for row in changed.values())
                 points.append(
                     Point(
-                        f"{condition}, {category.replace('_', ' ')} prompts", f"{_changes(changed, rows)} {n} prompts."
+                        f"{condition}, {category.replace('_', ' ')} prompts",
+                        f"{_changes(changed, rows)} {n} prompts.",
                     )
                 )
     return points

@@ -19,7 +19,7 @@ import numpy as np
 from workbench.figures.notebook import Html
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, write_text
-from workbench.report.neuron_geometry import anchor, number, ridges, score_map
+from workbench.report.neuron_geometry import anchor, ridges, score_map, svg_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -82,7 +82,9 @@ def neurons_page(
     marked = [(p.layer, p.neuron) for p in profiles] or [
         tuple(pair) for pair in _ranked(own)[["layer", "neuron"]].to_numpy()[:N_LISTED]
     ]
-    marks = [(*pair, "target") for pair in marked] + [(c.layer, c.neuron, "control") for c in controls]
+    marks = [(*pair, "target") for pair in marked] + [
+        (c.layer, c.neuron, "control") for c in controls
+    ]
     linked = {(p.layer, p.neuron) for p in (*profiles, *controls)}
     words = {(p.layer, p.neuron): [word for word, _ in p.vocabulary.promoted[:4]] for p in profiles}
 
@@ -99,10 +101,15 @@ def neurons_page(
         ],
         ranked=_list(own, linked, words),
         tests={
-            key: title for key, title in TESTS.items() if f"auroc_{key}" in own and own[f"auroc_{key}"].notna().any()
+            key: title
+            for key, title in TESTS.items()
+            if f"auroc_{key}" in own and own[f"auroc_{key}"].notna().any()
         },
         comparison=_comparison(profiles, controls, scores, name) if profiles and controls else [],
-        pairs=[(card(target, "target"), card(control, "control") if control else None) for target, control in pairs],
+        pairs=[
+            (card(target, "target"), card(control, "control") if control else None)
+            for target, control in pairs
+        ],
         left=[card(control, "control") for control in left],
     )
 
@@ -125,7 +132,9 @@ def show_neurons(
         height: Of the frame, in pixels.
     """
     page = html.escape(neurons_page(table, profiles, controls, category=category), quote=True)
-    return Html(f'<iframe sandbox srcdoc="{page}" style="width:100%;height:{height}px;border:0"></iframe>')
+    return Html(
+        f'<iframe sandbox srcdoc="{page}" style="width:100%;height:{height}px;border:0"></iframe>'
+    )
 
 
 def write_dashboard(
@@ -141,11 +150,12 @@ def write_dashboard(
     return Path(path)
 
 
-def visible(text: object) -> str:
+def visible_token(text: object) -> str:
     """Text with line ends and tabs as arrows, and characters that hide or reorder text (bidi marks, NUL, lone surrogates) as their code."""
     arrows = {"\n": "↵", "\t": "→", "\r": "␍"}
     return "".join(
-        arrows.get(c) or (f"[U+{ord(c):04X}]" if unicodedata.category(c) in _UNSEEN else c) for c in str(text)
+        arrows.get(c) or (f"[U+{ord(c):04X}]" if unicodedata.category(c) in _UNSEEN else c)
+        for c in str(text)
     )
 
 
@@ -162,22 +172,30 @@ def _template() -> Any:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup | int | float) else visible(value),
+        finalize=lambda value: (
+            value if isinstance(value, Markup | int | float) else visible_token(value)
+        ),
     )
     environment.filters |= {
         "policy_hash": policy_hash,
-        "number": number,
+        "number": svg_number,
         "percent": _percent,
         "p": _p_value,
-        "two": lambda x: number(x, ".2f"),
+        "two": lambda x: svg_number(x, ".2f"),
     }
     return environment.get_template("neuron_dashboard.html.jinja")
 
 
 def _rows_of(table: pd.DataFrame, category: str | None) -> pd.DataFrame:
-    missing = [name for name in ("category", "layer", "neuron", "contribution") if name not in table.columns]
+    missing = [
+        name
+        for name in ("category", "layer", "neuron", "contribution")
+        if name not in table.columns
+    ]
     if missing or table.empty:
-        raise ValueError(f"this is no table of attribute_neurons: {missing[0] if missing else 'every row'} is missing.")
+        raise ValueError(
+            f"this is no table of attribute_neurons: {missing[0] if missing else 'every row'} is missing."
+        )
     known = list(dict.fromkeys(table["category"].astype(str)))
     if category is None and len(known) > 1:
         raise ValueError(
@@ -192,7 +210,11 @@ def _rows_of(table: pd.DataFrame, category: str | None) -> pd.DataFrame:
 
 
 def _ranked(own: pd.DataFrame) -> pd.DataFrame:
-    return own.sort_values("rank") if "rank" in own else own.sort_values("contribution", ascending=False)
+    return (
+        own.sort_values("rank")
+        if "rank" in own
+        else own.sort_values("contribution", ascending=False)
+    )
 
 
 def _beside(
@@ -210,19 +232,29 @@ def _beside(
 
 
 def _facts(
-    own: pd.DataFrame, attrs: Mapping[Any, Any], profiles: Sequence[NeuronProfile], controls: Sequence[NeuronProfile]
+    own: pd.DataFrame,
+    attrs: Mapping[Any, Any],
+    profiles: Sequence[NeuronProfile],
+    controls: Sequence[NeuronProfile],
 ) -> list[tuple[str, str]]:
     facts = [("neurons", f"{len(own):,} in {own['layer'].nunique()} layers")]
     if profiles:
         first = profiles[0]
         n_prompts = sum(map(sum, first.per_prompt.counts))
-        facts += [("model", first.model.name), ("prompts read", f"{n_prompts:,} (span: {first.span})")]
+        facts += [
+            ("model", first.model.name),
+            ("prompts read", f"{n_prompts:,} (span: {first.span})"),
+        ]
         facts.append(("cards", f"{len(profiles)} neurons, {len(controls)} random controls"))
     if "site" in attrs:
-        facts.append(("direction", f"unsafe minus {attrs.get('reference', 'reference')} at {attrs['site']}"))
+        facts.append(
+            ("direction", f"unsafe minus {attrs.get('reference', 'reference')} at {attrs['site']}")
+        )
     for test, title in {**TESTS, "fwer": "family-wise error"}.items():
         if f"survives_{test}" in own:
-            facts.append((f"survive: {title}", f"{int(own[f'survives_{test}'].astype(bool).sum()):,}"))
+            facts.append(
+                (f"survive: {title}", f"{int(own[f'survives_{test}'].astype(bool).sum()):,}")
+            )
     return facts
 
 
@@ -274,10 +306,17 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
     return scores
 
 
-def _card(profile: NeuronProfile, row: Mapping[str, Any], category: str, role: str) -> dict[str, Any]:
-    largest = max((abs(a) for e in (*profile.highest, *profile.lowest) for a in e.activations), default=0.0)
+def _card(
+    profile: NeuronProfile, row: Mapping[str, Any], category: str, role: str
+) -> dict[str, Any]:
+    largest = max(
+        (abs(a) for e in (*profile.highest, *profile.lowest) for a in e.activations), default=0.0
+    )
     n_shown = None if role == "target" else N_OF_CONTROL
-    ends = [_end("Highest", profile.highest[:n_shown], largest), _end("Lowest", profile.lowest[:n_shown], largest)]
+    ends = [
+        _end("Highest", profile.highest[:n_shown], largest),
+        _end("Lowest", profile.lowest[:n_shown], largest),
+    ]
     ends.sort(key=lambda end: -end["reach"])
     groups = _groups(category)
     classes = sorted({own for own, label in profile.per_prompt.classes if label == "unsafe"})
@@ -312,7 +351,9 @@ def _end(title: str, examples: Sequence[Example], largest: float) -> dict[str, A
     return {
         "title": title,
         "reach": max((abs(example.value) for example in examples), default=0.0),
-        "range": f"{number(examples[0].value)} to {number(examples[-1].value)}" if examples else "none",
+        "range": f"{svg_number(examples[0].value)} to {svg_number(examples[-1].value)}"
+        if examples
+        else "none",
         "harmful": [example for example in shown if example["label"] == "unsafe"],
         "others": [example for example in shown if example["label"] != "unsafe"],
     }
@@ -324,7 +365,7 @@ def _example(place: int, example: Example, largest: float) -> dict[str, Any]:
         shade = min(10, math.ceil(abs(value) / largest * 10 - 0.5)) if largest else 0
         color = f"{'p' if value > 0 else 'n'}{shade}" if shade > 0 else "z"
         short = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
-        tokens.append((short, color + (" peak" if i == example.peak else ""), number(value)))
+        tokens.append((short, color + (" peak" if i == example.peak else ""), svg_number(value)))
     return {
         "place": place,
         "value": example.value,
@@ -358,17 +399,25 @@ def _comparison(
 ) -> list[tuple[str, str, str]]:
     """Targets and controls side by side, by what the cards show: whether being chosen goes with anything that random neurons lack."""
 
-    def median(score: Callable[[Mapping[str, Any]], float]) -> Callable[[Sequence[NeuronProfile]], str]:
+    def median(
+        score: Callable[[Mapping[str, Any]], float],
+    ) -> Callable[[Sequence[NeuronProfile]], str]:
         def of(side: Sequence[NeuronProfile]) -> str:
-            known = [score(scores[p.layer, p.neuron]) for p in side if (p.layer, p.neuron) in scores]
+            known = [
+                score(scores[p.layer, p.neuron]) for p in side if (p.layer, p.neuron) in scores
+            ]
             known = [value for value in known if value == value]
-            return number(float(np.median(known))) if known else "–"
+            return svg_number(float(np.median(known))) if known else "–"
 
         return of
 
     def from_category(end: str) -> Callable[[Sequence[NeuronProfile]], str]:
         def of(side: Sequence[NeuronProfile]) -> str:
-            hits = [e.category == category and e.label == "unsafe" for p in side for e in getattr(p, end)]
+            hits = [
+                e.category == category and e.label == "unsafe"
+                for p in side
+                for e in getattr(p, end)
+            ]
             return f"{100 * sum(hits) / len(hits):.0f} % of {len(hits)}" if hits else "–"
 
         return of
@@ -376,11 +425,15 @@ def _comparison(
     def cosine(inward: bool) -> Callable[[Sequence[NeuronProfile]], str]:
         def of(side: Sequence[NeuronProfile]) -> str:
             known = [
-                [abs(c.value) for c in p.cosines if c.category == category and (c.side != "out") == inward]
+                [
+                    abs(c.value)
+                    for c in p.cosines
+                    if c.category == category and (c.side != "out") == inward
+                ]
                 for p in side
             ]
             largest = [max(values) for values in known if values]
-            return number(float(np.median(largest)), ".3f") if largest else "–"
+            return svg_number(float(np.median(largest)), ".3f") if largest else "–"
 
         return of
 
@@ -407,10 +460,12 @@ def _comparison(
 def _percent(share: Any) -> str:
     if share is None or share != share:
         return "–"
-    return number(100 * share, ".0f" if abs(share) >= 0.0995 else ".2g")
+    return svg_number(100 * share, ".0f" if abs(share) >= 0.0995 else ".2g")
 
 
 def _p_value(value: Any) -> str:
     if value is None or value != value:
         return "–"
-    return "<.001" if value < 0.001 else format(float(value), ".3f").lstrip("0") if value < 1 else "1"
+    return (
+        "<.001" if value < 0.001 else format(float(value), ".3f").lstrip("0") if value < 1 else "1"
+    )

@@ -33,7 +33,11 @@ def score_map(
     """All neurons, layer by score: shaded by how many there are, the chosen ones as dots."""
     known = own[own[score].notna()]
     values, layers = known[score].to_numpy(dtype=float), known["layer"].to_numpy(dtype=int)
-    low, high = (0.0, 1.0) if score.startswith("auroc") else (min(0.0, values.min()), max(0.0, values.max()))
+    low, high = (
+        (0.0, 1.0)
+        if score.startswith("auroc")
+        else (min(0.0, values.min()), max(0.0, values.max()))
+    )
     high = high if high > low else low + 1.0
     n_layers, left, width = int(layers.max()) + 1, 30.0, 430.0
     step = min(24.0, max(3.0, 270 / n_layers))
@@ -53,14 +57,20 @@ def score_map(
             for y, x in np.argwhere(shade == level)
         ]
         paths.append((level, "".join(cells)))
-    value_of = dict(zip(zip(layers.tolist(), known["neuron"].tolist(), strict=True), values.tolist(), strict=True))
+    value_of = dict(
+        zip(
+            zip(layers.tolist(), known["neuron"].tolist(), strict=True),
+            values.tolist(),
+            strict=True,
+        )
+    )
     dots = [
         {
             "x": x_of(value_of[layer, neuron]),
             "y": round((layer + 0.5) * step, 1),
             "role": role,
             "link": anchor(layer, neuron) if (layer, neuron) in linked else "",
-            "text": f"L{layer} N{neuron}: {number(value_of[layer, neuron])}"
+            "text": f"L{layer} N{neuron}: {svg_number(value_of[layer, neuron])}"
             + (" (control)" if role == "control" else ""),
         }
         for layer, neuron, role in sorted(marks, key=lambda mark: mark[2])
@@ -76,13 +86,17 @@ def score_map(
         "right": left + width,
         "bottom": round(n_layers * step, 1),
         "rows": [(layer, round((layer + 0.5) * step, 1)) for layer in range(0, n_layers, every)],
-        "ticks": [(x_of(tick), number(tick)) for tick in _ticks(low, high)],
+        "ticks": [(x_of(tick), svg_number(tick)) for tick in _ticks(low, high)],
         "zero": x_of(0.5 if score.startswith("auroc") else 0.0),
     }
 
 
 def ridges(
-    histogram: Histogram, groups: Mapping[str, Callable[[str, str], bool]], own_name: str, *, root: bool = False
+    histogram: Histogram,
+    groups: Mapping[str, Callable[[str, str], bool]],
+    own_name: str,
+    *,
+    root: bool = False,
 ) -> dict[str, Any]:
     """A histogram as rows of steps on one axis, one row a group, each scaled to its share of the group's own count."""
     edges, left, width, height = histogram.edges, 92.0, 216.0, 19.0
@@ -110,9 +124,16 @@ def ridges(
             }
         )
     ticks = [
-        (round(left + (tick - edges[0]) / span * width, 1), number(tick)) for tick in _ticks(edges[0], edges[-1], 4)
+        (round(left + (tick - edges[0]) / span * width, 1), svg_number(tick))
+        for tick in _ticks(edges[0], edges[-1], 4)
     ]
-    return {"rows": drawn, "height": len(drawn) * height, "ticks": ticks, "left": left, "right": left + width}
+    return {
+        "rows": drawn,
+        "height": len(drawn) * height,
+        "ticks": ticks,
+        "left": left,
+        "right": left + width,
+    }
 
 
 def anchor(layer: int, neuron: int) -> str:
@@ -125,10 +146,13 @@ def _ticks(low: float, high: float, n: int = 6) -> list[float]:
     rough = (high - low) / n
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * k for k in (1, 2, 5, 10) if unit * k >= rough * 0.999)
-    return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(i * step, 10)
+        for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
-def number(value: Any, form: str = ".3g") -> str:
+def svg_number(value: Any, form: str = ".3g") -> str:
     """A number as readers want it, or a dash where there is none."""
     if value is None or value != value:
         return "–"

@@ -48,7 +48,9 @@ def write_neuron_page(
     run = read_run(folder)
     table = run.tables["neurons"]
     if table is None:
-        raise ValueError(f"{str(folder)!r} has no neurons.csv yet; finish it with 'workbench run --resume'.")
+        raise ValueError(
+            f"{str(folder)!r} has no neurons.csv yet; finish it with 'workbench run --resume'."
+        )
     known = list(dict.fromkeys(table["category"]))
     if category not in known:
         raise ValueError(
@@ -68,7 +70,9 @@ def write_neuron_page(
     targets = [(int(layer), int(neuron)) for layer, neuron in own[["layer", "neuron"]].to_numpy()]
     controls = random_neurons(model, targets, seed=config.seed)
     wanted = {site, *(reading_site(model, layer) for layer, _ in targets)}
-    directions = {category: _directions(model, select_prompts(folds.fit, category=category), wanted)}
+    directions = {
+        category: _directions(model, select_prompts(folds.fit, category=category), wanted)
+    }
     profiles = profile_neurons(
         model,
         [*targets, *controls],
@@ -79,13 +83,18 @@ def write_neuron_page(
         progress=progress,
     )
     path = Path(folder) / f"neurons_{category}.html"
-    return write_dashboard(path, table, profiles[: len(targets)], profiles[len(targets) :], category=category)
+    return write_dashboard(
+        path, table, profiles[: len(targets)], profiles[len(targets) :], category=category
+    )
 
 
-def _directions(model: HookedModel, prompts: list, sites: set[Site]) -> dict[Site, Float[Tensor, " d_model"]]:
+def _directions(
+    model: HookedModel, prompts: list, sites: set[Site]
+) -> dict[Site, Float[Tensor, " d_model"]]:
     """Mean unsafe minus mean safe of a category, at each site; against neutral prompts there would be style in it."""
     acts = cache_activations(model, prompts, sorted(sites))
     return {
-        site: own.select(label="unsafe").values.mean(dim=0) - own.select(label="safe").values.mean(dim=0)
+        site: own.select(label="unsafe").values.mean(dim=0)
+        - own.select(label="safe").values.mean(dim=0)
         for site, own in acts.items()
     }

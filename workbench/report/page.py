@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures import results as visuals
+from workbench import figures
 from workbench.figures import wording
 from workbench.figures.notebook import script_safe
 from workbench.files.store import PathLike, file_checksum, write_text
-from workbench.report import sections as report_sections
+from workbench.report import conclusion, sections
 from workbench.safesteer.run_folder import RunFolder, read_run
 
 if TYPE_CHECKING:
@@ -74,10 +74,18 @@ def render(run: RunFolder) -> str:
     from plotly.offline import get_plotlyjs
 
     def spelled_out(value: Any) -> Any:
-        return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return (
+            wording.visible(value)
+            if isinstance(value, str) and not isinstance(value, Markup)
+            else value
+        )
 
     environment = Environment(
-        autoescape=True, finalize=spelled_out, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=spelled_out,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"words": _words, "csp_hash": _csp_hash}
     template = environment.from_string(
@@ -88,14 +96,14 @@ def render(run: RunFolder) -> str:
         "title": f"Steering {run.notes['model'].get('name', 'a model')}",
         "date": _date(run.notes.get("started")),
         "done": _what_was_done(run),
-        "judges": report_sections.judges(run),
-        "two_judges": report_sections.two_judges(run),
+        "judges": sections.judges(run),
+        "two_judges": sections.two_judges(run),
         **_results(run),
-        "separability": _figure(visuals.separability, run.tables["separability"]),
+        "separability": _figure(figures.separability, run.tables["separability"]),
         "best_layer": _best_layer(run.tables["separability"]),
-        "tuning": _figure(visuals.tuning, run.tables["tuning"]),
-        "front": report_sections.front(run),
-        "gate": report_sections.gate(run),
+        "tuning": _figure(figures.tuning, run.tables["tuning"]),
+        "front": sections.front_figure(run),
+        "gate": sections.gate(run),
         "chosen": _chosen(run.notes["chosen"]),
         "neurons": _neurons(run.tables["neurons"]),
         **_answers(run.completions),
@@ -109,7 +117,9 @@ def render(run: RunFolder) -> str:
 def _what_was_done(run: RunFolder) -> list[str]:
     """Three sentences on the run."""
     labels = {str(row.get("prompt_id")): row.get("label") for row in run.completions}
-    unsafe, harmless = (sum((label == "unsafe") == side for label in labels.values()) for side in (True, False))
+    unsafe, harmless = (
+        sum((label == "unsafe") == side for label in labels.values()) for side in (True, False)
+    )
     conditions = list(dict.fromkeys(str(row.get("condition")) for row in run.completions))
     controls = [name for name in conditions if wording.is_control(name)]
     others = [name for name in conditions if name != wording.UNSTEERED and name not in controls]
@@ -120,7 +130,9 @@ def _what_was_done(run: RunFolder) -> list[str]:
     if not run.completions:
         return [f"{name} was prepared for steering, but no answers to test prompts were made."]
     beside = (
-        f" and against controls that should do nothing in particular ({wording.listed(controls)})" if controls else ""
+        f" and against controls that should do nothing in particular ({wording.listed(controls)})"
+        if controls
+        else ""
     )
     return [
         f"{name} answered {asked}, as it is and while it was steered; none of these prompts was used to build or tune the steering.",
@@ -138,7 +150,9 @@ def _tuned_on(run: RunFolder) -> str:
 
 def _fold(run: RunFolder, name: str) -> str:
     counts = run.notes["folds"].get(name)
-    total = sum(v for v in counts.values() if isinstance(v, int)) if isinstance(counts, Mapping) else 0
+    total = (
+        sum(v for v in counts.values() if isinstance(v, int)) if isinstance(counts, Mapping) else 0
+    )
     return f"{total} prompts" if total else "size not noted"
 
 
@@ -146,23 +160,27 @@ def _results(run: RunFolder) -> dict[str, Any]:
     """Verdict, tables of the test fold by category, and the comparison with the controls."""
     frame, scores = run.tables["evaluation"], run.tables["scores"]
     if frame is None:
-        nothing = wording.Verdict("none", "There is nothing to conclude: this run has no evaluation of test prompts.")
+        nothing = conclusion.Conclusion(
+            "none", "There is nothing to conclude: this run has no evaluation of test prompts."
+        )
         return {"verdict": nothing, "results": [], "controls": []}
     if "label" in frame:  # rows of harmless prompts are no part of the pooled ones
-        harmless = (frame["label"] != "unsafe") & (frame["category"] == wording.POOLED)
+        harmless = (frame["label"] != "unsafe") & (frame["category"] == wording.ALL_CATEGORIES)
         frame = frame.assign(category=frame["category"].mask(harmless, frame["label"]))
-    versus = wording.control_differences(scores) if scores is not None else None
-    categories = wording.in_order(frame["category"], (wording.POOLED,))
+    versus = conclusion.control_differences(scores) if scores is not None else None
+    categories = wording.in_order(frame["category"], (wording.ALL_CATEGORIES,))
     known = wording.in_order(frame["metric"], tuple(wording.METRICS))
     main = wording.main_metrics(known) or known[:5]
     return {
-        "verdict": wording.verdict(frame, versus),
+        "verdict": conclusion.conclude(frame, versus),
         "results": [
             {
-                "name": "all risk categories" if category == wording.POOLED else category,
-                "figure": _figure(visuals.evaluation, frame, category, main),
+                "name": "all risk categories" if category == wording.ALL_CATEGORIES else category,
+                "figure": _figure(figures.evaluation, frame, category, main),
                 "main": _metric_tables(frame, category, main),
-                "rest": _metric_tables(frame, category, [name for name in known if name not in main]),
+                "rest": _metric_tables(
+                    frame, category, [name for name in known if name not in main]
+                ),
             }
             for category in categories
         ],
@@ -170,14 +188,24 @@ def _results(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _metric_tables(frame: pd.DataFrame, category: str, metrics: Iterable[str]) -> list[dict[str, Any]]:
+def _metric_tables(
+    frame: pd.DataFrame, category: str, metrics: Iterable[str]
+) -> list[dict[str, Any]]:
     tables = []
     for name in metrics:
         rows = frame[(frame["category"] == category) & (frame["metric"] == name)].to_dict("records")
-        rows.sort(key=lambda row: row["condition"] != wording.UNSTEERED)  # a stable sort: the others keep their order
+        rows.sort(
+            key=lambda row: row["condition"] != wording.UNSTEERED
+        )  # a stable sort: the others keep their order
         shown = wording.metric(name)
         if rows:
-            tables.append({"label": shown.label, "better": shown.better, "rows": [_cells(name, row) for row in rows]})
+            tables.append(
+                {
+                    "label": shown.label,
+                    "better": shown.better,
+                    "rows": [_cells(name, row) for row in rows],
+                }
+            )
     return tables
 
 
@@ -194,9 +222,11 @@ def _cells(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "interval": wording.interval(name, row.get("low", math.nan), row.get("high", math.nan)),
         "n": count("n"),
         "unscored": count("n_unscored"),
-        "change": wording.number(name, row["difference"], signed=True) if math.isfinite(row["difference"]) else "",
+        "change": wording.number(name, row["difference"], signed=True)
+        if math.isfinite(row["difference"])
+        else "",
         "change_interval": wording.interval(name, *ends, signed=True),
-        "beyond": wording.clear(row) != 0,
+        "beyond": conclusion.clear(row) != 0,
         "p": wording.p_value(row.get("p_holm", row.get("p", math.nan))),
         "kept": "yes"
         if row.get("no_loss_p", math.nan) <= wording.LEVEL
@@ -213,7 +243,8 @@ def _control_tables(versus: pd.DataFrame) -> list[dict[str, Any]]:
         corrected = own.assign(p=own["p_holm"], value=math.nan).to_dict("records")
         cells = {(row["metric"], row["control"]): row for row in corrected}
         lines = [
-            (wording.metric(m).label, [_cells(m, cells[m, c]) for c in controls]) for m in dict.fromkeys(own["metric"])
+            (wording.metric(m).label, [_cells(m, cells[m, c]) for c in controls])
+            for m in dict.fromkeys(own["metric"])
         ]
         tables.append({"condition": condition, "controls": controls, "lines": lines})
     return tables
@@ -227,14 +258,21 @@ def _best_layer(frame: pd.DataFrame | None) -> dict[str, Any] | None:
     """Layer and kind where categories are told best from their twins (or the hardest comparison there is), and all means there."""
     if frame is None:
         return None
-    hardest = wording.in_order(frame["against"], tuple(visuals.AGAINST))[0]
+    hardest = wording.in_order(frame["against"], tuple(wording.AGAINST))[0]
     means = frame.groupby(["against", "kind", "layer"])["auroc"].mean()
     kind, layer = means[hardest].idxmax()
-    sides = wording.in_order(frame["against"], tuple(visuals.AGAINST))
+    sides = wording.in_order(frame["against"], tuple(wording.AGAINST))
     values = [
-        (visuals.AGAINST.get(s, s), f"{means[s, kind, layer]:.2f}") for s in sides if (s, kind, layer) in means.index
+        (wording.AGAINST.get(s, s), f"{means[s, kind, layer]:.2f}")
+        for s in sides
+        if (s, kind, layer) in means.index
     ]
-    return {"layer": layer, "kind": kind, "hardest": visuals.AGAINST.get(hardest, hardest), "values": values}
+    return {
+        "layer": layer,
+        "kind": kind,
+        "hardest": wording.AGAINST.get(hardest, hardest),
+        "values": values,
+    }
 
 
 def _chosen(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -245,7 +283,9 @@ def _chosen(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "construction": construction,
-                "sites": wording.short_sites(" ".join(map(str, sites))) if isinstance(sites, list) else str(sites),
+                "sites": wording.short_sites(" ".join(map(str, sites)))
+                if isinstance(sites, list)
+                else str(sites),
                 "sign": {1: "along the vector", -1: "against the vector"}.get(sign, "–")
                 if isinstance(sign, int)
                 else "–",
@@ -262,26 +302,40 @@ def _neurons(frame: pd.DataFrame | None) -> dict[str, Any] | None:
 
     if frame is None:
         return None
-    texts = [name for name in frame if name != "category" and not pd.api.types.is_numeric_dtype(frame[name])]
+    texts = [
+        name
+        for name in frame
+        if name != "category" and not pd.api.types.is_numeric_dtype(frame[name])
+    ]
     columns = [name for name in NEURON_COLUMNS if name in frame] + [
         name for name in texts if name not in NEURON_COLUMNS
     ]
     categories = []
     for category, rows in frame.groupby("category", sort=False):
         top = rows.sort_values("contribution", key=abs, ascending=False)[:TOP_NEURONS]
-        lines = [[(_short(row[name]), name in texts) for name in columns] for row in top.to_dict("records")]
+        lines = [
+            [(_short(row[name]), name in texts) for name in columns]
+            for row in top.to_dict("records")
+        ]
         categories.append(
-            {"name": category, "figure": visuals.neuron_map(frame, category), "rows": lines, "n": len(rows)}
+            {
+                "name": category,
+                "figure": figures.neuron_map(frame, category),
+                "rows": lines,
+                "n": len(rows),
+            }
         )
     headings = [(NEURON_COLUMNS.get(name, _words(name)), name in texts) for name in columns]
-    return {"map": visuals.layer_scores(frame), "columns": headings, "categories": categories}
+    return {"map": figures.layer_scores(frame), "columns": headings, "categories": categories}
 
 
 def _answers(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Answers by category and prompt, at most ``MAX_PROMPTS`` prompts: the first of each category in turn, none picked by hand."""
     prompts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in completions:
-        prompts.setdefault((str(row.get("category", "")), str(row.get("prompt_id", ""))), []).append(row)
+        prompts.setdefault(
+            (str(row.get("category", "")), str(row.get("prompt_id", ""))), []
+        ).append(row)
     by_category: dict[str, list[list[Mapping[str, Any]]]] = {}
     for (category, _), rows in prompts.items():
         by_category.setdefault(category, []).append(rows)
@@ -301,7 +355,10 @@ def _answers(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    answers = [_answer(row) for row in sorted(rows, key=lambda row: row.get("condition") != wording.UNSTEERED)]
+    answers = [
+        _answer(row)
+        for row in sorted(rows, key=lambda row: row.get("condition") != wording.UNSTEERED)
+    ]
     return {
         "id": str(rows[0].get("prompt_id", "")),
         "text": str(rows[0].get("prompt", "")),
@@ -321,7 +378,11 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
         )
         if scores.get(name) == 1
     ]
-    badges += [("none", "refusal not scored")] if "refusal" in scores and scores["refusal"] is None else []
+    badges += (
+        [("none", "refusal not scored")]
+        if "refusal" in scores and scores["refusal"] is None
+        else []
+    )
     near = scores.get("relevance")
     condition, text = str(row.get("condition", "")), row.get("text")
     return {
@@ -336,10 +397,17 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _how_it_was_made(run: RunFolder) -> dict[str, Any]:
     notes = run.notes
-    durations = {name: _duration(s) for name, s in notes["durations"].items() if isinstance(s, int | float)}
+    durations = {
+        name: _duration(s) for name, s in notes["durations"].items() if isinstance(s, int | float)
+    }
     total = sum(s for s in notes["durations"].values() if isinstance(s, int | float))
     labels = list(
-        dict.fromkeys(label for counts in notes["folds"].values() if isinstance(counts, Mapping) for label in counts)
+        dict.fromkeys(
+            label
+            for counts in notes["folds"].values()
+            if isinstance(counts, Mapping)
+            for label in counts
+        )
     )
     return {
         "model": {name: _short(value) for name, value in notes["model"].items()},
@@ -347,10 +415,16 @@ def _how_it_was_made(run: RunFolder) -> dict[str, Any]:
         "versions": notes["versions"],
         "durations": durations | ({"together": _duration(total)} if durations else {}),
         "labels": labels,
-        "folds": {k: [c.get(x, 0) for x in labels] for k, c in notes["folds"].items() if isinstance(c, Mapping)},
+        "folds": {
+            k: [c.get(x, 0) for x in labels]
+            for k, c in notes["folds"].items()
+            if isinstance(c, Mapping)
+        },
         "prompts": {name: _short(value) for name, value in notes["prompts"].items()},
         "files": [
-            _file(path) for path in sorted(run.path.iterdir()) if path.name[0] != "." and path.name != "report.html"
+            _file(path)
+            for path in sorted(run.path.iterdir())
+            if path.name[0] != "." and path.name != "report.html"
         ],
     }
 

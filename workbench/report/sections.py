@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures import gates as steering_pictures
+from workbench import figures
 from workbench.figures import wording
+from workbench.figures.gates import SET_NAMES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,11 +34,17 @@ _PROMPTS = {"all": "risky", "hard_safe": "safe, look risky", "harmless": "everyd
 def judges(run: RunFolder) -> list[dict[str, Any]]:
     """The judges a run names, and a line for each main measure that none of them measures: a built-in rule, with no known agreement."""
     named = [judge for judge in run.notes["judges"] if isinstance(judge, Mapping)]
-    rows = [{name: judge.get(name) for name in ("name", "measures", "agreement")} for judge in named]
+    rows = [
+        {name: judge.get(name) for name in ("name", "measures", "agreement")} for judge in named
+    ]
     frame = run.tables["evaluation"]
     measured = [] if frame is None else wording.main_metrics(frame["metric"])
     covered = {row["measures"] for row in rows}
-    rows += [{"name": "built-in rule", "measures": name, "agreement": None} for name in measured if name not in covered]
+    rows += [
+        {"name": "built-in rule", "measures": name, "agreement": None}
+        for name in measured
+        if name not in covered
+    ]
     return [row | {"measures": wording.metric(str(row["measures"])).label} for row in rows]
 
 
@@ -46,7 +53,9 @@ def two_judges(run: RunFolder) -> list[dict[str, str]]:
     frame = run.tables["judge_agreement"]
     return [
         {
-            "condition": "all conditions" if row["condition"] == wording.POOLED else row["condition"],
+            "condition": "all conditions"
+            if row["condition"] == wording.ALL_CATEGORIES
+            else row["condition"],
             "kappa": f"{wording.number('kappa', row['kappa'])} {wording.interval('kappa', row['low'], row['high'])}",
             "first": wording.number("safe", row["first_yes"]),
             "second": wording.number("safe", row["second_yes"]),
@@ -56,12 +65,12 @@ def two_judges(run: RunFolder) -> list[dict[str, str]]:
     ]
 
 
-def front(run: RunFolder) -> Figure | None:
+def front_figure(run: RunFolder) -> Figure | None:
     """The front of the calibration; None for a run without one."""
     frame = run.tables["tuning"]
     if frame is None or "front" not in frame or wording.MAIN[0] not in set(frame["metric"]):
         return None
-    return steering_pictures.front(frame)
+    return figures.front(frame)
 
 
 def gate(run: RunFolder) -> dict[str, Any] | None:
@@ -78,14 +87,14 @@ def gate(run: RunFolder) -> dict[str, Any] | None:
         "threshold": str(notes.get("threshold", "–")),
         "closed": str(notes.get("threshold")) == "inf",
         "asked": {
-            steering_pictures.SET_NAMES["neutral"] if name == "neutral" else "safe prompts that look risky": _share(
+            SET_NAMES["neutral"] if name == "neutral" else "safe prompts that look risky": _share(
                 rate
             )
             for name, rate in asked.items()
         },
         "pooled": [
             {
-                "name": steering_pictures.SET_NAMES.get(row["set"], row["set"]),
+                "name": SET_NAMES.get(row["set"], row["set"]),
                 "rate": _share(row["rate"]),
                 "interval": f"[{_share(row['low'])}, {_share(row['high'])}]",
                 "n": f"{row['n']:.0f}",
@@ -93,9 +102,9 @@ def gate(run: RunFolder) -> dict[str, Any] | None:
             }
             for row in pooled
         ],
-        "rates": steering_pictures.gate_rates(rates),
-        "roc": None if roc is None else steering_pictures.gate_roc(roc),
-        "confusion": steering_pictures.gate_confusion(confusion),
+        "rates": figures.gate_rates(rates),
+        "roc": None if roc is None else figures.gate_roc(roc),
+        "confusion": figures.gate_confusion(confusion),
         "cells": _cells(run.tables["gate_cells"]),
         "comparison": _comparison(run.tables["gate_comparison"]),
     }
@@ -111,7 +120,10 @@ def _cells(frame: pd.DataFrame | None) -> list[dict[str, str]]:
             "prompts": str(row["prompts"]),
             "n": f"{row['n']:.0f}",
             "identical": f"{_share(row['identical'])} [{_share(row['identical_low'])}, {_share(row['identical_high'])}]",
-            **{name: f"{_share(row[f'{name}_before'])} → {_share(row[f'{name}_after'])}" for name in shown},
+            **{
+                name: f"{_share(row[f'{name}_before'])} → {_share(row[f'{name}_after'])}"
+                for name in shown
+            },
         }
         for row in frame.to_dict("records")
     ]
@@ -121,7 +133,9 @@ def _comparison(frame: pd.DataFrame | None) -> dict[str, Any] | None:
     """Rows of conditions, columns of prompts and measures: the value, and the paired change with its interval."""
     if frame is None:
         return None
-    rows = {(row["condition"], row["category"], row["metric"]): row for row in frame.to_dict("records")}
+    rows = {
+        (row["condition"], row["category"], row["metric"]): row for row in frame.to_dict("records")
+    }
     columns = [key for key in COMPARED if any((c, *key) in rows for c in frame["condition"])]
     lines = []
     for condition in wording.in_order(frame["condition"], (wording.UNSTEERED,)):
@@ -131,8 +145,12 @@ def _comparison(frame: pd.DataFrame | None) -> dict[str, Any] | None:
             if row is None:
                 cells.append(("–", ""))
                 continue
-            ends = wording.interval(name, row["difference_low"], row["difference_high"], signed=True)
-            change = f"{wording.number(name, row['difference'], signed=True)} {ends}" if ends else ""
+            ends = wording.interval(
+                name, row["difference_low"], row["difference_high"], signed=True
+            )
+            change = (
+                f"{wording.number(name, row['difference'], signed=True)} {ends}" if ends else ""
+            )
             cells.append((wording.number(name, row["value"]), change))
         lines.append((condition, cells))
     headings = [f"{_PROMPTS[category]}: {wording.metric(name).label}" for category, name in columns]
@@ -144,4 +162,8 @@ def _comparison(frame: pd.DataFrame | None) -> dict[str, Any] | None:
 
 
 def _share(value: Any) -> str:
-    return wording.number("refusal", float(value)) if isinstance(value, int | float) and math.isfinite(value) else "–"
+    return (
+        wording.number("refusal", float(value))
+        if isinstance(value, int | float) and math.isfinite(value)
+        else "–"
+    )

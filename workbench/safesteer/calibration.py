@@ -98,7 +98,9 @@ class Calibration:
     rounds: tuple[Round, ...]
 
 
-def plan_rounds(n_settings: int, n_prompts: int, *, keep: int = 3, budget: int | None = None) -> list[Round]:
+def plan_rounds(
+    n_settings: int, n_prompts: int, *, keep: int = 3, budget: int | None = None
+) -> list[Round]:
     """Rounds of successive halving: each answers three times as many prompts under a third of the settings, the last one all prompts.
 
     Args:
@@ -181,7 +183,9 @@ def calibrate(
     questions = in_turn([prompt for prompt in prompts if prompt.label == "unsafe"])
     alive = list(dict.fromkeys(settings))
     if not alive or not questions:
-        raise ValueError(f"calibration needs settings and unsafe prompts, got {len(alive)} and {len(questions)}.")
+        raise ValueError(
+            f"calibration needs settings and unsafe prompts, got {len(alive)} and {len(questions)}."
+        )
     limits = limits or Limits()
     rounds = list(rounds or plan_rounds(len(alive), len(questions)))
     if progress:
@@ -196,7 +200,10 @@ def calibrate(
     moved = _neutral_kl(model, vectors, alive, neutral, output, transfer) if neutral else {}
     tables: list[pd.DataFrame] = []
     for number, one in enumerate(rounds):
-        conditions: dict[str, Condition] = {UNSTEERED: (), **{s.name: steering(vectors, s) for s in alive}}
+        conditions: dict[str, Condition] = {
+            UNSTEERED: (),
+            **{s.name: steering(vectors, s) for s in alive},
+        }
         answers = sweep(
             model,
             questions[: one.n_prompts],
@@ -220,7 +227,11 @@ def calibrate(
         front = _front(values) if last else set()
         best = {s.construction: s for s in reversed(ranked)}
         for setting in shown:
-            marks = {"excess": excess[setting], "feasible": excess[setting] == 0, "front": setting in front}
+            marks = {
+                "excess": excess[setting],
+                "feasible": excess[setting] == 0,
+                "front": setting in front,
+            }
             marks["chosen"] = last and best[setting.construction] == setting
             metrics = summary.loc[setting.name]
             for name, value in moved.get(setting, {}).items():
@@ -230,19 +241,38 @@ def calibrate(
             marks = {"excess": 0.0, "feasible": True, "front": False, "chosen": False}
             tables.insert(0, _rows(None, summary.loc[UNSTEERED], number, marks))
         alive = kept
-    chosen = {construction: best[construction] for construction in dict.fromkeys(s.construction for s in settings)}
+    chosen = {
+        construction: best[construction]
+        for construction in dict.fromkeys(s.construction for s in settings)
+    }
     return Calibration(pd.concat(tables, ignore_index=True), chosen, ranked[0], tuple(rounds))
 
 
 def in_words(tuned: Calibration) -> str:
     """The last round as a table of text: every setting on the front or chosen, with what it gains and costs."""
     table = tuned.table
-    shown = [m for m in (HEADLINE, "relevance", "refusal", "degenerate", NEUTRAL_KL) if m in set(table["metric"])]
+    shown = [
+        m
+        for m in (HEADLINE, "relevance", "refusal", "degenerate", NEUTRAL_KL)
+        if m in set(table["metric"])
+    ]
     kept = table[(table["construction"] == UNSTEERED) | table["front"] | table["chosen"]].fillna(
         {"until": 0, "sites": ""}
     )
-    keys = ["construction", "sites", "sign", "rho", "positions", "until", "front", "chosen", "excess"]
-    wide = kept.pivot_table(index=keys, columns="metric", values="value", sort=False, dropna=True)[shown]
+    keys = [
+        "construction",
+        "sites",
+        "sign",
+        "rho",
+        "positions",
+        "until",
+        "front",
+        "chosen",
+        "excess",
+    ]
+    wide = kept.pivot_table(index=keys, columns="metric", values="value", sort=False, dropna=True)[
+        shown
+    ]
     best = tuned.best
     return f"{wide.reset_index().round(3).to_string(index=False)}\nbest: {best.name}"
 
@@ -256,7 +286,9 @@ def _neutral_kl(
     transfer: bool,
 ) -> dict[Setting, dict[str, float]]:
     """Mean KL of each setting on neutral prompts, along the beginnings of their unsteered answers."""
-    answers = generate(model, neutral, condition="neutral", max_new_tokens=NEUTRAL_TOKENS, output=output)
+    answers = generate(
+        model, neutral, condition="neutral", max_new_tokens=NEUTRAL_TOKENS, output=output
+    )
     found = {}
     for setting in settings:
         by_category = list(steering(vectors, setting).values())
@@ -265,9 +297,13 @@ def _neutral_kl(
     return found
 
 
-def _order(setting: Setting, values: Mapping[str, float], excess: float) -> tuple[float, float, float]:
+def _order(
+    setting: Setting, values: Mapping[str, float], excess: float
+) -> tuple[float, float, float]:
     """Sorting key, best first: headline less excess; among equals fewer refusals, then less strength."""
-    headline, refusal = (0.0 if math.isnan(values[name]) else values[name] for name in (HEADLINE, "refusal"))
+    headline, refusal = (
+        0.0 if math.isnan(values[name]) else values[name] for name in (HEADLINE, "refusal")
+    )
     return (excess - headline, refusal, setting.rho * len(setting.sites))
 
 
@@ -279,17 +315,22 @@ def _survivors(ranked: Sequence[Setting], n: int) -> list[Setting]:
 
 def _front(values: Mapping[Setting, Mapping[str, float]]) -> set[Setting]:
     """Settings that no other one equals or beats in headline, refusal, degeneration and relevance, and beats in one."""
-    points = {s: (v[HEADLINE], -v["refusal"], -v["degenerate"], v["relevance"]) for s, v in values.items()}
+    points = {
+        s: (v[HEADLINE], -v["refusal"], -v["degenerate"], v["relevance"]) for s, v in values.items()
+    }
 
     def beaten(point: tuple[float, ...]) -> bool:
         return any(
-            all(a >= b for a, b in zip(other, point, strict=True)) and other != point for other in points.values()
+            all(a >= b for a, b in zip(other, point, strict=True)) and other != point
+            for other in points.values()
         )
 
     return {s for s, point in points.items() if not beaten(point)}
 
 
-def _rows(setting: Setting | None, metrics: pd.DataFrame, number: int, marks: Mapping[str, Any]) -> pd.DataFrame:
+def _rows(
+    setting: Setting | None, metrics: pd.DataFrame, number: int, marks: Mapping[str, Any]
+) -> pd.DataFrame:
     """The table's rows of one setting, or of the unsteered model."""
     what = {
         "construction": setting.construction if setting else UNSTEERED,

@@ -28,7 +28,11 @@ GATED, ALWAYS = "gated", "always on, same mean strength"
 
 def main_setting(tuned: Calibration) -> Setting:
     """The best contrast of answers on the tune fold: what is gated, and what the controls have the strength of."""
-    answers = [setting for setting in tuned.chosen.values() if not setting.construction.startswith("prompt")]
+    answers = [
+        setting
+        for setting in tuned.chosen.values()
+        if not setting.construction.startswith("prompt")
+    ]
     return max(answers or tuned.chosen.values(), key=partial(_headline, tuned))
 
 
@@ -61,26 +65,42 @@ def controls(
     categories = list(own_of[setting.sites[0]])
     other = dict(zip(categories, [*categories[1:], categories[0]], strict=True))
 
-    def control(make: Callable[[SteeringVector, Site], SteeringVector]) -> dict[str, list[Intervention]]:
+    def control(
+        make: Callable[[SteeringVector, Site], SteeringVector],
+    ) -> dict[str, list[Intervention]]:
         conditions: dict[str, list[Intervention]] = {c: [] for c in categories}
         for category, site in itertools.product(categories, setting.sites):
             own = own_of[site][category]
-            conditions[category].append(add_vector(make(own, site), setting.sign * own.multiplier_for(setting.rho)))
+            conditions[category].append(
+                add_vector(make(own, site), setting.sign * own.multiplier_for(setting.rho))
+            )
         return conditions
 
     made: dict[str, Condition] = {
         "random": control(
-            lambda own, site: random_vector(own, seed=seed + site.layer + 1000 * categories.index(own.category))
+            lambda own, site: random_vector(
+                own, seed=seed + site.layer + 1000 * categories.index(own.category)
+            )
         )
     }
-    shuffled = {site: _shuffled(vectors, setting, site, answers[site], seed) for site in setting.sites}
-    made["shuffled labels"] = control(lambda own, site: scaled_to(shuffled[site][own.category], own.norm))
-    if len(categories) > 1 and not setting.construction.endswith(POOLED):  # a pooled vector is the same for all
-        made["other category"] = control(lambda own, site: scaled_to(own_of[site][other[own.category]], own.norm))
+    shuffled = {
+        site: _shuffled(vectors, setting, site, answers[site], seed) for site in setting.sites
+    }
+    made["shuffled labels"] = control(
+        lambda own, site: scaled_to(shuffled[site][own.category], own.norm)
+    )
+    if len(categories) > 1 and not setting.construction.endswith(
+        POOLED
+    ):  # a pooled vector is the same for all
+        made["other category"] = control(
+            lambda own, site: scaled_to(own_of[site][other[own.category]], own.norm)
+        )
     return made
 
 
-def behind_gate(vectors: Vectors, setting: Setting, gate: Gate, opening: float) -> dict[str, Condition]:
+def behind_gate(
+    vectors: Vectors, setting: Setting, gate: Gate, opening: float
+) -> dict[str, Condition]:
     """Steering that the gate lets through, and the same always on at its mean strength.
 
     Args:
@@ -96,7 +116,9 @@ def behind_gate(vectors: Vectors, setting: Setting, gate: Gate, opening: float) 
     return made
 
 
-def for_everyone(conditions: Mapping[str, Condition], questions: Sequence[Prompt]) -> dict[str, Condition]:
+def for_everyone(
+    conditions: Mapping[str, Condition], questions: Sequence[Prompt]
+) -> dict[str, Condition]:
     """The conditions, with the vectors of some category for prompts that have no vectors of their own: of each category in turn."""
     found: dict[str, Any] = {UNSTEERED: {}}
     for name, condition in conditions.items():
@@ -106,7 +128,9 @@ def for_everyone(conditions: Mapping[str, Condition], questions: Sequence[Prompt
         others = [prompt for prompt in questions if prompt.category not in condition]
         found[name] = {
             **condition,
-            **{p.id: condition[c] for p, c in zip(others, itertools.cycle(condition), strict=False)},
+            **{
+                p.id: condition[c] for p, c in zip(others, itertools.cycle(condition), strict=False)
+            },
         }
     return found
 
@@ -124,7 +148,10 @@ def _shuffled(
     """What the construction finds where labels are shuffled; pooled where it pools."""
     have = categories_of(answers.prompts)
     own = vectors[setting.construction, site]
-    made = {c: shuffled_vector(own[c], answers, seed=seed + i, safe_side="paired") for i, c in enumerate(have)}
+    made = {
+        c: shuffled_vector(own[c], answers, seed=seed + i, safe_side="paired")
+        for i, c in enumerate(have)
+    }
     if setting.construction.endswith(POOLED):
         made = pooled(made)
     return {c: made.get(c, next(iter(made.values()))) for c in own}

@@ -19,9 +19,15 @@ CONSTRUCTIONS = {
         True,
     ),
     "answer_contrast_pooled": ("the same, the mean direction of all categories", True),
-    "self_contrast_pooled": ("the model's own answers under an instruction minus its plain ones, all categories", True),
+    "self_contrast_pooled": (
+        "the model's own answers under an instruction minus its plain ones, all categories",
+        True,
+    ),
     "answer_and_self_pooled": ("the sum of the two before, direction by direction", True),
-    "prompt_guided": ("the paper's, from those unsafe prompts that the model goes along with (2410.01174)", False),
+    "prompt_guided": (
+        "the paper's, from those unsafe prompts that the model goes along with (2410.01174)",
+        False,
+    ),
     "prompt_own_part": ("the paper's vector minus the mean of the other categories'", False),
     "answer_principal": ("openings, first principal component of the differences (RepE)", False),
     "answer_probe": ("openings, normal of a logistic probe", False),
@@ -83,20 +89,36 @@ class RunConfig:
             _check_count("test_prompts", self.test_prompts)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
-        if self.constructions is not None and not any(c[:6] != "prompt" for c in self.constructions):
+        if self.constructions is not None and not any(
+            c[:6] != "prompt" for c in self.constructions
+        ):
             raise ValueError(
                 "constructions must hold a contrast of answers: it is what the gate and the controls are for."
             )
         for name in self.constructions or ():
             if name not in CONSTRUCTIONS:
                 known = ", ".join(CONSTRUCTIONS)
-                raise ValueError(f"unknown construction {name!r}; known: {known}.{did_you_mean(name, CONSTRUCTIONS)}")
+                raise ValueError(
+                    f"unknown construction {name!r}; known: {known}.{did_you_mean(name, CONSTRUCTIONS)}"
+                )
         if not self.rhos or not all(isinstance(r, int | float) and 0 < r < 2 for r in self.rhos):
-            raise ValueError(f"rhos must be relative strengths above 0 and below 2, got {self.rhos!r}.")
-        for name in ("relevance_loss", "refusal_rise", "degenerate_rise", "neutral_rate", "hard_safe_rate"):
+            raise ValueError(
+                f"rhos must be relative strengths above 0 and below 2, got {self.rhos!r}."
+            )
+        for name in (
+            "relevance_loss",
+            "refusal_rise",
+            "degenerate_rise",
+            "neutral_rate",
+            "hard_safe_rate",
+        ):
             _check_share(name, getattr(self, name))
-        if self.neutral_kl is not None and not (_is_number(self.neutral_kl) and self.neutral_kl > 0):
-            raise ValueError(f"neutral_kl must be above 0 nats, or nothing for no limit, got {self.neutral_kl!r}.")
+        if self.neutral_kl is not None and not (
+            _is_number(self.neutral_kl) and self.neutral_kl > 0
+        ):
+            raise ValueError(
+                f"neutral_kl must be above 0 nats, or nothing for no limit, got {self.neutral_kl!r}."
+            )
 
 
 def config_from(mapping: Mapping[str, Any]) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.sites import Site, sites_of_kind
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from workbench.models.load import HookedModel
 
 
-PROMPT, GUIDED, OPENINGS, OWN = "prompt_contrast", "prompt_guided", "answer_contrast", "self_contrast"
+PROMPT, GUIDED, OPENINGS, OWN = (
+    "prompt_contrast",
+    "prompt_guided",
+    "answer_contrast",
+    "self_contrast",
+)
 """The paper's vector, and with a judge's choice of prompts; written openings of answers; the model's own answers. The latter two also pooled over the categories."""
 
 
@@ -49,20 +54,32 @@ def measure(
     progress: bool = False,
 ) -> Measured:
     """Run the fit and tune prompts, and the fit questions with answers behind them, once each for all sites."""
-    everywhere = [s for kind in ("resid_post", "attn_out", "mlp_post", "z") for s in sites_of_kind(model, kind)]
+    everywhere = [
+        s
+        for kind in ("resid_post", "attn_out", "mlp_post", "z")
+        for s in sites_of_kind(model, kind)
+    ]
     prompts = cache_activations(
-        model, [*folds.fit, *folds.tune], [Site(0, "resid_pre"), *everywhere], store=store, progress=progress
+        model,
+        [*folds.fit, *folds.tune],
+        [Site(0, "resid_pre"), *everywhere],
+        store=store,
+        progress=progress,
     )
     placed = sorted({site for place in placements(model) for site in place})
     rows = {OPENINGS: answer_prompts(folds.fit)} | ({OWN: list(own_answers)} if own_answers else {})
     answers = {
-        contrast: cache_activations(model, own, placed, span="response", store=store, progress=progress)
+        contrast: cache_activations(
+            model, own, placed, span="response", store=store, progress=progress
+        )
         for contrast, own in rows.items()
     }
     return Measured(prompts, answers, frozenset(prompt.id for prompt in went_along))
 
 
-def fit_all(measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | None = None) -> Vectors:
+def fit_all(
+    measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | None = None
+) -> Vectors:
     """Constructions at every site of the placements.
 
     Args:
@@ -91,7 +108,9 @@ def fit_all(measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | No
                 kept = [p for p in fit if p.label != "unsafe" or p.id in measured.went_along]
                 guided = {s: acts.of(kept) for s, acts in on_fit.items()}
                 found = fit_steering_vectors(
-                    guided[site], residual=guided[Site(site.layer, "resid_post")], method="prompt_guided"
+                    guided[site],
+                    residual=guided[Site(site.layer, "resid_post")],
+                    method="prompt_guided",
                 )
             elif name == OWN + POOLED and own_answers is not None:
                 found = pooled(_contrast(own_answers, residual, OWN))
@@ -104,9 +123,14 @@ def fit_all(measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | No
             elif name == OPENINGS + POOLED:
                 found = pooled(_contrast(openings, residual, OPENINGS))
             elif name == "answer_without_refusal":
-                refusal = pooled(prompt)  # harmless minus harmful: Arditi et al.'s refusal direction, turned
+                refusal = pooled(
+                    prompt
+                )  # harmless minus harmful: Arditi et al.'s refusal direction, turned
                 own = _contrast(openings, residual, OPENINGS)
-                found = {c: without(v, [refusal.get(c, next(iter(refusal.values())))]) for c, v in own.items()}
+                found = {
+                    c: without(v, [refusal.get(c, next(iter(refusal.values())))])
+                    for c, v in own.items()
+                }
             elif name == "answer_principal":
                 found = _contrast(openings, residual, name, estimator="principal")
             elif name == "answer_probe":
@@ -129,7 +153,9 @@ def fitted_on(construction: str, measured: Measured) -> Mapping[Site, Activation
     """Activations of the answers that a construction was fitted on; of prompts for constructions of prompts."""
     if construction.startswith("prompt"):
         return measured.prompts
-    return measured.answers[OWN if construction.startswith(OWN) or construction == BOTH else OPENINGS]
+    return measured.answers[
+        OWN if construction.startswith(OWN) or construction == BOTH else OPENINGS
+    ]
 
 
 def attributed_site(model: HookedModel) -> Site:
@@ -137,13 +163,17 @@ def attributed_site(model: HookedModel) -> Site:
     return Site(max(0, model.cfg.n_layers - 2), "resid_post")
 
 
-def _everyone(vectors: Mapping[str, SteeringVector], categories: Sequence[str]) -> dict[str, SteeringVector]:
+def _everyone(
+    vectors: Mapping[str, SteeringVector], categories: Sequence[str]
+) -> dict[str, SteeringVector]:
     """Pooled vectors for all categories, those without pairs of their own too."""
     any_one = next(iter(vectors.values()))
     return {c: vectors.get(c, replace(any_one, category=c)) for c in categories}
 
 
 def _contrast(
-    answers: ActivationSet, residual: ActivationSet, method: str, **keywords: str
+    answers: ActivationSet, residual: ActivationSet, method: str, **keywords: Any
 ) -> dict[str, SteeringVector]:
-    return fit_steering_vectors(answers, residual=residual, safe_side="paired", method=method, **keywords)  # type: ignore[arg-type]
+    return fit_steering_vectors(
+        answers, residual=residual, safe_side="paired", method=method, **keywords
+    )

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from workbench.evaluation.scoring import HARD_SAFE
 from workbench.models.load import HookedModel, load_model
 from workbench.prompts.benchmarks import prompts_from
-from workbench.prompts.prompt import Folds, Prompt, categories_of, in_turn, select_prompts, split_prompts
+from workbench.prompts.prompt import (
+    Folds,
+    Prompt,
+    categories_of,
+    in_turn,
+    select_prompts,
+    split_prompts,
+)
 from workbench.safesteer.calibration import Limits
 
 if TYPE_CHECKING:
@@ -37,7 +44,9 @@ def folds_of(config: RunConfig) -> Folds:
     """
     prompts = prompts_from(config.prompts)
     own = prompts_from(None)
-    if not any(p.label == "neutral" for p in prompts):  # the generic safe pool of the paper's vectors
+    if not any(
+        p.label == "neutral" for p in prompts
+    ):  # the generic safe pool of the paper's vectors
         prompts += select_prompts(own, label="neutral")
     if not any(p.label == "safe" for p in prompts):  # what a gate must not open for
         prompts += select_prompts(own, category=HARD_SAFE)

@@ -70,7 +70,9 @@ def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> lis
         raise ValueError(
             f"an instruction needs {{question}} once, where the prompt goes, got {instruction[:60]!r}; write it like self_contrast.INSTRUCTION."
         )
-    return [replace(prompt, text=instruction.replace("{question}", prompt.text)) for prompt in prompts]
+    return [
+        replace(prompt, text=instruction.replace("{question}", prompt.text)) for prompt in prompts
+    ]
 
 
 def self_contrast(
@@ -133,8 +135,13 @@ def self_contrast(
             )
         return made
 
-    plain, safe = answers(questions, _PLAIN), answers(instructed(questions, instruction), "instructed")
-    return answer_pairs(questions, _kept(questions, safe, keep_safe), _kept(questions, plain, keep_unsafe))
+    plain, safe = (
+        answers(questions, _PLAIN),
+        answers(instructed(questions, instruction), "instructed"),
+    )
+    return answer_pairs(
+        questions, _kept(questions, safe, keep_safe), _kept(questions, plain, keep_unsafe)
+    )
 
 
 def went_along(
@@ -172,14 +179,18 @@ def went_along(
     return [prompt for prompt in questions if prompt.id in kept]
 
 
-def _kept(questions: Sequence[Prompt], answers: Sequence[Completion], keep: Kept) -> list[Completion]:
+def _kept(
+    questions: Sequence[Prompt], answers: Sequence[Completion], keep: Kept
+) -> list[Completion]:
     """Answers that a judge keeps, asked about the plain questions."""
     text_of = {prompt.id: prompt.text for prompt in questions}
     kept = keep([text_of[c.prompt.id] for c in answers], [c.text for c in answers])
     return [answer for answer, own in zip(answers, kept, strict=True) if own]
 
 
-def answer_pairs(prompts: Sequence[Prompt], safe: Sequence[Completion], unsafe: Sequence[Completion]) -> list[Prompt]:
+def answer_pairs(
+    prompts: Sequence[Prompt], safe: Sequence[Completion], unsafe: Sequence[Completion]
+) -> list[Prompt]:
     """Rows of an answer contrast from answers that are there already, pair by pair of one question.
 
     Args:
@@ -202,6 +213,10 @@ def answer_pairs(prompts: Sequence[Prompt], safe: Sequence[Completion], unsafe: 
         for turn, text in enumerate(own_safe):
             pair = f"{prompt.id}/self{turn}"
             against = own_unsafe[turn % len(own_unsafe)]
-            rows.append(replace(prompt, id=f"{pair}/unsafe", response=against, label="unsafe", pair_id=pair))
-            rows.append(replace(prompt, id=f"{pair}/safe", response=text, label="safe", pair_id=pair))
+            rows.append(
+                replace(prompt, id=f"{pair}/unsafe", response=against, label="unsafe", pair_id=pair)
+            )
+            rows.append(
+                replace(prompt, id=f"{pair}/safe", response=text, label="safe", pair_id=pair)
+            )
     return rows

@@ -41,11 +41,13 @@ def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, Steering
     vectors: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
     for name in run.notes["vectors"]:
         construction, layer, kind, category = str(name).removesuffix(".safetensors").split(".", 3)
-        vectors.setdefault((construction, Site.parse(f"{layer}.{kind}")), {})[category] = load_vector(
-            run.path / "vectors" / str(name)
+        vectors.setdefault((construction, Site.parse(f"{layer}.{kind}")), {})[category] = (
+            load_vector(run.path / "vectors" / str(name))
         )
     if not vectors:
-        raise ValueError(f"{str(folder)!r} has no vectors yet; finish it with 'workbench run --out {folder} --resume'.")
+        raise ValueError(
+            f"{str(folder)!r} has no vectors yet; finish it with 'workbench run --out {folder} --resume'."
+        )
     return vectors
 
 
@@ -80,8 +82,14 @@ def recalibrate(
     Raises:
         ValueError: If the folder holds no run with vectors, a construction is unknown, or the budget is too small.
     """
-    given: dict[str, Any] = {"rhos": None if rhos is None else tuple(rhos), "tune_prompts": tune_prompts}
-    config = replace(config_from(read_run(folder).notes["config"]), **{k: v for k, v in given.items() if v is not None})
+    given: dict[str, Any] = {
+        "rhos": None if rhos is None else tuple(rhos),
+        "tune_prompts": tune_prompts,
+    }
+    config = replace(
+        config_from(read_run(folder).notes["config"]),
+        **{k: v for k, v in given.items() if v is not None},
+    )
     vectors = saved_vectors(folder)
     known = constructions_of(vectors)
     for name in constructions or ():
@@ -115,5 +123,8 @@ def recalibrate(
         progress=progress,
     )
     write_text(out / "tuning.csv", tuned.table.to_csv(index=False, float_format="%.5g"))
-    write_json(out / "chosen.json", {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()})
+    write_json(
+        out / "chosen.json",
+        {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()},
+    )
     return tuned

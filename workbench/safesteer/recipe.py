@@ -71,7 +71,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.safesteer.config import RunConfig
-from workbench.safesteer.inputs import TUNE_NEUTRAL, _test_questions, folds_of, limits_of, load_run_model
+from workbench.safesteer.inputs import (
+    TUNE_NEUTRAL,
+    _test_questions,
+    folds_of,
+    limits_of,
+    load_run_model,
+)
 from workbench.safesteer.run_folder import _note, _open_run, _save_vectors, _timed, _write_csv
 
 GATE_CONDITIONS = (GATED, ORACLE, AT_RANDOM, ALWAYS, REFUSING)
@@ -115,29 +121,63 @@ def run(
         "model": model_info(model).to_dict(),
         "packed": is_packed(model),
         "categories": categories,
-        "folds": {name: dict(Counter(p.label for p in fold)) for name, fold in folds._asdict().items()},
-        "prompts": {"source": config.prompts or "data/prompts.jsonl", "sha256": prompts_key(itertools.chain(*folds))},
+        "folds": {
+            name: dict(Counter(p.label for p in fold)) for name, fold in folds._asdict().items()
+        },
+        "prompts": {
+            "source": config.prompts or "data/prompts.jsonl",
+            "sha256": prompts_key(itertools.chain(*folds)),
+        },
     }
     _note(folder, notes)
 
     safety_judge = framing_judge_for(model)
-    answers: Any = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "progress": progress}
+    answers: Any = {
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+        "progress": progress,
+    }
     with _timed(notes, "own answers"):
-        needs_own = config.constructions is None or any("self" in name for name in config.constructions)
-        kept: Any = {"output": folder / "fit.jsonl", "max_new_tokens": config.max_new_tokens, "progress": progress}
-        own = _own_answers(model, folds.fit, safety_judge, seed=config.seed, **kept) if needs_own else []
+        needs_own = config.constructions is None or any(
+            "self" in name for name in config.constructions
+        )
+        kept: Any = {
+            "output": folder / "fit.jsonl",
+            "max_new_tokens": config.max_new_tokens,
+            "progress": progress,
+        }
+        own = (
+            _own_answers(model, folds.fit, safety_judge, seed=config.seed, **kept)
+            if needs_own
+            else []
+        )
         wants_guided = GUIDED in (config.constructions or ())
-        guided = went_along(model, folds.fit, kept_by(safety_judge)[1], **kept) if wants_guided else []
+        guided = (
+            went_along(model, folds.fit, kept_by(safety_judge)[1], **kept) if wants_guided else []
+        )
     with _timed(notes, "activations"):
-        measured = measure(model, folds, folder / "activations", own_answers=own, went_along=guided, progress=progress)
+        measured = measure(
+            model,
+            folds,
+            folder / "activations",
+            own_answers=own,
+            went_along=guided,
+            progress=progress,
+        )
     with _timed(notes, "vectors"):
         vectors = fit_all(measured, folds.fit, config.constructions)
         notes["vectors"] = _save_vectors(folder / "vectors", vectors)
     with _timed(notes, "separability"):
-        residual = {site: acts for site, acts in measured.prompts.items() if site.kind in ("resid_post", "attn_out")}
+        residual = {
+            site: acts
+            for site, acts in measured.prompts.items()
+            if site.kind in ("resid_post", "attn_out")
+        }
         _write_csv(folder / "separability.csv", layer_separability(residual, folds.fit, folds.tune))
     with _timed(notes, "neurons"):
-        _write_csv(folder / "neurons.csv", _neurons(model, measured, folds, categories, config.seed))
+        _write_csv(
+            folder / "neurons.csv", _neurons(model, measured, folds, categories, config.seed)
+        )
     _note(folder, notes)
 
     score = partial(score_completions, model, safety_judge=safety_judge)
@@ -146,7 +186,12 @@ def run(
             model,
             vectors,
             select_prompts(folds.tune, label="unsafe", limit=config.tune_prompts),
-            grid(constructions_of(vectors), placements(model), config.rhos, signs={PROMPT: (1, -1), GUIDED: (1, -1)}),
+            grid(
+                constructions_of(vectors),
+                placements(model),
+                config.rhos,
+                signs={PROMPT: (1, -1), GUIDED: (1, -1)},
+            ),
             score=score,
             output=folder / "tune.jsonl",
             neutral=select_prompts(folds.tune, label="neutral", limit=TUNE_NEUTRAL),
@@ -154,7 +199,9 @@ def run(
             **answers,
         )
         _write_csv(folder / "tuning.csv", tuned.table)
-        notes["chosen"] = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
+        notes["chosen"] = {
+            s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()
+        }
         notes["rounds"] = [one._asdict() for one in tuned.rounds]
         _note(folder, notes)
     main = main_setting(tuned)
@@ -168,10 +215,14 @@ def run(
             hard_rate=config.hard_safe_rate,
         )
         save_gate(folder / "gate.safetensors", gate)
-        held_out = cache_activations(model, folds.test, [site], store=folder / "activations", progress=progress)[site]
+        held_out = cache_activations(
+            model, folds.test, [site], store=folder / "activations", progress=progress
+        )[site]
         for name, table in (("rates", activation_rates), ("confusion", confusion), ("roc", roc)):
             _write_csv(folder / f"gate_{name}.csv", table(gate, held_out))
-        opened = dict(zip((p.id for p in held_out.prompts), opened_for(gate, held_out), strict=True))
+        opened = dict(
+            zip((p.id for p in held_out.prompts), opened_for(gate, held_out), strict=True)
+        )
         fired = {prompt_id: category != CLOSED for prompt_id, category in opened.items()}
         notes["gate"] = {
             "site": str(site),
@@ -183,7 +234,9 @@ def run(
     with _timed(notes, "test"):
         questions = _test_questions(folds.test, config)
         share = sum(fired[p.id] for p in questions) / len(questions)
-        made: dict[str, Condition] = {condition_of(s): steering(vectors, s) for s in tuned.chosen.values()}
+        made: dict[str, Condition] = {
+            condition_of(s): steering(vectors, s) for s in tuned.chosen.values()
+        }
         made |= behind_gate(vectors, main, gate, share)
         made |= controls(vectors, main, fitted_on(main.construction, measured), seed=config.seed)
         conditions = for_everyone(made, questions)
@@ -198,8 +251,13 @@ def run(
         if safety_judge is not None:
             _write_csv(folder / "judge_agreement.csv", judge_agreement(result))
         beside = beside_a_gate(everything, fired, steered, GATED, seed=config.seed)
-        beside = beside.only([name for name in GATE_CONDITIONS if name in set(beside.scores["condition"])] + [steered])
-        _write_csv(folder / "gate_comparison.csv", beside.summary(seed=config.seed, margins=margins))
+        beside = beside.only(
+            [name for name in GATE_CONDITIONS if name in set(beside.scores["condition"])]
+            + [steered]
+        )
+        _write_csv(
+            folder / "gate_comparison.csv", beside.summary(seed=config.seed, margins=margins)
+        )
         _write_csv(folder / "gate_cells.csv", cells(everything, fired, GATED))
     notes["judges"] = [
         {"name": result.judge, "measures": "refusal", "agreement": None},
@@ -214,7 +272,9 @@ def run(
     return folder
 
 
-def _own_answers(model: HookedModel, fit: Sequence[Prompt], judge: FramingJudge | None, **answers: Any) -> list[Prompt]:
+def _own_answers(
+    model: HookedModel, fit: Sequence[Prompt], judge: FramingJudge | None, **answers: Any
+) -> list[Prompt]:
     """Rows of the self-contrast; none where the model has too few pairs of answers to give."""
     keep_safe, keep_unsafe = kept_by(judge)
     rows = self_contrast(model, fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, **answers)
@@ -226,8 +286,13 @@ def _neurons(
 ) -> pd.DataFrame:
     from workbench.neurons.ranking import attribute_neurons
 
-    fit, tune = ({site: acts.of(fold) for site, acts in measured.prompts.items()} for fold in (folds.fit, folds.tune))
-    has_twins = all(any(p.label == "safe" and p.category == c for p in folds.fit) for c in categories)
+    fit, tune = (
+        {site: acts.of(fold) for site, acts in measured.prompts.items()}
+        for fold in (folds.fit, folds.tune)
+    )
+    has_twins = all(
+        any(p.label == "safe" and p.category == c for p in folds.fit) for c in categories
+    )
     return attribute_neurons(
         model,
         fit,
@@ -246,7 +311,8 @@ def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[st
     over = "" if row["feasible"] else f"; it is over the limits by {row['excess']:.2f}"
     multipliers = {
         category: {
-            str(s): setting.sign * vectors[setting.construction, s][category].multiplier_for(setting.rho)
+            str(s): setting.sign
+            * vectors[setting.construction, s][category].multiplier_for(setting.rho)
             for s in setting.sites
         }
         for category in vectors[setting.construction, setting.sites[0]]

@@ -38,7 +38,16 @@ FORMAT = "workbench run 1"
 COLUMNS = {
     "separability": ("layer", "kind", "category", "against", "auroc"),
     "tuning": ("construction", "sites", "sign", "rho", "metric", "value"),
-    "evaluation": ("condition", "category", "metric", "value", "difference", "difference_low", "difference_high", "n"),
+    "evaluation": (
+        "condition",
+        "category",
+        "metric",
+        "value",
+        "difference",
+        "difference_low",
+        "difference_high",
+        "n",
+    ),
     "scores": ("condition", "category", "label", "prompt_id", "metric", "value"),
     "neurons": ("category", "layer", "neuron", "contribution"),
     "judge_agreement": ("condition", "kappa", "low", "high", "first_yes", "second_yes", "n"),
@@ -129,7 +138,9 @@ def read_run(folder: PathLike) -> RunFolder:
         for name in names:
             notes[name] = kind() if notes.get(name) is None else notes[name]
             if not isinstance(notes[name], kind):
-                raise ValueError(f"{path / 'run.json'}: {name!r} must be {word}, got {notes[name]!r:.60}; run again.")
+                raise ValueError(
+                    f"{path / 'run.json'}: {name!r} must be {word}, got {notes[name]!r:.60}; run again."
+                )
     answers = path / "completions.jsonl"
     return RunFolder(
         path,
@@ -145,7 +156,9 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
     if not path.is_file() or not path.read_bytes().strip():
         return None
     try:
-        frame = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, "str"), keep_default_na=False, na_values=[""])
+        frame = pd.read_csv(
+            path, dtype=dict.fromkeys(_TEXT, "str"), keep_default_na=False, na_values=[""]
+        )
         missing = [name for name in columns if name not in frame]
         if missing:
             raise ValueError(f"column {missing[0]!r} is missing")
@@ -156,10 +169,14 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
                 frame[name] = frame[name].astype(str).str.lower().isin(["true", "1"])
             elif name in columns or name in _OPTIONAL or name.startswith("auroc"):
                 frame[name] = pd.to_numeric(frame[name])
-                frame[name] = frame[name].astype(int) if name in _WHOLE else frame[name].astype(float)
+                frame[name] = (
+                    frame[name].astype(int) if name in _WHOLE else frame[name].astype(float)
+                )
     except ValueError as error:
         problem = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} cannot be read ({problem}); write it again with 'workbench run --resume'.") from error
+        raise ValueError(
+            f"{path} cannot be read ({problem}); write it again with 'workbench run --resume'."
+        ) from error
     return None if frame.empty else frame
 
 
@@ -189,9 +206,12 @@ def _open_run(folder: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
             )
         return notes
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{str(folder)!r} is not an empty folder and holds no run; give another one with --out.")
+        raise ValueError(
+            f"{str(folder)!r} is not an empty folder and holds no run; give another one with --out."
+        )
     versions = {
-        name: importlib.metadata.version(name) for name in ("workbench", "torch", "transformers", "transformer-lens")
+        name: importlib.metadata.version(name)
+        for name in ("workbench", "torch", "transformers", "transformer-lens")
     }
     notes = {
         "format": FORMAT,

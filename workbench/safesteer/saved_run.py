@@ -99,10 +99,17 @@ def steering_from(
         raise ValueError(
             f"no category {category!r} in {str(folder)!r}; categories: {', '.join(multipliers)}.{did_you_mean(category, multipliers)}"
         )
-    extent: dict[str, Any] = {"positions": setting.get("positions", "all"), "until": setting.get("until")}
+    extent: dict[str, Any] = {
+        "positions": setting.get("positions", "all"),
+        "until": setting.get("until"),
+    }
     vectors = Path(folder) / "vectors"
     return [
-        add_vector(load_vector(vectors / f"{name}.{Site.parse(site)}.{category}.safetensors"), multiplier, **extent)
+        add_vector(
+            load_vector(vectors / f"{name}.{Site.parse(site)}.{category}.safetensors"),
+            multiplier,
+            **extent,
+        )
         for site, multiplier in multipliers[category].items()
     ]
 
@@ -133,10 +140,16 @@ def gated_steering_from(
     gate = gate_from(folder)
     fitted_for = (read_run(folder).notes.get("gate") or {}).get("construction")
     name = construction or fitted_for
-    return gated({c: steering_from(folder, c, construction=name, calibrated=calibrated) for c in gate.categories}, gate)
+    return gated(
+        {
+            c: steering_from(folder, c, construction=name, calibrated=calibrated)
+            for c in gate.categories
+        },
+        gate,
+    )
 
 
-def read_gate(model: HookedModel, gate: Gate, question: str) -> GateReading:
+def gate_reading(model: HookedModel, gate: Gate, question: str) -> GateReading:
     """What a gate makes of one question, token by token.
 
     Args:
@@ -155,7 +168,11 @@ def read_gate(model: HookedModel, gate: Gate, question: str) -> GateReading:
 
 
 def side_by_side(
-    model: HookedModel, question: str, interventions: list[Intervention], *, max_new_tokens: int = 64
+    model: HookedModel,
+    question: str,
+    interventions: list[Intervention],
+    *,
+    max_new_tokens: int = 64,
 ) -> tuple[Completion, Completion]:
     """One question answered without and with interventions, in one batch.
 

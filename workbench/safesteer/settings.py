@@ -39,7 +39,11 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         """How results call it."""
-        where = str(self.sites[0]) if len(self.sites) == 1 else f"{self.sites[0]}-{self.sites[-1].layer}"
+        where = (
+            str(self.sites[0])
+            if len(self.sites) == 1
+            else f"{self.sites[0]}-{self.sites[-1].layer}"
+        )
         extent = "" if self.positions == "all" else f" {self.positions}"
         extent += "" if self.until is None else f" first {self.until}"
         return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}{extent}"
@@ -49,7 +53,9 @@ def placements(model: HookedModel) -> list[tuple[Site, ...]]:
     """Where vectors are added: one residual site at half depth, attention outputs of a band of layers, four residual sites."""
     n = model.cfg.n_layers
     first, last = round(BAND[0] * n), max(round(BAND[0] * n), int(BAND[1] * n))
-    spread = tuple(Site(layer, "resid_post") for layer in sorted({int(share * n) for share in SPREAD}))
+    spread = tuple(
+        Site(layer, "resid_post") for layer in sorted({int(share * n) for share in SPREAD})
+    )
     places = [
         (Site(int(MID_DEPTH * n), "resid_post"),),
         tuple(Site(layer, "attn_out") for layer in range(first, last + 1)),
@@ -81,7 +87,9 @@ def grid(
             for sign in (signs or {}).get(construction, (1,)):
                 for rho in rhos:
                     at_each = rho if len(sites) == 1 else round(BAND_SHARE * rho, 4)
-                    settings += [Setting(construction, sites, sign, at_each, *extent) for extent in extents]
+                    settings += [
+                        Setting(construction, sites, sign, at_each, *extent) for extent in extents
+                    ]
     return settings
 
 
@@ -90,6 +98,8 @@ def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]
     by_site = [vectors[setting.construction, site] for site in setting.sites]
     extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
     return {
-        category: [add_vector(own[category], rho=setting.sign * setting.rho, **extent) for own in by_site]
+        category: [
+            add_vector(own[category], rho=setting.sign * setting.rho, **extent) for own in by_site
+        ]
         for category in by_site[0]
     }

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workbench.stats.estimates import Estimate, Outcomes, Rate, bootstrap_interval, check_level, rate, to_floats
+from workbench.stats.estimates import (
+    Estimate,
+    Outcomes,
+    Rate,
+    bootstrap_interval,
+    check_level,
+    rate,
+    to_floats,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -39,7 +47,9 @@ class Agreement:
         return asdict(self)
 
 
-def cohen_kappa(a: Iterable[Hashable], b: Iterable[Hashable], *, level: float = 0.95, seed: int = 0) -> Estimate:
+def cohen_kappa(
+    a: Iterable[Hashable], b: Iterable[Hashable], *, level: float = 0.95, seed: int = 0
+) -> Estimate:
     """Cohen's kappa (1960) of two raters, with a bootstrap interval (2000 draws): agreement beyond label frequencies.
 
     nan where both give one and the same label throughout, with the interval (-1, 1). At full agreement the interval has
@@ -57,21 +67,32 @@ def cohen_kappa(a: Iterable[Hashable], b: Iterable[Hashable], *, level: float = 
     check_level(level)
     first, second = list(a), list(b)
     if len(first) != len(second) or not first:
-        raise ValueError(f"raters need a label each for the same prompts, got {len(first)} and {len(second)}.")
-    rows = [row for row in zip(first, second, strict=True) if not any(x is None or x != x for x in row)]
-    n, codes = len(rows), {label: code for code, label in enumerate(dict.fromkeys(x for row in rows for x in row))}
+        raise ValueError(
+            f"raters need a label each for the same prompts, got {len(first)} and {len(second)}."
+        )
+    rows = [
+        row for row in zip(first, second, strict=True) if not any(x is None or x != x for x in row)
+    ]
+    n, codes = (
+        len(rows),
+        {label: code for code, label in enumerate(dict.fromkeys(x for row in rows for x in row))},
+    )
     k = len(codes)
     cells = np.bincount([codes[x] * k + codes[y] for x, y in rows], minlength=k * k)
     value, low, high = math.nan, -1.0, 1.0
     if k > 1:
         value = float(_kappa(cells.reshape(k, k)))
         # to resample prompts is to draw the cells of the table from a multinomial
-        samples = _kappa(np.random.default_rng(seed).multinomial(n, cells / n, 2000).reshape(-1, k, k))
+        samples = _kappa(
+            np.random.default_rng(seed).multinomial(n, cells / n, 2000).reshape(-1, k, k)
+        )
         low, high = bootstrap_interval(samples[~np.isnan(samples)], n, level=level)
     return Estimate(value, max(low, -1.0), min(high, 1.0), n, len(first) - n)
 
 
-def agreement(predicted: Outcomes, truth: Outcomes, *, level: float = 0.95, seed: int = 0) -> Agreement:
+def agreement(
+    predicted: Outcomes, truth: Outcomes, *, level: float = 0.95, seed: int = 0
+) -> Agreement:
     """Agreement of yes/no verdicts with the truth: accuracy, precision, recall (Wilson) and kappa (bootstrap).
 
     Args:
@@ -83,7 +104,10 @@ def agreement(predicted: Outcomes, truth: Outcomes, *, level: float = 0.95, seed
     Raises:
         ValueError: If nothing was given, lengths differ, or an outcome is not True, False or None.
     """
-    verdicts, facts = to_floats(predicted, "predicted", yes_no=True), to_floats(truth, "truth", yes_no=True)
+    verdicts, facts = (
+        to_floats(predicted, "predicted", yes_no=True),
+        to_floats(truth, "truth", yes_no=True),
+    )
     kappa = cohen_kappa(verdicts, facts, level=level, seed=seed)
     equal = np.where(np.isnan(verdicts + facts), np.nan, verdicts == facts)
     right, found = rate(facts[verdicts == 1], level=level), rate(verdicts[facts == 1], level=level)

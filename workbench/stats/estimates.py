@@ -67,7 +67,9 @@ class Difference(Estimate):
 
     def __str__(self) -> str:
         sign = "+" if self.value > 0 else ""
-        return f"{sign}{super().__str__()} " + ("p<.001" if self.p < 0.0005 else f"p={_short(self.p, 3)}")
+        return f"{sign}{super().__str__()} " + (
+            "p<.001" if self.p < 0.0005 else f"p={_short(self.p, 3)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def mean(values: Values, *, level: float = 0.95, n_resamples: int = 2000, seed: 
     """
     scored = to_floats(values, "values")
     known = scored[~np.isnan(scored)]
-    interval = bootstrap_interval(_bootstrap_means(known[:, None], n_resamples, seed), len(known), level=level)
+    interval = bootstrap_interval(
+        _bootstrap_means(known[:, None], n_resamples, seed), len(known), level=level
+    )
     return Mean(_mean(known), *interval, len(known), len(scored) - len(known))
 
 
@@ -139,7 +143,13 @@ def clopper_pearson_interval(successes: int, n: int, *, level: float = 0.95) -> 
 
 
 def paired_difference(
-    a: Values, b: Values, *, clusters: Clusters = None, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+    a: Values,
+    b: Values,
+    *,
+    clusters: Clusters = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
 ) -> Difference:
     """Mean of b - a over prompts, with a bootstrap interval over prompts.
 
@@ -166,7 +176,12 @@ def paired_difference(
 
 
 def ratio_of_means(
-    above: Values, below: Values, *, clusters: Clusters = None, n_resamples: int = 2000, seed: int = 0
+    above: Values,
+    below: Values,
+    *,
+    clusters: Clusters = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """Mean of ``above`` over mean of ``below`` on the same prompts, with a paired 95 % bootstrap interval.
 
@@ -191,7 +206,9 @@ def ratio_of_means(
     else:
         low, high = bootstrap_interval(samples[:, 0] / samples[:, 1], n)
     denominator = _mean(pairs[:, 1])
-    return Estimate(_mean(pairs[:, 0]) / denominator if denominator else math.nan, low, high, n, n_unscored)
+    return Estimate(
+        _mean(pairs[:, 0]) / denominator if denominator else math.nan, low, high, n, n_unscored
+    )
 
 
 def mcnemar(a: Outcomes, b: Outcomes) -> Change:
@@ -211,7 +228,12 @@ def mcnemar(a: Outcomes, b: Outcomes) -> Change:
 
 
 def tost_paired(
-    a: Values, b: Values, margin: float | tuple[float, float], *, clusters: Clusters = None, level: float = 0.95
+    a: Values,
+    b: Values,
+    margin: float | tuple[float, float],
+    *,
+    clusters: Clusters = None,
+    level: float = 0.95,
 ) -> Equivalence:
     """Test that b - a is inside a margin: this shows "no loss"; a difference that is not significant does not.
 
@@ -231,7 +253,9 @@ def tost_paired(
     """
     lowest, highest = margin if isinstance(margin, tuple) else (-margin, margin)
     if not lowest < 0 < highest:
-        raise ValueError(f"margin must be above 0, or a pair (from, to) with 0 between them, got {margin!r}.")
+        raise ValueError(
+            f"margin must be above 0, or a pair (from, to) with 0 between them, got {margin!r}."
+        )
     check_level(level)
     pairs, n_unscored = _pairs(a, b, clusters)
     value, n = _mean(pairs[:, 1] - pairs[:, 0]), len(pairs)
@@ -252,20 +276,30 @@ def holm(p: Float[np.ndarray, ...], axis: int | None = None) -> Float[np.ndarray
     Raises:
         ValueError: If there are no values, or one is outside [0, 1].
     """
-    return _stepwise(p, axis, lambda ordered, n, rank: np.maximum.accumulate(ordered * (n - rank), axis=-1))
+    return _stepwise(
+        p, axis, lambda ordered, n, rank: np.maximum.accumulate(ordered * (n - rank), axis=-1)
+    )
 
 
-def benjamini_hochberg(p: Float[np.ndarray, ...], axis: int | None = None) -> Float[np.ndarray, ...]:
+def benjamini_hochberg(
+    p: Float[np.ndarray, ...], axis: int | None = None
+) -> Float[np.ndarray, ...]:
     """q-values (Benjamini and Hochberg 1995): among findings at or below q, a share of at most q is false on average.
 
     Arguments and errors are those of ``holm``.
     """
     return _stepwise(
-        p, axis, lambda ordered, n, rank: np.fmin.accumulate((ordered * n / (rank + 1))[..., ::-1], axis=-1)[..., ::-1]
+        p,
+        axis,
+        lambda ordered, n, rank: np.fmin.accumulate((ordered * n / (rank + 1))[..., ::-1], axis=-1)[
+            ..., ::-1
+        ],
     )
 
 
-def bootstrap_interval(samples: Float[np.ndarray, ...], n: int, *, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    samples: Float[np.ndarray, ...], n: int, *, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile interval of bootstrap draws, tails widened for small n; (-inf, inf) below two prompts.
 
     ``samples`` holds the statistic of each resample of ``n`` prompts; the widening is Hesterberg's (2015, The American
@@ -292,7 +326,10 @@ def to_floats(values: Values, name: str, *, yes_no: bool = False) -> Float[np.nd
     items = list(values)
     for item in items:
         number = isinstance(item, Real | np.bool_)
-        if not (item is None or (number and (item != item or (item in (0, 1) if yes_no else math.isfinite(item))))):
+        if not (
+            item is None
+            or (number and (item != item or (item in (0, 1) if yes_no else math.isfinite(item))))
+        ):
             allowed = "True, False or None" if yes_no else "finite numbers or None"
             raise ValueError(f"{name} must be {allowed}, got {item!r:.60}.")
     return np.array([math.nan if item is None else item for item in items], dtype=float)
@@ -313,7 +350,9 @@ def _short(value: float, digits: int = 2) -> str:
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
-def _proportion(successes: int, n: int, level: float, method: Literal["wilson", "exact"]) -> tuple[float, float]:
+def _proportion(
+    successes: int, n: int, level: float, method: Literal["wilson", "exact"]
+) -> tuple[float, float]:
     from scipy.stats import binomtest
 
     check_level(level)
@@ -325,11 +364,15 @@ def _proportion(successes: int, n: int, level: float, method: Literal["wilson", 
     return float(interval.low), float(interval.high)
 
 
-def _pairs(a: Values, b: Values, clusters: Clusters, *, yes_no: bool = False) -> tuple[Float[np.ndarray, "n 2"], int]:
+def _pairs(
+    a: Values, b: Values, clusters: Clusters, *, yes_no: bool = False
+) -> tuple[Float[np.ndarray, "n 2"], int]:
     """One row a prompt with the means of its scored pairs, and how many pairs were dropped."""
     first, second = to_floats(a, "a", yes_no=yes_no), to_floats(b, "b", yes_no=yes_no)
     if len(first) != len(second) or len(first) == 0:
-        raise ValueError(f"pairs need as many values on both sides, one at least, got {len(first)} and {len(second)}.")
+        raise ValueError(
+            f"pairs need as many values on both sides, one at least, got {len(first)} and {len(second)}."
+        )
     values = np.column_stack([first, second])
     kept = ~np.isnan(values).any(axis=1)
     if clusters is None:
@@ -337,13 +380,17 @@ def _pairs(a: Values, b: Values, clusters: Clusters, *, yes_no: bool = False) ->
     codes: dict[Hashable, int] = {}
     index = np.array([codes.setdefault(cluster, len(codes)) for cluster in clusters])
     if len(index) != len(values) or any(cluster is None or cluster != cluster for cluster in codes):
-        raise ValueError(f"clusters need an id, not None, for each of {len(values)} pairs, got {len(index)}.")
+        raise ValueError(
+            f"clusters need an id, not None, for each of {len(values)} pairs, got {len(index)}."
+        )
     _, index = np.unique(index[kept], return_inverse=True)
     sums = [np.bincount(index, weights=column) for column in values[kept].T]
     return np.column_stack(sums) / np.bincount(index)[:, None], int((~kept).sum())
 
 
-def _bootstrap_means(columns: Float[np.ndarray, "n k"], n_resamples: int, seed: int) -> Float[np.ndarray, "draws k"]:
+def _bootstrap_means(
+    columns: Float[np.ndarray, "n k"], n_resamples: int, seed: int
+) -> Float[np.ndarray, "draws k"]:
     """Means of resampled rows, in blocks so that memory stays small."""
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}; 2000 is usual.")
@@ -362,21 +409,33 @@ def _bootstrap_p(samples: Float[np.ndarray, ...], n: int) -> float:
     return max(2.0 ** (1 - n), float(2 * stdtr(n - 1, ndtri(tail) * math.sqrt((n - 1) / n))))
 
 
-def _t_test(change: Float[np.ndarray, n], lowest: float, highest: float, level: float) -> tuple[float, float, float]:
+def _t_test(
+    change: Float[np.ndarray, n], lowest: float, highest: float, level: float
+) -> tuple[float, float, float]:
     n, center = len(change), change.mean()
     error = max(change.std(ddof=1) / math.sqrt(n), 1e-300)
-    p = max(0.5**n, stdtr(n - 1, (lowest - center) / error), stdtr(n - 1, (center - highest) / error))
+    p = max(
+        0.5**n, stdtr(n - 1, (lowest - center) / error), stdtr(n - 1, (center - highest) / error)
+    )
     return p, center - error * stdtrit(n - 1, level), center + error * stdtrit(n - 1, level)
 
 
-def _tango(change: Float[np.ndarray, n], lowest: float, highest: float, level: float) -> tuple[float, float, float]:
+def _tango(
+    change: Float[np.ndarray, n], lowest: float, highest: float, level: float
+) -> tuple[float, float, float]:
     from scipy.optimize import brentq
 
     n, gained, lost = len(change), int((change > 0).sum()), int((change < 0).sum())
     if gained == lost == 0:
-        return (1 - min(-lowest, highest, 1)) ** n, (1 - level) ** (1 / n) - 1, 1 - (1 - level) ** (1 / n)
+        return (
+            (1 - min(-lowest, highest, 1)) ** n,
+            (1 - level) ** (1 / n) - 1,
+            1 - (1 - level) ** (1 / n),
+        )
 
-    def z(share: float) -> float:  # of the difference against ``share``, with the likeliest lost share under that
+    def z(
+        share: float,
+    ) -> float:  # of the difference against ``share``, with the likeliest lost share under that
         b = (2 * n - gained + lost) * share - gained - lost
         lost_share = (math.sqrt(max(0.0, b * b + 8 * n * lost * share * (1 - share))) - b) / (4 * n)
         return (gained - lost - n * share) / math.sqrt(n * (2 * lost_share + share * (1 - share)))
@@ -389,7 +448,9 @@ def _tango(change: Float[np.ndarray, n], lowest: float, highest: float, level: f
 
 
 def _stepwise(
-    p: Float[np.ndarray, ...], axis: int | None, step: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    p: Float[np.ndarray, ...],
+    axis: int | None,
+    step: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
 ) -> Float[np.ndarray, ...]:
     """Sort each family (nan last), adjust by the family's size and the rank from 0, cap at 1 and undo the sorting."""
     p = np.asarray(p, dtype=float)

@@ -65,7 +65,9 @@ def auroc(scores: Scores, labels: Labels) -> Any:
     return _shaped(u / (is_true.sum(axis=0) * (~is_true).sum(axis=0))[:, None], scores, labels)
 
 
-def auroc_interval(value: Any, n_true: int, n_false: int, *, level: float = 0.95) -> tuple[Any, Any]:
+def auroc_interval(
+    value: Any, n_true: int, n_false: int, *, level: float = 0.95
+) -> tuple[Any, Any]:
     """Interval of an AUROC by its large-sample variance (Hanley and McNeil 1982, Radiology 143:29), within [0, 1].
 
     Args:
@@ -86,7 +88,9 @@ def auroc_interval(value: Any, n_true: int, n_false: int, *, level: float = 0.95
     # At an AUROC of 0 or 1 the variance is 0: half a pair of rows is counted as misplaced, so that the interval has a width.
     inside = np.clip(a, 0.5 / (n_true * n_false), 1 - 0.5 / (n_true * n_false))
     one, two = inside / (2 - inside), 2 * inside**2 / (1 + inside)
-    variance = inside * (1 - inside) + (n_true - 1) * (one - inside**2) + (n_false - 1) * (two - inside**2)
+    variance = (
+        inside * (1 - inside) + (n_true - 1) * (one - inside**2) + (n_false - 1) * (two - inside**2)
+    )
     half = ndtri((1 + level) / 2) * np.sqrt(variance / (n_true * n_false))
     low, high = np.clip(a - half, 0, 1), np.clip(a + half, 0, 1)
     return (low, high) if a.ndim else (float(low), float(high))
@@ -116,7 +120,9 @@ def auroc_p_values(scores: Scores, labels: Labels) -> Any:
         u, spread = _rank_sums(block, is_true)
         deviation = np.sqrt(pairs / (n * (n - 1)) * spread)
         distance = np.abs(u - pairs / 2) - 0.5
-        z = np.divide(distance, deviation, out=np.full_like(distance, -math.inf), where=deviation > 0)
+        z = np.divide(
+            distance, deviation, out=np.full_like(distance, -math.inf), where=deviation > 0
+        )
         p.append(np.minimum(1, 2 * ndtr(-z)))
     return _shaped(np.concatenate(p, axis=1), scores, labels)
 
@@ -203,31 +209,49 @@ def max_statistic_permutation(
     # variance of a sum over the True rows of a group: n_true n_false / (n (n - 1)) times its sum of squares
     weights = ((shares * (1 - shares) * sizes) / np.maximum(sizes - 1, 1))[group]
     if not weights.any(axis=0).all():
-        raise ValueError("a labeling has no group with both classes, so nothing can be shuffled; give larger groups.")
+        raise ValueError(
+            "a labeling has no group with both classes, so nothing can be shuffled; give larger groups."
+        )
     values, scales = [], []
     for block in _blocks(x):
         aligned = _centered(block, group)
         if statistic == "rank_sum":
             aligned = _centered(rankdata(aligned, axis=0), group)
         variance = weights.T @ aligned**2
-        scales.append(np.divide(1, np.sqrt(variance), out=np.zeros_like(variance), where=variance > 0))
+        scales.append(
+            np.divide(1, np.sqrt(variance), out=np.zeros_like(variance), where=variance > 0)
+        )
         values.append(aligned.astype(np.float32))
     rng, by_group = np.random.default_rng(seed), np.argsort(group, kind="stable")
     shuffle_block = max(1, 1024 // is_true.shape[1])
-    observed = np.concatenate([_z(is_true.T[None], *part)[0] for part in zip(values, scales, strict=True)], axis=1)
+    observed = np.concatenate(
+        [_z(is_true.T[None], *part)[0] for part in zip(values, scales, strict=True)], axis=1
+    )
     largest = []
     for start in range(0, n_permutations, shuffle_block):
         keys = group + rng.random((min(shuffle_block, n_permutations - start), len(x)))
         shuffled = np.empty((len(keys), is_true.shape[1], len(x)), dtype=np.float32)
         shuffled[:, :, by_group] = is_true[np.argsort(keys, axis=1)].transpose(0, 2, 1)
-        largest.append(np.max([_z(shuffled, *part).max(axis=2) for part in zip(values, scales, strict=True)], axis=0))
+        largest.append(
+            np.max(
+                [_z(shuffled, *part).max(axis=2) for part in zip(values, scales, strict=True)],
+                axis=0,
+            )
+        )
     null = np.concatenate(largest)
     # a shuffle that gives the labels back must count as reached, whatever float32 makes of it
-    p = np.stack([permutation_p(row * (1 - 1e-5), draws) for row, draws in zip(observed, null.T, strict=True)])
+    p = np.stack(
+        [
+            permutation_p(row * (1 - 1e-5), draws)
+            for row, draws in zip(observed, null.T, strict=True)
+        ]
+    )
     return _shaped(p, scores, labels)
 
 
-def permutation_p(observed: Float[np.ndarray, ...] | float, null: Float[np.ndarray, "draws ..."]) -> Any:
+def permutation_p(
+    observed: Float[np.ndarray, ...] | float, null: Float[np.ndarray, "draws ..."]
+) -> Any:
     """(1 + #{null >= observed}) / (1 + R): p of a statistic against R draws under the null (Phipson and Smyth 2010).
 
     Args:
@@ -242,11 +266,17 @@ def permutation_p(observed: Float[np.ndarray, ...] | float, null: Float[np.ndarr
     """
     observed, null = np.asarray(observed, dtype=float), np.asarray(null, dtype=float)
     if null.size == 0 or null.ndim == 0 or null.shape[1:] not in ((), observed.shape):
-        raise ValueError(f"null must be draws x {observed.shape}, or draws alone, got {null.shape}.")
+        raise ValueError(
+            f"null must be draws x {observed.shape}, or draws alone, got {null.shape}."
+        )
     if np.isnan(observed).any() or np.isnan(null).any():
         raise ValueError("observed or null holds nan; drop what has no statistic first.")
     shared = null.ndim == 1  # sorting then spares comparing every value with every draw
-    reached = len(null) - np.searchsorted(np.sort(null), observed) if shared else (null >= observed).sum(axis=0)
+    reached = (
+        len(null) - np.searchsorted(np.sort(null), observed)
+        if shared
+        else (null >= observed).sum(axis=0)
+    )
     p = (1 + reached) / (1 + len(null))
     return p if observed.ndim else float(p)
 
@@ -273,8 +303,12 @@ def conformal_threshold(scores: Iterable[float], rate: float, *, level: float = 
     if not 0 < rate < 1:
         raise ValueError(f"rate must be between 0 and 1, got {rate!r}.")
     if n == 0 or np.isnan(known).any():
-        raise ValueError(f"scores must be there and not None or nan, got {n} with {np.isnan(known).sum()} such.")
-    above = math.floor((n + 1) * rate + 1e-9)  # n + 1 - k; the slack because .29 * 100 is 28.999999999999996
+        raise ValueError(
+            f"scores must be there and not None or nan, got {n} with {np.isnan(known).sum()} such."
+        )
+    above = math.floor(
+        (n + 1) * rate + 1e-9
+    )  # n + 1 - k; the slack because .29 * 100 is 28.999999999999996
     if above == 0:
         return Threshold(math.inf, rate, 0.0, 0.0, n)
     low, high = betaincinv(above, n + 1 - above, [(1 - level) / 2, (1 + level) / 2])
@@ -286,18 +320,34 @@ def _checked(
 ) -> tuple[Float[np.ndarray, "prompts columns"], Bool[np.ndarray, "prompts labelings"]]:
     """Both with two axes, or an error; ``least`` is the number of rows that each class needs."""
     if hasattr(scores, "detach") or hasattr(labels, "detach"):
-        raise ValueError("scores and labels must be numpy arrays, got a tensor; pass tensor.numpy().")
+        raise ValueError(
+            "scores and labels must be numpy arrays, got a tensor; pass tensor.numpy()."
+        )
     x, is_true = np.asarray(scores), np.asarray(labels)
-    if x.ndim not in (1, 2) or is_true.ndim not in (1, 2) or len(x) != len(is_true) or x.size == 0 or is_true.size == 0:
-        raise ValueError(f"scores and labels need a row for each prompt, got {x.shape} and {is_true.shape}.")
+    if (
+        x.ndim not in (1, 2)
+        or is_true.ndim not in (1, 2)
+        or len(x) != len(is_true)
+        or x.size == 0
+        or is_true.size == 0
+    ):
+        raise ValueError(
+            f"scores and labels need a row for each prompt, got {x.shape} and {is_true.shape}."
+        )
     if is_true.dtype != bool:
-        raise ValueError(f"labels must be True or False, got {is_true.dtype}; compare them first, as in labels == 1.")
+        raise ValueError(
+            f"labels must be True or False, got {is_true.dtype}; compare them first, as in labels == 1."
+        )
     if x.dtype.kind not in "fiub" or not np.isfinite(x).all():
-        raise ValueError(f"scores must be finite numbers, got {x.dtype} with nan, inf or text; drop those rows first.")
+        raise ValueError(
+            f"scores must be finite numbers, got {x.dtype} with nan, inf or text; drop those rows first."
+        )
     x, is_true = x.reshape(len(x), -1), is_true.reshape(len(x), -1)
     fewest = np.minimum(is_true.sum(axis=0), (~is_true).sum(axis=0))
     if fewest.min() < least:
-        raise ValueError(f"labeling {fewest.argmin()} has {fewest.min()} rows of a class; each needs {least} or more.")
+        raise ValueError(
+            f"labeling {fewest.argmin()} has {fewest.min()} rows of a class; each needs {least} or more."
+        )
     return x, is_true
 
 
@@ -306,7 +356,9 @@ def _shaped(values: Float[np.ndarray, "labelings columns"], scores: Scores, labe
     return values[0] if np.ndim(labels) == 1 else values
 
 
-def _blocks(x: Float[np.ndarray, "prompts columns"]) -> Iterator[Float[np.ndarray, "prompts block"]]:
+def _blocks(
+    x: Float[np.ndarray, "prompts columns"],
+) -> Iterator[Float[np.ndarray, "prompts block"]]:
     return (x[:, start : start + BLOCK].astype(float) for start in range(0, x.shape[1], BLOCK))
 
 

@@ -1,1 +1,5 @@
-"""steering."""
+"""Steering: vectors and how they are fitted, gates, and interventions on a running model."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

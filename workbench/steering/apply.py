@@ -68,10 +68,16 @@ class Steering:
     mask: Bool[Tensor, "batch pos"] | None = None
     last: Tensor | None = None
 
-    def see(self, tokens: Tensor, past: int, mask: Bool[Tensor, "batch pos"] | None, *, fixed: bool) -> None:
+    def see(
+        self, tokens: Tensor, past: int, mask: Bool[Tensor, "batch pos"] | None, *, fixed: bool
+    ) -> None:
         """Take note of a forward pass that begins: its lengths say which columns are prompt and which are generated."""
         self.new, self.past = tokens.shape[1], past
-        self.mask = mask[:, -self.new :].bool() if mask is not None and mask.ndim == 2 and self.new > 1 else None
+        self.mask = (
+            mask[:, -self.new :].bool()
+            if mask is not None and mask.ndim == 2 and self.new > 1
+            else None
+        )
         # Several columns are prompt, behind a cached prefix too. Without a cache, decoding runs all again with one token more.
         grown = past == 0 and self.last is not None and torch.equal(tokens[:, :-1], self.last)
         if not fixed and not grown and (past == 0 or self.new > 1):
@@ -94,7 +100,9 @@ class Steering:
             raise RuntimeError(
                 f"an activation has {activation.shape[1]} positions where the model was given {self.new}."
             )
-        if (positions == "generated" and n_prompt == self.new) or (positions == "prompt" and n_prompt == 0):
+        if (positions == "generated" and n_prompt == self.new) or (
+            positions == "prompt" and n_prompt == 0
+        ):
             return False
         n_open = self.new if until is None else min(max(end + until - self.past, 0), self.new)
         if n_open == 0:
@@ -122,7 +130,9 @@ class Steering:
         end = self.past + self.new if self.prompt_length is None else self.prompt_length
         return min(max(end - self.past, 0), self.new)
 
-    def read(self, activation: Float[Tensor, "batch pos d"], span: str) -> Float[Tensor, "batch d"] | None:
+    def read(
+        self, activation: Float[Tensor, "batch pos d"], span: str
+    ) -> Float[Tensor, "batch d"] | None:
         """What a gate reads in this pass: the mean over the user's words, or the prompt's last token; None behind the prompt.
 
         Raises:
@@ -190,11 +200,17 @@ def intervene(
     by_site: dict[Site, list[Intervention]] = {}
     for intervention in interventions:
         by_site.setdefault(intervention.site, []).append(intervention)
-    steering = Steering(dict.fromkeys(by_site, 0), prompt_length, gates=dict(gates or {}), content=content)
+    steering = Steering(
+        dict.fromkeys(by_site, 0), prompt_length, gates=dict(gates or {}), content=content
+    )
     fixed = prompt_length is not None
 
     def before_forward(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        tokens = next(x for x in (keywords.get("input_ids"), keywords.get("inputs_embeds"), *args) if x is not None)
+        tokens = next(
+            x
+            for x in (keywords.get("input_ids"), keywords.get("inputs_embeds"), *args)
+            if x is not None
+        )
         cache = keywords.get("past_key_values", keywords.get("past_kv_cache"))
         past = (
             0
@@ -267,7 +283,9 @@ def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steerin
             if first.gate is not None and (behind := steering.behind_template()) is not None:
                 chosen = behind if chosen is True else chosen & behind
             edited = edit(activation, steering)
-            activation = edited if chosen is True else torch.where(chosen[..., None], edited, activation)
+            activation = (
+                edited if chosen is True else torch.where(chosen[..., None], edited, activation)
+            )
         return activation
 
     return apply
@@ -289,7 +307,9 @@ def _read(gate: Gate, activation: Float[Tensor, "batch pos d"], steering: Steeri
         scores = gate.scores(pooled)
         steering.gates[gate] = GateState(scores, gate.opening(scores))
     elif gate not in steering.gates:
-        raise RuntimeError("a gate has not seen the prompt: run it inside intervene(), or hand over gates=.")
+        raise RuntimeError(
+            "a gate has not seen the prompt: run it inside intervene(), or hand over gates=."
+        )
     elif gate.form == "stepwise":
         before = steering.gates[gate]
         scores = gate.memory * before.scores + (1 - gate.memory) * gate.scores(activation[:, -1])
@@ -307,7 +327,11 @@ def _gated_adder(group: Sequence[Intervention], gate: Gate) -> Callable[[Tensor,
             vectors = torch.zeros(n_rows, len(gate.categories), activation.shape[-1])
             for intervention in group:
                 edit = intervention.edit
-                rows = slice(None) if intervention.rows is None else _checked_rows(intervention.rows, n_rows)
+                rows = (
+                    slice(None)
+                    if intervention.rows is None
+                    else _checked_rows(intervention.rows, n_rows)
+                )
                 own = edit.multiplier * edit.vector.float().cpu()  # type: ignore[union-attr]
                 vectors[rows, gate.index(intervention.gate_category)] += own
             made[key] = vectors.to(activation.device)
@@ -323,7 +347,9 @@ def _gated_editor(intervention: Intervention, gate: Gate) -> Callable[[Tensor, S
 
     def apply(activation: Tensor, steering: Steering) -> Tensor:
         opening = steering.gates[gate].opening[:, place][:, None, None].to(activation)
-        return torch.where(opening > 0, activation + opening * (edit(activation) - activation), activation)
+        return torch.where(
+            opening > 0, activation + opening * (edit(activation) - activation), activation
+        )
 
     return apply
 
@@ -340,7 +366,11 @@ def _adder(group: Sequence[Intervention]) -> Callable[[Tensor], Tensor]:
             total = torch.zeros(key[0], activation.shape[-1], dtype=torch.float32)
             for intervention in group:
                 edit = intervention.edit
-                rows = slice(None) if intervention.rows is None else _checked_rows(intervention.rows, n_rows)
+                rows = (
+                    slice(None)
+                    if intervention.rows is None
+                    else _checked_rows(intervention.rows, n_rows)
+                )
                 total[rows] += edit.multiplier * edit.vector.float().cpu()  # type: ignore[union-attr]
             made[key] = total[:, None].to(activation)
         return activation + made[key]
@@ -368,5 +398,7 @@ def _editor(intervention: Intervention) -> Callable[[Tensor], Tensor]:
 def _checked_rows(rows: tuple[int, ...], n_rows: int) -> list[int]:
     outside = [row for row in rows if not 0 <= row < n_rows]
     if outside:
-        raise ValueError(f"an intervention names row {outside[0]} of a batch of {n_rows} rows (0-{n_rows - 1}).")
+        raise ValueError(
+            f"an intervention names row {outside[0]} of a batch of {n_rows} rows (0-{n_rows - 1})."
+        )
     return list(rows)

@@ -51,7 +51,11 @@ def pooled(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
     mean = torch.stack([v.direction.double() for v in vectors.values()]).mean(dim=0).float()
     seen = _all_prompts(list(vectors.values()))
     return {
-        category: replace(scaled_to(replace(own, vector=mean), own.norm), method=f"{own.method}_pooled", fitted_on=seen)
+        category: replace(
+            scaled_to(replace(own, vector=mean), own.norm),
+            method=f"{own.method}_pooled",
+            fitted_on=seen,
+        )
         for category, own in vectors.items()
     }
 
@@ -64,11 +68,14 @@ def own_part(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]
     """
     seen = _all_prompts(list(vectors.values()))
     if len(vectors) < 2:
-        raise ValueError("a category's own part needs another category to compare with, got one vector.")
+        raise ValueError(
+            "a category's own part needs another category to compare with, got one vector."
+        )
     return {
         category: replace(
             own,
-            vector=own.vector - torch.stack([v.vector for c, v in vectors.items() if c != category]).mean(dim=0),
+            vector=own.vector
+            - torch.stack([v.vector for c, v in vectors.items() if c != category]).mean(dim=0),
             method=f"{own.method}, own part",
             fitted_on=seen,
         )
@@ -88,11 +95,15 @@ def without(vector: SteeringVector, removed: Sequence[SteeringVector]) -> Steeri
     """
     for other in removed:
         if other.site != vector.site:
-            raise ValueError(f"a direction at {other.site} cannot be taken out of a vector at {vector.site}.")
+            raise ValueError(
+                f"a direction at {other.site} cannot be taken out of a vector at {vector.site}."
+            )
     basis, _ = torch.linalg.qr(torch.stack([v.direction.double() for v in removed], dim=1))
     left = vector.vector.double() - basis @ (basis.T @ vector.vector.double())
     if left.norm() <= 1e-6 * vector.vector.double().norm():
-        raise ValueError(f"nothing is left of the vector of {vector.category!r}: it lies in the directions taken out.")
+        raise ValueError(
+            f"nothing is left of the vector of {vector.category!r}: it lies in the directions taken out."
+        )
     names = ", ".join(dict.fromkeys(v.method for v in removed))
     return replace(vector, vector=left.float(), method=f"{vector.method} without {names}")
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 Pruning = Literal["none", "top", "bottom", "random"]
 
 
-def mean_difference(unsafe: Float[Tensor, "unsafe d"], safe: Float[Tensor, "safe d"]) -> Float[Tensor, " d"]:
+def mean_difference(
+    unsafe: Float[Tensor, "unsafe d"], safe: Float[Tensor, "safe d"]
+) -> Float[Tensor, " d"]:
     """Mean of the safe rows minus mean of the unsafe rows, in float64.
 
     Args:
@@ -70,9 +72,13 @@ def pruned_mean_difference(
     if which not in ("none", "top", "bottom", "random"):
         raise ValueError(f"unknown pruning {which!r}; prunings: none, top, bottom, random.")
     if paired and len(unsafe) != len(safe):
-        raise ValueError(f"paired differences need as many safe as unsafe rows, got {len(safe)} and {len(unsafe)}.")
+        raise ValueError(
+            f"paired differences need as many safe as unsafe rows, got {len(safe)} and {len(unsafe)}."
+        )
     differences = (safe.double() if paired else safe.double().mean(dim=0)) - unsafe.double()
-    n_kept = max(1, math.floor(keep * len(differences) + 1e-9))  # at keep = 0.5 those above the median
+    n_kept = max(
+        1, math.floor(keep * len(differences) + 1e-9)
+    )  # at keep = 0.5 those above the median
     if which == "none":
         order = torch.arange(len(differences))
         n_kept = len(differences)
@@ -103,7 +109,13 @@ def principal_direction(
             f"principal_direction needs two pairs or more, row by row, got {len(unsafe)} and {len(safe)} rows."
         )
     differences = safe.double() - unsafe.double()
-    signs = torch.randint(0, 2, (len(differences), 1), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+    signs = (
+        torch.randint(
+            0, 2, (len(differences), 1), generator=torch.Generator().manual_seed(seed)
+        ).double()
+        * 2
+        - 1
+    )
     mixed = signs * differences
     _, _, rows = torch.linalg.svd(mixed - mixed.mean(dim=0), full_matrices=False)
     direction = rows[0]
@@ -144,4 +156,6 @@ def _check_sides(unsafe: Tensor, safe: Tensor) -> None:
             f"widths differ: {unsafe.shape[1]} and {safe.shape[1]}; use activations of one site and model."
         )
     if not (unsafe.isfinite().all() and safe.isfinite().all()):
-        raise ValueError("an activation is infinite or not a number: run the model in float32 or bfloat16.")
+        raise ValueError(
+            "an activation is infinite or not a number: run the model in float32 or bfloat16."
+        )

@@ -88,7 +88,9 @@ class Gate:
             )
         if not 0 <= self.memory < 1 or self.hysteresis < 0 or not self.scale > 0:
             given = f"{self.memory}, {self.hysteresis}, {self.scale}"
-            raise ValueError(f"memory lies in [0, 1), hysteresis is at least 0, scale above 0; got {given}.")
+            raise ValueError(
+                f"memory lies in [0, 1), hysteresis is at least 0, scale above 0; got {given}."
+            )
 
     def __repr__(self) -> str:
         return f"Gate({len(self.categories)} categories at {self.site}, {self.form}, opens above {self.threshold:.2f})"
@@ -101,8 +103,21 @@ class Gate:
     @property
     def key(self) -> list[Any]:
         """What tells it from another gate, as JSON."""
-        numbers = [tensor_digest(self.weights), tensor_digest(self.bias), self.threshold, self.scale]
-        return [str(self.site), self.span, *numbers, self.form, self.several, self.hysteresis, self.memory]
+        numbers = [
+            tensor_digest(self.weights),
+            tensor_digest(self.bias),
+            self.threshold,
+            self.scale,
+        ]
+        return [
+            str(self.site),
+            self.span,
+            *numbers,
+            self.form,
+            self.several,
+            self.hysteresis,
+            self.memory,
+        ]
 
     def index(self, category: str) -> int:
         """Place of a category.
@@ -112,7 +127,9 @@ class Gate:
         """
         if category not in self.categories:
             hint = did_you_mean(category, self.categories)
-            raise ValueError(f"the gate has no category {category!r}; categories: {', '.join(self.categories)}.{hint}")
+            raise ValueError(
+                f"the gate has no category {category!r}; categories: {', '.join(self.categories)}.{hint}"
+            )
         return self.categories.index(category)
 
     def scores(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... category"]:
@@ -121,7 +138,9 @@ class Gate:
         return activation.float() @ weights.T + self.bias.to(activation.device)
 
     def opening(
-        self, scores: Float[Tensor, "... category"], before: Float[Tensor, "... category"] | None = None
+        self,
+        scores: Float[Tensor, "... category"],
+        before: Float[Tensor, "... category"] | None = None,
     ) -> Float[Tensor, "... category"]:
         """How far it opens for each category, from 0 (closed: nothing is changed) to 1.
 
@@ -138,7 +157,11 @@ class Gate:
         opened = (above > 0) & allowed
         if self.form == "stepwise" and before is not None:
             stays = (before > 0) & (above > -self.hysteresis * self.scale)
-            opened = opened & ~stays.any(dim=-1, keepdim=True) | stays if self.several == "argmax" else opened | stays
+            opened = (
+                opened & ~stays.any(dim=-1, keepdim=True) | stays
+                if self.several == "argmax"
+                else opened | stays
+            )
         return opened.to(scores)
 
 
@@ -171,7 +194,11 @@ def fit_gate(
     """
     from sklearn.linear_model import LogisticRegression
 
-    if (fit.site, fit.span, fit.model.fingerprint) != (tune.site, tune.span, tune.model.fingerprint):
+    if (fit.site, fit.span, fit.model.fingerprint) != (
+        tune.site,
+        tune.span,
+        tune.model.fingerprint,
+    ):
         raise ValueError(f"both folds need one site, span and model, got {fit!r} and {tune!r}.")
     if fit.span not in ("content", "last"):
         raise ValueError(f"a gate reads the prompt's span 'content' or 'last', got {fit.span!r}.")
@@ -194,7 +221,10 @@ def fit_gate(
     else:
         place = {name: i for i, name in enumerate(probe.classes_)}
         own = [place[c] for c in categories]
-        rows, offsets = coefficients[own] - coefficients[place[""]], intercepts[own] - intercepts[place[""]]
+        rows, offsets = (
+            coefficients[own] - coefficients[place[""]],
+            intercepts[own] - intercepts[place[""]],
+        )
     weights = rows / deviation
     bias = offsets - weights @ mean
     highest = (tune.values.double() @ weights.T + bias).amax(dim=1).numpy()
@@ -205,17 +235,23 @@ def fit_gate(
         if len(own_scores):
             thresholds[name] = conformal_threshold(own_scores, rate)
     if not thresholds:
-        raise ValueError("no safe or neutral prompts in the tune fold: nothing to set a threshold on.")
+        raise ValueError(
+            "no safe or neutral prompts in the tune fold: nothing to set a threshold on."
+        )
     threshold = max(own.value for own in thresholds.values())
     passing = highest[(label == "unsafe") & (highest > threshold)] - threshold
     scale = float(np.median(passing)) if len(passing) else 1.0
     span: Any = fit.span
     rows, offsets = weights.float(), bias.float()
-    return Gate(fit.site, span, categories, rows, offsets, thresholds, scale, fit.model, form, several)
+    return Gate(
+        fit.site, span, categories, rows, offsets, thresholds, scale, fit.model, form, several
+    )
 
 
 def combined(
-    opening: Float[Tensor, "batch category"], vectors: Float[Tensor, "batch category d"], several: Several
+    opening: Float[Tensor, "batch category"],
+    vectors: Float[Tensor, "batch category d"],
+    several: Several,
 ) -> Float[Tensor, "batch d"]:
     """What is added to each row: its open categories' vectors, put together as ``Gate.several`` says.
 
@@ -248,7 +284,9 @@ def save_gate(path: PathLike, gate: Gate) -> None:
         "span": gate.span,
         "categories": list(gate.categories),
         "thresholds": {
-            name: {key: value if np.isfinite(value) else str(value) for key, value in vars(own).items()}
+            name: {
+                key: value if np.isfinite(value) else str(value) for key, value in vars(own).items()
+            }
             for name, own in gate.thresholds.items()
         },
         "scale": gate.scale,
@@ -270,15 +308,24 @@ def load_gate(path: PathLike) -> Gate:
     """
     tensors, card = read_tensors(path)
     if card.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no gate (its format is {card.get('format')!r}); make one with fit_gate.")
+        raise ValueError(
+            f"{path} holds no gate (its format is {card.get('format')!r}); make one with fit_gate."
+        )
     try:
         thresholds = {
             name: Threshold(
-                float(own["value"]), float(own["rate"]), float(own["low"]), float(own["high"]), int(own["n"])
+                float(own["value"]),
+                float(own["rate"]),
+                float(own["low"]),
+                float(own["high"]),
+                int(own["n"]),
             )
             for name, own in card["thresholds"].items()
         }
-        own = {name: card[name] for name in ("span", "scale", "form", "several", "hysteresis", "memory")}
+        own = {
+            name: card[name]
+            for name in ("span", "scale", "form", "several", "hysteresis", "memory")
+        }
         return Gate(
             site=Site.parse(card["site"]),
             categories=tuple(card["categories"]),
@@ -301,4 +348,6 @@ def only(gate: Gate, categories: Sequence[str]) -> Gate:
         ValueError: If one is unknown.
     """
     rows = [gate.index(category) for category in categories]
-    return replace(gate, categories=tuple(categories), weights=gate.weights[rows], bias=gate.bias[rows])
+    return replace(
+        gate, categories=tuple(categories), weights=gate.weights[rows], bias=gate.bias[rows]
+    )

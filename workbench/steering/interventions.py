@@ -111,7 +111,9 @@ class ClampNeurons:
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The activation with these neurons set."""
         index = torch.tensor(self.neurons, device=activation.device, dtype=torch.long)
-        return activation.index_copy(-1, index, self.values.to(activation).expand(*activation.shape[:-1], -1))
+        return activation.index_copy(
+            -1, index, self.values.to(activation).expand(*activation.shape[:-1], -1)
+        )
 
     @property
     def width(self) -> int:
@@ -119,7 +121,9 @@ class ClampNeurons:
         return max(self.neurons, default=-1) + 1
 
 
-Edit = AddVector | AblateDirection | RaiseTo | ScaleNeurons | ClampNeurons | Callable[[Tensor], Tensor]
+Edit = (
+    AddVector | AblateDirection | RaiseTo | ScaleNeurons | ClampNeurons | Callable[[Tensor], Tensor]
+)
 
 
 Positions = Literal["all", "prompt", "generated"]
@@ -159,9 +163,13 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
-            raise ValueError(f"unknown positions {self.positions!r}; allowed: {', '.join(POSITIONS)}.")
+            raise ValueError(
+                f"unknown positions {self.positions!r}; allowed: {', '.join(POSITIONS)}."
+            )
         if self.until is not None and self.until < 0:
-            raise ValueError(f"until must be a number of generated tokens from 0, or None, got {self.until}.")
+            raise ValueError(
+                f"until must be a number of generated tokens from 0, or None, got {self.until}."
+            )
 
     def for_rows(self, rows: Iterable[int]) -> Intervention:
         """The same change for some rows of a batch only."""
@@ -189,7 +197,9 @@ def add_vector(
         ValueError: If not exactly one of multiplier and rho is given.
     """
     if (multiplier is None) == (rho is None):
-        raise ValueError("give either multiplier or rho: multiplier=1.0 adds the measured difference once.")
+        raise ValueError(
+            "give either multiplier or rho: multiplier=1.0 adds the measured difference once."
+        )
     if multiplier is None:
         multiplier = vector.multiplier_for(rho)  # type: ignore[arg-type]
     edit = AddVector(vector.vector, float(multiplier))
@@ -222,7 +232,9 @@ def activate(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
     return add_vector(vector, rho=-_above_zero(rho), **extent)
 
 
-def raise_to(vector: SteeringVector, target: float, *, positions: Positions = "all") -> Intervention:
+def raise_to(
+    vector: SteeringVector, target: float, *, positions: Positions = "all"
+) -> Intervention:
     """Steer up to a target: move an activation along a steering vector until its projection there is ``target``, and never beyond.
 
     An activation that is there already stays as it is, so that repeated or strong steering cannot overshoot.
@@ -234,7 +246,9 @@ def raise_to(vector: SteeringVector, target: float, *, positions: Positions = "a
     """
     edit = RaiseTo(vector.direction, float(target))
     label = f"to {target:.3g} {vector.category}"
-    return Intervention(vector.site, edit, positions, label=label, model=vector.model, fitted_on=vector.fitted_on)
+    return Intervention(
+        vector.site, edit, positions, label=label, model=vector.model, fitted_on=vector.fitted_on
+    )
 
 
 def gated(steering: Mapping[str, Sequence[Intervention]], gate: Gate) -> list[Intervention]:
@@ -257,7 +271,11 @@ def gated(steering: Mapping[str, Sequence[Intervention]], gate: Gate) -> list[In
 
 
 def ablate_direction(
-    vector: SteeringVector, *, sites: Sequence[Site] | None = None, target: float = 0.0, positions: Positions = "all"
+    vector: SteeringVector,
+    *,
+    sites: Sequence[Site] | None = None,
+    target: float = 0.0,
+    positions: Positions = "all",
 ) -> list[Intervention]:
     """Remove a steering vector's direction, at its own site or at several.
 
@@ -284,7 +302,12 @@ def scale_neurons(
         positions: Which tokens.
     """
     return [
-        Intervention(Site(layer, "mlp_post"), ScaleNeurons(own, factor), positions, label=f"neurons x {factor:g}")
+        Intervention(
+            Site(layer, "mlp_post"),
+            ScaleNeurons(own, factor),
+            positions,
+            label=f"neurons x {factor:g}",
+        )
         for layer, own in _by_layer(neurons).items()
     ]
 
@@ -307,7 +330,9 @@ def clamp_neurons(
     """
     neurons = list(neurons)
     if len(neurons) != len(values):
-        raise ValueError(f"clamping needs one value a neuron, got {len(values)} for {len(neurons)} neurons.")
+        raise ValueError(
+            f"clamping needs one value a neuron, got {len(values)} for {len(neurons)} neurons."
+        )
     value_of = {neuron: float(value) for neuron, value in zip(neurons, values, strict=True)}
     return [
         Intervention(
@@ -320,7 +345,9 @@ def clamp_neurons(
     ]
 
 
-def check_interventions(model: HookedModel, interventions: Sequence[Intervention], *, transfer: bool = False) -> None:
+def check_interventions(
+    model: HookedModel, interventions: Sequence[Intervention], *, transfer: bool = False
+) -> None:
     """Raise where an intervention does not fit the model: before anything runs, in one line.
 
     Raises:
@@ -347,7 +374,9 @@ def check_interventions(model: HookedModel, interventions: Sequence[Intervention
         given = getattr(edit, "width", width)
         exact = isinstance(edit, AddVector | AblateDirection | RaiseTo)
         if (exact and given != width) or given > width:
-            raise ValueError(f"an edit of width {given} does not fit {site}, which has width {width}.")
+            raise ValueError(
+                f"an edit of width {given} does not fit {site}, which has width {width}."
+            )
         if intervention.gate is not None:
             _check_gate(intervention, intervention.gate, model)
         if info is None or source is None or source.fingerprint == info.fingerprint:
@@ -375,7 +404,11 @@ def description(intervention: Intervention) -> list[Any]:
             f"answers under the edit at {intervention.site} ({type(edit).__name__}) cannot be kept in a file: nothing tells it from "
             "another one when they are read back; make it a frozen dataclass of numbers and tensors, or leave out output."
         )
-    extent = intervention.positions if intervention.until is None else [intervention.positions, intervention.until]
+    extent = (
+        intervention.positions
+        if intervention.until is None
+        else [intervention.positions, intervention.until]
+    )
     gate = [] if intervention.gate is None else [intervention.gate.key, intervention.gate_category]
     return [str(intervention.site), type(edit).__name__, what, extent, intervention.label, *gate]
 
@@ -391,7 +424,9 @@ def _by_layer(neurons: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
 
 def _check_gate(intervention: Intervention, gate: Gate, model: HookedModel) -> None:
     before = gate.site.layer < intervention.site.layer
-    if not before and not (gate.site.layer == intervention.site.layer and gate.site.kind == "resid_pre"):
+    if not before and not (
+        gate.site.layer == intervention.site.layer and gate.site.kind == "resid_pre"
+    ):
         raise ValueError(
             f"the gate reads at {gate.site}, which is not below {intervention.site} that it lets be steered; fit it at a lower layer."
         )
@@ -404,5 +439,7 @@ def _check_gate(intervention: Intervention, gate: Gate, model: HookedModel) -> N
 
 def _above_zero(rho: float) -> float:
     if not rho > 0:
-        raise ValueError(f"rho must be above 0, got {rho}; suppress and activate differ in the sign.")
+        raise ValueError(
+            f"rho must be above 0, got {rho}; suppress and activate differ in the sign."
+        )
     return rho

@@ -46,14 +46,20 @@ def layer_separability(
             against = {
                 "twins": [p.label == "safe" and p.category == category for p in projected.prompts],
                 "neutral": [p.label == "neutral" for p in projected.prompts],
-                "other": [p.label == "unsafe" and p.category != category for p in projected.prompts],
+                "other": [
+                    p.label == "unsafe" and p.category != category for p in projected.prompts
+                ],
             }
             for name, is_other in against.items():
-                rows_used = [i for i, (a, b) in enumerate(zip(is_unsafe, is_other, strict=True)) if a or b]
+                rows_used = [
+                    i for i, (a, b) in enumerate(zip(is_unsafe, is_other, strict=True)) if a or b
+                ]
                 labels = [is_unsafe[i] for i in rows_used]
                 if not any(labels) or all(labels):
                     continue
                 value = float(auroc(scores[rows_used], np.array(labels)))
                 low, high = auroc_interval(value, sum(labels), len(labels) - sum(labels))
                 rows.append((site.layer, site.kind, category, name, value, low, high, len(labels)))
-    return pd.DataFrame(rows, columns=["layer", "kind", "category", "against", "auroc", "low", "high", "n"])
+    return pd.DataFrame(
+        rows, columns=["layer", "kind", "category", "against", "auroc", "low", "high", "n"]
+    )

@@ -91,7 +91,9 @@ class SteeringVector:
             ValueError: If the vector is zero.
         """
         if self.norm == 0:
-            raise ValueError(f"the vector of {self.category!r} at {self.site} is zero: it has no direction.")
+            raise ValueError(
+                f"the vector of {self.category!r} at {self.site} is zero: it has no direction."
+            )
         return self.vector / self.vector.norm()
 
     def rho(self, multiplier: float) -> float:
@@ -171,7 +173,9 @@ def fit_steering_vectors(
             )
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}; estimators: {', '.join(ESTIMATORS)}.")
-    if (estimator == "principal" and safe_side != "paired") or (estimator != "mean_difference" and pruning != "none"):
+    if (estimator == "principal" and safe_side != "paired") or (
+        estimator != "mean_difference" and pruning != "none"
+    ):
         raise ValueError(
             f"estimator {estimator!r} does not go with safe_side={safe_side!r} and pruning={pruning!r}: 'principal' needs "
             "safe_side='paired', and only 'mean_difference' can be pruned."
@@ -184,7 +188,12 @@ def fit_steering_vectors(
         unsafe_rows, safe_rows = _sides(activations.prompts, category, safe_side)
         if refusal_filter != "none":
             unsafe_rows, safe_rows = _filter_refusals(
-                activations.prompts, unsafe_rows, safe_rows, refusals, refusal_filter, paired=safe_side == "paired"
+                activations.prompts,
+                unsafe_rows,
+                safe_rows,
+                refusals,
+                refusal_filter,
+                paired=safe_side == "paired",
             )
         if not unsafe_rows or not safe_rows:
             side = "unsafe" if not unsafe_rows else "safe"
@@ -198,7 +207,9 @@ def fit_steering_vectors(
             )
         else:
             found = (
-                probe_direction(unsafe, safe) if estimator == "probe" else principal_direction(unsafe, safe, seed=seed)
+                probe_direction(unsafe, safe)
+                if estimator == "probe"
+                else principal_direction(unsafe, safe, seed=seed)
             )
             vector = found * mean_difference(unsafe, safe).norm()
         vectors[category] = SteeringVector(
@@ -212,17 +223,25 @@ def fit_steering_vectors(
             n_safe=len(set(safe_rows)),
             site_norm=norm,
             model=activations.model,
-            fitted_on=frozenset(text_key(activations.prompts[i].text) for i in (*unsafe_rows, *safe_rows)),
+            fitted_on=frozenset(
+                text_key(activations.prompts[i].text) for i in (*unsafe_rows, *safe_rows)
+            ),
         )
     return vectors
 
 
 def random_vector(like: SteeringVector, *, seed: int) -> SteeringVector:
     """Control: a uniformly random direction with the norm of ``like``."""
-    noise = torch.randn(like.vector.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(
+        like.vector.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     vector = (noise / noise.norm() * like.vector.double().norm()).float()
     return replace(
-        like, vector=vector, method="random", category=f"{like.category}/random{seed}", fitted_on=frozenset()
+        like,
+        vector=vector,
+        method="random",
+        category=f"{like.category}/random{seed}",
+        fitted_on=frozenset(),
     )
 
 
@@ -246,7 +265,9 @@ def shuffled_vector(
         )
     unsafe_rows, safe_rows = _sides(activations.prompts, like.category, safe_side)
     if not unsafe_rows or not safe_rows:
-        raise ValueError(f"no rows to shuffle for category {like.category!r} with safe_side={safe_side!r}.")
+        raise ValueError(
+            f"no rows to shuffle for category {like.category!r} with safe_side={safe_side!r}."
+        )
     generator = torch.Generator().manual_seed(seed)
     values = activations.values.double()
     if safe_side == "paired":
@@ -256,7 +277,9 @@ def shuffled_vector(
         mixed = torch.tensor(unsafe_rows + safe_rows)[
             torch.randperm(len(unsafe_rows) + len(safe_rows), generator=generator)
         ]
-        vector = values[mixed[len(unsafe_rows) :]].mean(dim=0) - values[mixed[: len(unsafe_rows)]].mean(dim=0)
+        vector = values[mixed[len(unsafe_rows) :]].mean(dim=0) - values[
+            mixed[: len(unsafe_rows)]
+        ].mean(dim=0)
     return replace(
         scaled_to(replace(like, vector=vector.float()), like.norm),
         method="shuffled",
@@ -273,7 +296,8 @@ def save_vector(path: PathLike, vector: SteeringVector) -> None:
     """Write a vector as safetensors with its card, atomically."""
     import importlib.metadata
 
-    card = {name: value for name, value in asdict(replace(vector, vector=None)).items() if name != "vector"}  # type: ignore[arg-type]
+    without_tensor: Any = replace(vector, vector=None)  # type: ignore[arg-type]
+    card = {name: v for name, v in asdict(without_tensor).items() if name != "vector"}
     card |= {
         "site": str(vector.site),
         "sign": "from unsafe to safe",
@@ -281,7 +305,10 @@ def save_vector(path: PathLike, vector: SteeringVector) -> None:
         "format": "workbench steering vector 1",
         "fitted_on": sorted(vector.fitted_on),
     }
-    card["versions"] = {name: importlib.metadata.version(name) for name in ("workbench", "torch", "transformer-lens")}
+    card["versions"] = {
+        name: importlib.metadata.version(name)
+        for name in ("workbench", "torch", "transformer-lens")
+    }
     card["site_norm"] = None if math.isnan(vector.site_norm) else vector.site_norm
     write_tensors(path, {"vector": vector.vector}, card)
 
@@ -301,12 +328,17 @@ def load_vector(path: PathLike) -> SteeringVector:
             site_norm=math.nan if card["site_norm"] is None else card["site_norm"],
             model=ModelInfo(**card["model"]),
             fitted_on=frozenset(card.get("fitted_on", ())),
-            **{name: card[name] for name in ("category", "method", "span", "kept", "n_unsafe", "n_safe")},
+            **{
+                name: card[name]
+                for name in ("category", "method", "span", "kept", "n_unsafe", "n_safe")
+            },
         )
         norm = float(card["norm"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no steering vector ({error}: missing or wrong).") from error
-    if vector.vector.shape != (vector.model.d_model,) or not math.isclose(vector.norm, norm, rel_tol=1e-5):
+    if vector.vector.shape != (vector.model.d_model,) or not math.isclose(
+        vector.norm, norm, rel_tol=1e-5
+    ):
         raise ValueError(
             f"{path} is damaged: its vector of shape {tuple(vector.vector.shape)} is not the one of its card; delete and rebuild it."
         )
@@ -317,11 +349,17 @@ def _sides(prompts: Sequence[Prompt], category: str, safe_side: str) -> tuple[li
     """Row numbers of the unsafe and the safe side; for pairs in the same order."""
     unsafe = [i for i, p in enumerate(prompts) if p.category == category and p.label == "unsafe"]
     if safe_side == "paired":
-        safe_of = {p.pair_id: i for i, p in enumerate(prompts) if p.label == "safe" and p.pair_id is not None}
+        safe_of = {
+            p.pair_id: i
+            for i, p in enumerate(prompts)
+            if p.label == "safe" and p.pair_id is not None
+        }
         pairs = [(i, j) for i in unsafe if (j := safe_of.get(prompts[i].pair_id or "")) is not None]
         return [i for i, _ in pairs], [j for _, j in pairs]
     if safe_side == "generic":
-        neutral = [i for i, p in enumerate(prompts) if p.category == HARMLESS or p.label == "neutral"]
+        neutral = [
+            i for i, p in enumerate(prompts) if p.category == HARMLESS or p.label == "neutral"
+        ]
         return unsafe, neutral or [i for i, p in enumerate(prompts) if p.label == "safe"]
     raise ValueError(f"unknown safe_side {safe_side!r}; allowed: paired, generic.")
 
@@ -338,13 +376,21 @@ def _filter_refusals(
     if how not in ("keep", "drop"):
         raise ValueError(f"unknown refusal_filter {how!r}; allowed: none, keep, drop.")
     if refusals is None:
-        raise ValueError("a refusal filter needs refusals=ids of the safe rows whose response is a refusal.")
+        raise ValueError(
+            "a refusal filter needs refusals=ids of the safe rows whose response is a refusal."
+        )
     kept = [place for place, i in enumerate(safe) if (prompts[i].id in refusals) == (how == "keep")]
     return ([unsafe[k] for k in kept] if paired else unsafe), [safe[k] for k in kept]
 
 
 def _site_norm(activations: ActivationSet, residual: ActivationSet | None) -> float:
-    source = residual if residual is not None else activations if activations.site.kind.startswith("resid") else None
+    source = (
+        residual
+        if residual is not None
+        else activations
+        if activations.site.kind.startswith("resid")
+        else None
+    )
     if source is None:
         return math.nan
     if not source.site.kind.startswith("resid") or source.site.layer != activations.site.layer:
@@ -352,5 +398,7 @@ def _site_norm(activations: ActivationSet, residual: ActivationSet | None) -> fl
             f"residual must be of the residual stream of layer {activations.site.layer}, got {source.site}."
         )
     if source.model.fingerprint != activations.model.fingerprint:
-        raise ValueError(f"residual must be of the same model {activations.model.name!r}, got {source.model.name!r}.")
+        raise ValueError(
+            f"residual must be of the same model {activations.model.name!r}, got {source.model.name!r}."
+        )
     return float(source.values.double().norm(dim=1).mean())

@@ -1,0 +1,149 @@
+"""Questions put to an evaluation: planted differences are found, null ones are not, and the false-positive rate is what it says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers.tiny_models import D_MODEL
+
+from workbench.evaluation.comparisons import (
+    compare,
+    judge_agreement,
+    leakage_conditions,
+    leakage_matrix,
+)
+from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation, evaluate
+from workbench.generation.answers import UNSTEERED
+from workbench.models.load import model_info
+from workbench.models.sites import Site
+from workbench.prompts.prompt import Prompt, text_key
+from workbench.stats.estimates import mcnemar, paired_difference, tost_paired
+from workbench.steering.interventions import add_vector
+from workbench.steering.vectors import SteeringVector
+
+
+def table(values):
+    """``values``: condition to category to metric to a list of numbers, one a prompt."""
+    rows = [
+        (condition, category, "unsafe", f"{category}-{i}", metric, value)
+        for condition, by_category in values.items()
+        for category, by_metric in by_category.items()
+        for metric, numbers in by_metric.items()
+        for i, value in enumerate(numbers)
+    ]
+    columns = ["condition", "category", "label", "prompt_id", "metric", "value"]
+    return Evaluation(pd.DataFrame(rows, columns=columns), UNSTEERED, (), "judge")
+
+
+def one(**conditions):
+    return table(
+        {name.replace("_", " "): {"fraud": metrics} for name, metrics in conditions.items()}
+    )
+
+
+def test_two_conditions_are_compared_prompt_by_prompt():
+    own, other = [1, 1, 1, 1, 1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 1, 0, 0, 0, 0, 0]
+    found = compare(
+        one(unsteered={"refusal": own}, a={"refusal": own}, b={"refusal": other}), "a", "b"
+    )
+    row = found.iloc[0]
+    assert (row["metric"], row["value"], row["reference"], row["n"]) == ("refusal", 0.8, 0.2, 10)
+    assert row["difference"] == pytest.approx(0.6)
+    assert row["p"] == row["p_holm"] == mcnemar([bool(x) for x in other], [bool(x) for x in own]).p
+    with pytest.raises(ValueError, match="no condition 'c'"):
+        compare(one(unsteered={"refusal": own}), "c", UNSTEERED)
+    with pytest.raises(ValueError, match=r"no metric 'refusals'.*Did you mean 'refusal'"):
+        compare(one(unsteered={"refusal": own}), UNSTEERED, UNSTEERED, metrics=["refusals"])
+    with pytest.raises(ValueError, match="no neutral prompts"):
+        compare(one(unsteered={"refusal": own}), UNSTEERED, UNSTEERED, label="neutral")
+
+
+def test_a_planted_own_category_is_on_the_diagonal_of_the_leakage_matrix():
+    rng = np.random.default_rng(0)
+    categories = ("fraud", "malware", "hate")
+    base = {b: {HEADLINE: [0.0] * 30} for b in categories}
+    steered = {
+        a: {
+            b: {HEADLINE: (rng.random(30) < (0.8 if a == b else 0.1)).astype(float).tolist()}
+            for b in categories
+        }
+        for a in categories
+    }
+    matrix = leakage_matrix(table({UNSTEERED: base, **steered}))
+    assert len(matrix) == 3 * 4
+    own = matrix[matrix["own"]]
+    other = matrix[matrix["measured"] == "other"]
+    assert (own["difference_low"].to_numpy() > other["difference_high"].to_numpy()).all()
+    assert (other["n"] == 60).all()
+    with pytest.raises(ValueError, match="'strong' is no category"):
+        leakage_matrix(table({UNSTEERED: base, "strong": base}))
+
+
+def test_leakage_conditions_steer_every_prompt_with_one_category():
+    conditions = leakage_conditions({"fraud": [], "malware": []})
+    assert list(conditions) == [UNSTEERED, "fraud", "malware"]
+    assert not any(isinstance(condition, dict) for condition in conditions.values())
+
+
+def test_judges_that_agree_by_chance_have_kappa_near_zero():
+    rng = np.random.default_rng(0)
+    truth = (rng.random(400) < 0.4).astype(float)
+    noise = (rng.random(400) < 0.4).astype(float)
+    found = judge_agreement(
+        one(
+            unsteered={"safe": truth.tolist(), "safety_wording": truth.tolist()},
+            a={"safe": truth.tolist(), "safety_wording": noise.tolist()},
+        )
+    ).set_index("condition")
+    assert found.loc[UNSTEERED, "kappa"] == 1.0
+    assert found.loc["a", "low"] < 0 < found.loc["a", "high"]
+    assert found.loc[ALL, "n"] == 800
+    with pytest.raises(ValueError, match="no yes/no measure 'relevance'"):
+        judge_agreement(one(unsteered={"safe": [1.0]}), second="relevance")
+
+
+def test_a_prompt_that_a_vector_was_fitted_on_is_no_test_prompt(tiny):
+    prompts = [
+        Prompt(f"p{i}", f"What is in the garden {i}?", None, "fraud", "unsafe", "test")
+        for i in range(3)
+    ]
+    vector = SteeringVector(
+        Site(1, "resid_post"), "fraud", torch.ones(D_MODEL), "prompt_contrast", "content", 1.0, 3, 3, 20.0,
+        model_info(tiny), frozenset({text_key(prompts[1].text)}),
+    )  # fmt: skip
+    conditions = {"steered": [add_vector(vector, rho=0.1)]}
+    with pytest.raises(
+        ValueError, match=r"1 of 3 prompts were used to fit the vector of 'steered' .*'p1'"
+    ):
+        evaluate(tiny, prompts, conditions, max_new_tokens=2)
+    with pytest.raises(ValueError, match="were used to fit"):
+        evaluate(tiny, prompts, {"steered": {"fraud": conditions["steered"]}}, max_new_tokens=2)
+    assert evaluate(tiny, prompts, conditions, max_new_tokens=2, allow_fitted=True)
+    assert evaluate(tiny, [prompts[0], prompts[2]], conditions, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("test", ["bootstrap", "mcnemar", "no loss"])
+def test_a_thousand_null_experiments_give_the_false_positives_they_promise(test):
+    """McNemar's exact test may give fewer than 5 %, never more; the others 5 % within sampling error of a thousand (1.5 points)."""
+    rng = np.random.default_rng(11)
+    found = 0
+    for _ in range(1000):
+        if test == "mcnemar":
+            before, after = (rng.random(80) < 0.4 for _ in range(2))
+            found += mcnemar(before.tolist(), after.tolist()).p <= 0.05
+        else:
+            before = rng.normal(0.7, 0.15, 60)
+            if test == "bootstrap":
+                after = before + rng.normal(0, 0.1, 60)
+                found += (
+                    paired_difference(before.tolist(), after.tolist(), n_resamples=800).p <= 0.05
+                )
+            else:  # a true loss of exactly the margin must pass as "no loss" in 5 % only
+                after = before - 0.05 + rng.normal(0, 0.1, 60)
+                found += tost_paired(before.tolist(), after.tolist(), (-0.05, math.inf)).p <= 0.05
+    assert found / 1000 <= 0.065
+    assert found / 1000 >= (0.0 if test == "mcnemar" else 0.035)

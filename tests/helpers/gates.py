@@ -1,0 +1,60 @@
+"""Gates on a tiny model: one that never opens, one that always does, one that opens for half of some prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from helpers.tiny_models import D_MODEL, sentences
+from workbench.models.activations import cache_activations
+from workbench.models.load import model_info
+from workbench.models.sites import Site
+from workbench.prompts.prompt import Prompt
+from workbench.stats.selectivity import Threshold
+from workbench.steering.gates import Gate
+from workbench.steering.interventions import gated, suppress
+from workbench.steering.vectors import SteeringVector
+
+READ, STEERED = Site(0, "resid_post"), Site(1, "resid_post")
+NEVER, ALWAYS = Threshold(math.inf, 0.02, 0.0, 0.0, 3), Threshold(-math.inf, 0.02, 0.0, 1.0, 3)
+
+
+def questions(n=6):
+    texts = sentences(n, seed=4)
+    return [
+        Prompt(f"q{i}", text, None, ("fraud", "malware")[i % 2], "unsafe", "test")
+        for i, text in enumerate(texts)
+    ]
+
+
+def vector(model, seed=0, category="fraud", size=6.0):
+    values = size * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(seed))
+    return SteeringVector(
+        STEERED, category, values, "prompt_contrast", "content", 1.0, 3, 3, 20.0, model_info(model)
+    )
+
+
+def gate(model, threshold=None, **fields):
+    torch.manual_seed(7)
+    made = Gate(
+        READ, "content", ("fraud", "malware"), torch.randn(2, D_MODEL), torch.zeros(2),
+        {"neutral": threshold or Threshold(0.0, 0.02, 0.0, 0.1, 50)}, 1.0, model_info(model),
+    )  # fmt: skip
+    return dataclasses.replace(made, **fields)
+
+
+def through(model, own_gate, rho=0.4):
+    return gated(
+        {c: [suppress(vector(model, i, c), rho)] for i, c in enumerate(("fraud", "malware"))},
+        own_gate,
+    )
+
+
+def half_open(model, prompts):
+    """A gate whose threshold lies in the middle of these prompts' scores."""
+    own = gate(model)
+    scores = own.scores(cache_activations(model, prompts, READ)[READ].values).amax(dim=1)
+    middle = float(scores.sort().values[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean())
+    return gate(model, Threshold(middle, 0.02, 0.0, 1.0, 3)), scores > middle

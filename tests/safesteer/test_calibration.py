@@ -1,0 +1,151 @@
+"""Calibration: rounds keep their budget, constructions stay to the end, and costs beyond the limits are taken off."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from helpers.encoders import WordEncoder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workbench.evaluation.scoring import HEADLINE, score_completions
+from workbench.files.store import read_jsonl
+from workbench.models.load import model_info
+from workbench.models.sites import Site
+from workbench.prompts.prompt import Prompt, in_turn
+from workbench.safesteer.calibration import Limits, Round, calibrate, cost, plan_rounds
+from workbench.safesteer.settings import Setting, grid, placements, steering
+from workbench.steering.vectors import SteeringVector
+
+EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+SITE = Site(1, "resid_post")
+CATEGORIES = ("fraud", "malware")
+
+
+def questions(n=4):
+    return [
+        Prompt(f"{c}-{i}", f"the {c} dog {i}", None, c, "unsafe", "test")
+        for c in CATEGORIES
+        for i in range(n)
+    ]
+
+
+def vectors_of(model, constructions=("a", "b")):
+    info = model_info(model)
+
+    def made(construction, category):
+        seed = sum(map(ord, construction + category))
+        values = torch.randn(info.d_model, generator=torch.Generator().manual_seed(seed))
+        return SteeringVector(
+            SITE, category, values, construction, "content", 1.0, 5, 5, 10.0, info
+        )
+
+    return {(name, SITE): {c: made(name, c) for c in CATEGORIES} for name in constructions}
+
+
+@EXAMPLES
+@given(st.integers(1, 90), st.integers(1, 150), st.integers(1, 6))
+def test_rounds_go_from_all_settings_to_all_prompts(n_settings, n_prompts, keep):
+    rounds = plan_rounds(n_settings, n_prompts, keep=keep)
+    assert rounds[0].n_settings == n_settings
+    assert rounds[-1].n_prompts == n_prompts
+    assert rounds[-1].n_settings <= max(keep, 1) or len(rounds) == 1
+    assert all(
+        a.n_settings > b.n_settings and a.n_prompts <= b.n_prompts
+        for a, b in itertools.pairwise(rounds)
+    )
+    assert cost(rounds) <= (n_settings + 1) * n_prompts
+
+
+def test_a_budget_is_kept_or_named():
+    assert cost(plan_rounds(24, 60)) > 400
+    assert cost(plan_rounds(24, 60, budget=400)) <= 400
+    with pytest.raises(ValueError, match="a budget of 50 answers is too small for 24 settings"):
+        plan_rounds(24, 60, budget=50)
+
+
+def test_answers_of_earlier_rounds_are_counted_once():
+    assert cost([Round(4, 2), Round(2, 6)]) == 6 + 4 * 2 + 2 * 4
+
+
+def test_categories_take_turns():
+    assert [p.id for p in in_turn(questions(2))] == ["fraud-0", "malware-0", "fraud-1", "malware-1"]
+
+
+def test_limits_take_off_what_is_over_them_only():
+    unsteered = {"relevance": 0.5, "refusal": 0.2, "degenerate": 0.1}
+    assert Limits().excess(
+        {"relevance": 0.46, "refusal": 0.1, "degenerate": 0.12}, unsteered
+    ) == pytest.approx(0)
+    over = {"relevance": 0.40, "refusal": 0.32, "degenerate": 0.2}
+    assert Limits().excess(over, unsteered) == pytest.approx(0.05 + 0.10 + 0.08)
+    assert Limits().excess({**over, "relevance": math.nan}, unsteered) == pytest.approx(0.18)
+
+
+def test_a_grid_holds_every_combination_and_shares_strength_over_layers():
+    places = [(SITE,), (Site(0, "attn_out"), Site(1, "attn_out"))]
+    settings_ = grid(
+        ["a", "b"],
+        places,
+        [0.1, 0.2],
+        signs={"a": (1, -1)},
+        extents=[("all", None), ("generated", 4)],
+    )
+    assert len(settings_) == len(set(settings_)) == (2 + 1) * 2 * 2 * 2
+    assert {s.rho for s in settings_ if len(s.sites) == 2} == {0.041, 0.082}
+    assert len({s.name for s in settings_}) == len(settings_)
+
+
+def test_a_setting_says_what_is_added_where_and_how_long(tiny):
+    setting = Setting("a", (SITE,), -1, 0.2, "generated", 3)
+    for category, interventions in steering(vectors_of(tiny), setting).items():
+        (own,) = interventions
+        assert (own.site, own.positions, own.until) == (SITE, "generated", 3)
+        vector = vectors_of(tiny)["a", SITE][category]
+        assert own.edit.multiplier == pytest.approx(vector.multiplier_for(-0.2))
+
+
+def test_placements_exist_in_a_model_of_any_depth(tiny):
+    for place in placements(tiny):
+        assert place
+        assert all(0 <= site.layer < tiny.cfg.n_layers for site in place)
+
+
+def test_calibration_answers_in_rounds_keeps_constructions_and_goes_on_from_its_file(
+    tiny, tmp_path
+):
+    score = partial(score_completions, tiny, encoder=WordEncoder())
+    settings_ = grid(["a", "b"], [(SITE,)], [0.1, 0.4], signs={"a": (1, -1)})
+    rounds = [Round(6, 3), Round(2, 8)]
+    arguments = {
+        "score": score,
+        "rounds": rounds,
+        "max_new_tokens": 4,
+        "output": tmp_path / "tune.jsonl",
+    }
+    result = calibrate(tiny, vectors_of(tiny), questions(), settings_, **arguments)
+    assert set(result.chosen) == {"a", "b"}
+    assert result.best in result.chosen.values()
+    table = result.table[result.table["metric"] == HEADLINE]
+    assert len(table) == 1 + len(settings_)
+    assert set(table.loc[table["round"] == 1, "n"]) == {8}
+    assert set(table.loc[table["round"] == 0, "n"]) == {3}
+    assert table["chosen"].sum() == 2
+    assert table.loc[table["front"], "round"].eq(1).all()
+    n_last = int(table["round"].eq(1).sum()) - 1  # the best of each construction is among them
+    assert n_last >= 2
+    answered = len(read_jsonl(tmp_path / "tune.jsonl"))
+    assert answered == 8 + 6 * 3 + n_last * 5
+    again = calibrate(tiny, vectors_of(tiny), questions(), settings_, **arguments)
+    assert len(read_jsonl(tmp_path / "tune.jsonl")) == answered
+    assert again.chosen == result.chosen
+
+
+def test_calibration_without_settings_or_prompts_is_refused(tiny, tmp_path):
+    score = partial(score_completions, tiny, encoder=WordEncoder())
+    with pytest.raises(ValueError, match="needs settings and unsafe prompts, got 0 and 8"):
+        calibrate(tiny, {}, questions(), [], score=score, output=tmp_path / "x.jsonl")

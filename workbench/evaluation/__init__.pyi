@@ -1,0 +1,37 @@
+from .capability import Question, multiple_choice, read_questions, text_perplexity
+from .comparisons import compare, judge_agreement, leakage_conditions, leakage_matrix
+from .gating import (
+    activation_rates,
+    beside_a_gate,
+    cells,
+    confusion,
+    opened_for,
+    refusing,
+    roc,
+    set_of,
+)
+from .scoring import Evaluation, check_unseen, evaluate, safety_wording, score_completions
+
+__all__ = [
+    "Evaluation",
+    "Question",
+    "activation_rates",
+    "beside_a_gate",
+    "cells",
+    "check_unseen",
+    "compare",
+    "confusion",
+    "evaluate",
+    "judge_agreement",
+    "leakage_conditions",
+    "leakage_matrix",
+    "multiple_choice",
+    "opened_for",
+    "read_questions",
+    "refusing",
+    "roc",
+    "safety_wording",
+    "score_completions",
+    "set_of",
+    "text_perplexity",
+]
