@@ -17,6 +17,7 @@ from workbench.models.activations import cache_activations
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
+from workbench.stats.linear_probe import fit_linear_probe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -152,21 +153,15 @@ def fit_framing(
     Raises:
         ValueError: If a label is unknown or a framing has no answer.
     """
-    from sklearn.linear_model import LogisticRegression
-
     missing, unknown = set(FRAMINGS) - set(labels), set(labels) - set(FRAMINGS)
     if missing or unknown:
         given = (
             f"unknown label {min(unknown)!r}" if unknown else f"no answer labelled {min(missing)!r}"
         )
         raise ValueError(f"{given}; every one of {', '.join(FRAMINGS)} is needed, and no other.")
-    mean, scale = states.double().mean(dim=0), states.double().std(dim=0).clamp(min=1e-8)
-    probe = LogisticRegression(C=1 / penalty, max_iter=1000, class_weight="balanced")
-    probe.fit(((states.double() - mean) / scale).numpy(), list(labels))
-    order = [list(probe.classes_).index(framing) for framing in FRAMINGS]
-    weights = torch.from_numpy(probe.coef_[order]) / scale
-    bias = torch.from_numpy(probe.intercept_[order]) - weights @ mean
-    return weights.float(), bias.float()
+    probe = fit_linear_probe(states, list(labels), penalty=penalty, balanced=True)
+    order = [probe.classes.index(framing) for framing in FRAMINGS]
+    return probe.weights[order].float(), probe.bias[order].float()
 
 
 def save_framing_judge(path: PathLike, judge: FramingJudge) -> None:

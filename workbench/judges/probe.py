@@ -12,6 +12,7 @@ from workbench.files.store import PathLike, key_of, read_tensors, write_tensors
 from workbench.judges.base import Verdict
 from workbench.judges.text_quality import ENCODER_HUB_NAME, load_encoder
 from workbench.stats.agreement import agreement
+from workbench.stats.linear_probe import fit_linear_probe
 from workbench.stats.selectivity import auroc, auroc_interval
 
 if TYPE_CHECKING:
@@ -120,7 +121,6 @@ def train_probe(
     Raises:
         ValueError: If the measure is unknown, lengths differ, or a side has fewer prompts than folds.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
 
     if measures not in MEASURES:
@@ -140,13 +140,10 @@ def train_probe(
             )
 
     def fit(rows: Any) -> tuple[Float[np.ndarray, " feature"], float]:
-        mean, scale = features[rows].mean(axis=0), features[rows].std(axis=0).clip(1e-8)
-        model = LogisticRegression(
-            C=1 / (penalty * features.shape[1]), max_iter=2000, class_weight="balanced"
-        )
-        model.fit((features[rows] - mean) / scale, labels[rows])
-        weights = model.coef_[0] / scale
-        return weights, float(model.intercept_[0] - weights @ mean)
+        answer = ["yes" if label else "no" for label in labels[rows]]
+        values = torch.from_numpy(np.asarray(features[rows]))
+        probe = fit_linear_probe(values, answer, penalty=penalty * features.shape[1], balanced=True)
+        return probe.weights[0].numpy(), float(probe.bias[0])
 
     scores = np.zeros(len(labels))
     splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from workbench.stats.linear_probe import fit_linear_probe
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -136,15 +138,10 @@ def probe_direction(
     Raises:
         ValueError: If a side is empty.
     """
-    from sklearn.linear_model import LogisticRegression
-
     if len(unsafe) == 0 or len(safe) == 0:
         raise ValueError(f"both sides need rows, got {len(unsafe)} unsafe and {len(safe)} safe.")
-    values = torch.cat([unsafe, safe]).double()
-    scale = values.std(dim=0).clamp(min=1e-8)
-    probe = LogisticRegression(C=1 / penalty, max_iter=2000)
-    probe.fit(((values - values.mean(dim=0)) / scale).numpy(), [0] * len(unsafe) + [1] * len(safe))
-    direction = torch.from_numpy(probe.coef_[0]) / scale
+    labels = ["against safe"] * len(unsafe) + ["safe"] * len(safe)
+    direction = fit_linear_probe(torch.cat([unsafe, safe]), labels, penalty=penalty).weights[0]
     return (direction / direction.norm()).float()
 
 

@@ -16,6 +16,7 @@ from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, tensor_digest, write_tensors
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
+from workbench.stats.linear_probe import fit_linear_probe
 from workbench.stats.selectivity import Threshold, conformal_threshold
 
 if TYPE_CHECKING:
@@ -192,8 +193,6 @@ def fit_gate(
     Raises:
         ValueError: If sets do not fit each other, share prompts, or lack a label.
     """
-    from sklearn.linear_model import LogisticRegression
-
     if (fit.site, fit.span, fit.model.fingerprint) != (
         tune.site,
         tune.span,
@@ -211,22 +210,13 @@ def fit_gate(
     categories = tuple(sorted(set(names) - {""}))
     if not categories or "" not in names:
         raise ValueError("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
-    values = fit.values.double()
-    mean, deviation = values.mean(dim=0), values.std(dim=0).clamp(min=1e-8)
-    probe = LogisticRegression(C=1 / penalty, max_iter=1000)
-    probe.fit(((values - mean) / deviation).numpy(), names)
-    coefficients, intercepts = torch.from_numpy(probe.coef_), torch.from_numpy(probe.intercept_)
+    probe = fit_linear_probe(fit.values, names, penalty=penalty)
     if len(categories) == 1:  # two classes have one row, for the second of them: "" sorts first
-        rows, offsets = coefficients, intercepts
+        weights, bias = probe.weights, probe.bias
     else:
-        place = {name: i for i, name in enumerate(probe.classes_)}
-        own = [place[c] for c in categories]
-        rows, offsets = (
-            coefficients[own] - coefficients[place[""]],
-            intercepts[own] - intercepts[place[""]],
-        )
-    weights = rows / deviation
-    bias = offsets - weights @ mean
+        safe, own = probe.classes.index(""), [probe.classes.index(c) for c in categories]
+        weights = probe.weights[own] - probe.weights[safe]
+        bias = probe.bias[own] - probe.bias[safe]
     highest = (tune.values.double() @ weights.T + bias).amax(dim=1).numpy()
     label = np.array([p.label for p in tune.prompts])
     thresholds = {}
