@@ -128,7 +128,9 @@ def make_answers(out: str) -> None:
         ("instruction", instructed(questions), None),
         ("system", questions, SYSTEM),
     ):
-        made = wb.generate(model, asked, condition=name, system_prompt=system, progress=True)
+        made = wb.generate(
+            model, asked, condition=name, decoding=wb.Decoding(system_prompt=system), progress=True
+        )
         answers += [
             replace(a, prompt=q, condition=name) for a, q in zip(made, questions, strict=True)
         ]

@@ -274,7 +274,7 @@ def generation(model: Any, prompts: Sequence[wb.Prompt], rounds: int) -> dict[st
     steering = some_steering(model)
 
     def own(interventions: Any) -> Any:
-        return wb.generate(model, prompts, interventions, max_new_tokens=48)
+        return wb.generate(model, prompts, interventions, decoding=wb.Decoding(max_new_tokens=48))
 
     expected = raw_generation(hf, ids, 48, model.tokenizer)
     said = [list(c.tokens) for c in own(())]
@@ -321,7 +321,10 @@ def sweep(
 
     def own() -> Any:
         return wb.sweep(
-            model, prompts, conditions, max_new_tokens=n_new, batch_size=len(prompts) * n_conditions
+            model,
+            prompts,
+            conditions,
+            decoding=wb.Decoding(max_new_tokens=n_new, batch_size=len(prompts) * n_conditions),
         )
 
     def others() -> Any:

@@ -33,12 +33,13 @@ from workbench.evaluation.gating import (
     refusing,
     roc,
 )
+from workbench.evaluation.scoring import score_completions
 from workbench.files.store import write_json, write_jsonl, write_text
 from workbench.judges.framing import FRAMINGS, framing_judge_for
 from workbench.prompts.prompt import in_turn
 from workbench.safesteer.conditions import ALWAYS, GATED, behind_gate, controls, for_everyone
 from workbench.safesteer.constructions import Measured, fit_all
-from workbench.safesteer.own_answers import instructed, kept_by, self_contrast
+from workbench.safesteer.own_answers import instructed, kept_by, self_contrast, went_along
 from workbench.safesteer.settings import Setting, steering
 from workbench.stats.estimates import paired_difference, rate
 from workbench.steering.combine import summed
@@ -107,7 +108,7 @@ def main() -> None:
         name: wb.cache_activations(model, rows, [*four, alone], span="response", **store)
         for name, rows in (("answer_contrast", wb.answer_prompts(fit)), ("self_contrast", own))
     }
-    guided = wb.went_along(model, fit, keep_unsafe, output=out / "fit.jsonl", progress=True)
+    guided = went_along(model, fit, keep_unsafe, output=out / "fit.jsonl", progress=True)
     print(f"{len(guided)} questions that the model goes along with")
     measured = Measured(prompts, answers, frozenset(p.id for p in guided))
     vectors: dict[Any, Any] = dict(fit_all(measured, fit, FITTED))
@@ -158,7 +159,7 @@ def main() -> None:
     ]
     made["random"] = {p.id: draws[i % N_RANDOM] for i, p in enumerate(questions)}
     sampled: dict[str, Any] = {
-        "max_new_tokens": options.max_new_tokens,
+        "decoding": wb.Decoding(max_new_tokens=options.max_new_tokens),
         "output": out / "test.jsonl",
         "progress": True,
     }
@@ -166,7 +167,7 @@ def main() -> None:
     prompted = wb.generate(model, instructed(questions), condition="instruction", **sampled)
     completions += [replace(a, prompt=p) for a, p in zip(prompted, questions, strict=True)]
     completions += refusing(completions, fired, model)
-    result = wb.score_completions(model, completions, safety_judge=judge)
+    result = score_completions(model, completions, safety_judge=judge)
     everything = beside_a_gate(result, fired, MAIN, GATED, seed=seed)
     summary = everything.summary(seed=seed)
     write_text(out / "evaluation.csv", summary.to_csv(index=False, float_format="%.5g"))

@@ -15,7 +15,7 @@ from . import (
 )
 from .evaluation import Evaluation, compare, evaluate
 from .figures import show, token_scores
-from .generation import Completion, generate, sweep
+from .generation import Completion, Decoding, generate, sweep
 from .judges import RefusalPatterns, Verdict, load_framing_judge
 from .models import (
     ActivationSet,
@@ -79,6 +79,7 @@ __version__: str
 __all__ = [
     "ActivationSet",
     "Completion",
+    "Decoding",
     "Evaluation",
     "Folds",
     "Gate",

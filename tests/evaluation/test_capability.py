@@ -16,6 +16,7 @@ from workbench.evaluation.capability import (
     text_perplexity,
 )
 from workbench.generation.answers import UNSTEERED, generate
+from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_kl, answer_log_probs, steered_log_probs
 from workbench.models.load import model_info
 from workbench.models.sites import Site
@@ -121,7 +122,7 @@ def prompts(n=4):
 @pytest.mark.parametrize("name", ["tiny", "chatless"])
 def test_log_probabilities_with_nothing_done_are_those_of_the_unsteered_model(name, request):
     model = request.getfixturevalue(name)
-    answers = generate(model, prompts(), max_new_tokens=5)
+    answers = generate(model, prompts(), decoding=Decoding(max_new_tokens=5))
     plain = answer_log_probs(model, answers)
     again = steered_log_probs(model, answers, [()] * len(answers), batch_size=3)
     for a, b in zip(plain, again, strict=True):
@@ -131,14 +132,14 @@ def test_log_probabilities_with_nothing_done_are_those_of_the_unsteered_model(na
 def test_the_likeliest_tokens_of_a_steered_answer_are_its_own(tiny):
     for extent in ({}, {"positions": "generated"}, {"positions": "prompt"}, {"until": 2}):
         change = steer(tiny, **extent)
-        answers = generate(tiny, prompts(), change, max_new_tokens=5)
+        answers = generate(tiny, prompts(), change, decoding=Decoding(max_new_tokens=5))
         scored = steered_log_probs(tiny, answers, [change] * len(answers))
         other = steered_log_probs(tiny, answers, [()] * len(answers))
         assert sum(float(s.sum()) for s in scored) >= sum(float(s.sum()) for s in other)
 
 
 def test_kl_is_zero_for_nothing_and_grows_with_strength(tiny):
-    answers = generate(tiny, prompts(), max_new_tokens=5)
+    answers = generate(tiny, prompts(), decoding=Decoding(max_new_tokens=5))
     each = {
         name: [steer(tiny, rho)] * len(answers) for name, rho in (("weak", 0.05), ("strong", 0.8))
     }
@@ -152,6 +153,6 @@ def test_kl_is_zero_for_nothing_and_grows_with_strength(tiny):
 def test_kl_behind_a_gate_that_stays_closed_is_zero(tiny):
     from helpers.gates import NEVER, gate
 
-    answers = generate(tiny, prompts(), max_new_tokens=5)
+    answers = generate(tiny, prompts(), decoding=Decoding(max_new_tokens=5))
     closed = gated({"fraud": steer(tiny)}, gate(tiny, NEVER))
     assert answer_kl(tiny, answers, {"gated": [closed] * len(answers)})["gated"] == 0.0

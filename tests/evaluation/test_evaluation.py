@@ -22,6 +22,7 @@ from workbench.evaluation.scoring import (
     score_completions,
 )
 from workbench.generation.answers import UNSTEERED, Completion, generate
+from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_log_probs
 from workbench.judges.base import Verdict
 from workbench.judges.patterns import RefusalPatterns
@@ -453,13 +454,18 @@ def test_evaluate_asks_scores_and_adds_the_baseline(tiny, tmp_path):
     )
     steering = {"fraud": [add_vector(vector, 1.0)], "malware": [add_vector(vector, -1.0)]}
     prompts, output = [GARDEN, CARD, DOG], tmp_path / "answers.jsonl"
-    settings = {"max_new_tokens": 6, "system_prompt": "Be kind.", "temperature": 1.0, "seed": 2}
+    decoding = Decoding(max_new_tokens=6, system_prompt="Be kind.", temperature=1.0, seed=2)
     evaluation = evaluate(
-        tiny, prompts, {"steered": steering}, encoder=WordEncoder(), output=output, **settings
+        tiny,
+        prompts,
+        {"steered": steering},
+        encoder=WordEncoder(),
+        output=output,
+        decoding=decoding,
     )
     assert list(dict.fromkeys(evaluation.scores["condition"])) == [UNSTEERED, "steered"]
     assert len(output.read_text().splitlines()) == 6
-    alone = generate(tiny, prompts, steering, **settings)
+    alone = generate(tiny, prompts, steering, decoding)
     assert [c.tokens for c in evaluation.completions[3:]] == [c.tokens for c in alone]
     log_probs = answer_log_probs(tiny, alone, system_prompt="Be kind.")
     assert value(evaluation, "steered", "c", "log_perplexity") == pytest.approx(

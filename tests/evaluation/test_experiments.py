@@ -18,6 +18,7 @@ from workbench.evaluation.comparisons import (
 )
 from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation, evaluate
 from workbench.generation.answers import UNSTEERED
+from workbench.generation.decoding import Decoding
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, text_key
@@ -119,11 +120,18 @@ def test_a_prompt_that_a_vector_was_fitted_on_is_no_test_prompt(tiny):
     with pytest.raises(
         ValueError, match=r"1 of 3 prompts were used to fit the vector of 'steered' .*'p1'"
     ):
-        evaluate(tiny, prompts, conditions, max_new_tokens=2)
+        evaluate(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=2))
     with pytest.raises(ValueError, match="were used to fit"):
-        evaluate(tiny, prompts, {"steered": {"fraud": conditions["steered"]}}, max_new_tokens=2)
-    assert evaluate(tiny, prompts, conditions, max_new_tokens=2, allow_fitted=True)
-    assert evaluate(tiny, [prompts[0], prompts[2]], conditions, max_new_tokens=2)
+        evaluate(
+            tiny,
+            prompts,
+            {"steered": {"fraud": conditions["steered"]}},
+            decoding=Decoding(max_new_tokens=2),
+        )
+    assert evaluate(
+        tiny, prompts, conditions, decoding=Decoding(max_new_tokens=2), allow_fitted=True
+    )
+    assert evaluate(tiny, [prompts[0], prompts[2]], conditions, decoding=Decoding(max_new_tokens=2))
 
 
 @pytest.mark.parametrize("test", ["bootstrap", "mcnemar", "no loss"])

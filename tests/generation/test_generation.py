@@ -10,6 +10,7 @@ import torch
 from helpers.tiny_models import CONTEXT, D_MODEL, sentences, tiny_model
 
 from workbench.generation.answers import UNSTEERED, generate, sweep
+from workbench.generation.decoding import Decoding
 from workbench.models.load import load_model, model_info
 from workbench.models.sites import Site
 from workbench.models.tokens import encode, stop_ids
@@ -96,10 +97,15 @@ def test_a_batch_with_rows_that_end_early_is_hugging_faces_answers_one_by_one(
     model, prompts = family_model(family), questions(16)
     # Random models with tied embeddings repeat the last token; with turned embeddings they say more.
     turn = [Intervention(Site(0, "resid_pre"), lambda activation: activation.roll(1, dims=-1))]
-    ends(model, frequent_tokens(generate(model, prompts, turn, max_new_tokens=10), 1))
+    ends(
+        model,
+        frequent_tokens(generate(model, prompts, turn, decoding=Decoding(max_new_tokens=10)), 1),
+    )
     rows, counting = counted_passes(model)
     with counting:
-        together = generate(model, prompts, turn, max_new_tokens=10, batch_size=16)
+        together = generate(
+            model, prompts, turn, decoding=Decoding(max_new_tokens=10, batch_size=16)
+        )
     with intervene(model, turn):
         assert [(c.tokens, c.finish) for c in together] == by_hugging_face(model, prompts, 10)
     assert {c.finish for c in together} == {"eos", "length"}
@@ -114,15 +120,19 @@ def test_a_batch_with_rows_that_end_early_is_hugging_faces_answers_one_by_one(
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 48])
 def test_batch_size_does_not_change_steered_answers(tiny, ends, batch_size):
     prompts = questions(16)
-    ends(tiny, frequent_tokens(generate(tiny, prompts, max_new_tokens=16), 3))
+    ends(tiny, frequent_tokens(generate(tiny, prompts, decoding=Decoding(max_new_tokens=16)), 3))
     steering = {
         c: [add_vector(steering_vector(tiny, seed), 1.0)] for seed, c in enumerate(CATEGORIES[:2])
     }
     alone = [
-        generate(tiny, [prompt], steering.get(prompt.category, ()), max_new_tokens=16)[0]
+        generate(
+            tiny, [prompt], steering.get(prompt.category, ()), decoding=Decoding(max_new_tokens=16)
+        )[0]
         for prompt in prompts
     ]
-    together = generate(tiny, prompts, steering, max_new_tokens=16, batch_size=batch_size)
+    together = generate(
+        tiny, prompts, steering, decoding=Decoding(max_new_tokens=16, batch_size=batch_size)
+    )
     assert [(c.tokens, c.finish) for c in together] == [(c.tokens, c.finish) for c in alone]
     assert {c.condition for c in together} == {"steered"}
 
@@ -130,13 +140,15 @@ def test_batch_size_does_not_change_steered_answers(tiny, ends, batch_size):
 def test_multiplier_zero_gives_the_unsteered_tokens(tiny):
     prompts = questions(6)
     zero = [add_vector(steering_vector(tiny), 0.0), *scale_neurons([(2, 1), (2, 5)], 1.0)]
-    answers = sweep(tiny, prompts, {UNSTEERED: (), "zero": zero}, max_new_tokens=12)
+    answers = sweep(
+        tiny, prompts, {UNSTEERED: (), "zero": zero}, decoding=Decoding(max_new_tokens=12)
+    )
     assert [c.tokens for c in answers[:6]] == [c.tokens for c in answers[6:]]
 
 
 def test_a_sweep_is_its_conditions_run_separately(tiny, ends):
     prompts = questions(8)
-    ends(tiny, frequent_tokens(generate(tiny, prompts, max_new_tokens=16), 3))
+    ends(tiny, frequent_tokens(generate(tiny, prompts, decoding=Decoding(max_new_tokens=16)), 3))
     vectors = [steering_vector(tiny, seed) for seed in range(3)]
     conditions = {
         UNSTEERED: (),
@@ -153,12 +165,14 @@ def test_a_sweep_is_its_conditions_run_separately(tiny, ends):
             "fraud": [add_vector(vectors[2], 1.0)],
         },
     }
-    together = sweep(tiny, prompts, conditions, max_new_tokens=16, batch_size=20)
+    together = sweep(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=16, batch_size=20))
     assert [c.condition for c in together] == [name for name in conditions for _ in prompts]
     separate = [
         completion
         for name, condition in conditions.items()
-        for completion in generate(tiny, prompts, condition, condition=name, max_new_tokens=16)
+        for completion in generate(
+            tiny, prompts, condition, condition=name, decoding=Decoding(max_new_tokens=16)
+        )
     ]
     assert [(c.tokens, c.finish) for c in together] == [(c.tokens, c.finish) for c in separate]
     of = {(c.condition, c.prompt.id): c.tokens for c in together}
@@ -175,11 +189,13 @@ def test_a_sweep_is_its_conditions_run_separately(tiny, ends):
 @pytest.mark.parametrize("family", ["llama3", "gpt2"])
 def test_every_end_token_ends_an_answer(family, family_model, ends):
     model, prompts = family_model(family), questions(8)
-    plain = generate(model, prompts, max_new_tokens=12)
+    plain = generate(model, prompts, decoding=Decoding(max_new_tokens=12))
     for token in frequent_tokens(plain, 3):
         ends(model, [token])
         assert token in stop_ids(model)
-        for before, after in zip(plain, generate(model, prompts, max_new_tokens=12), strict=True):
+        for before, after in zip(
+            plain, generate(model, prompts, decoding=Decoding(max_new_tokens=12)), strict=True
+        ):
             place = before.tokens.index(token) if token in before.tokens else None
             assert after.tokens == before.tokens[:place]
             assert after.finish == (before.finish if place is None else "eos")
@@ -193,20 +209,25 @@ def test_the_token_that_ends_a_turn_is_an_end_token_without_any_configuration(ti
 
 def test_sampling_is_reproducible_and_independent_of_the_batch(tiny):
     prompts = questions(9)
-    first = generate(tiny, prompts, max_new_tokens=12, temperature=1.0, seed=3)
+    first = generate(tiny, prompts, decoding=Decoding(max_new_tokens=12, temperature=1.0, seed=3))
     state = torch.get_rng_state()
     torch.manual_seed(99)
-    again = generate(tiny, prompts[::-1], max_new_tokens=12, temperature=1.0, seed=3, batch_size=2)[
-        ::-1
-    ]
+    again = generate(
+        tiny,
+        prompts[::-1],
+        decoding=Decoding(max_new_tokens=12, temperature=1.0, seed=3, batch_size=2),
+    )[::-1]
     torch.set_rng_state(state)
     assert [c.tokens for c in first] == [c.tokens for c in again]
     assert [c.tokens for c in first] != [
-        c.tokens for c in generate(tiny, prompts, max_new_tokens=12, temperature=1.0, seed=4)
+        c.tokens
+        for c in generate(
+            tiny, prompts, decoding=Decoding(max_new_tokens=12, temperature=1.0, seed=4)
+        )
     ]
-    cold = generate(tiny, prompts, max_new_tokens=12, temperature=1e-4)
+    cold = generate(tiny, prompts, decoding=Decoding(max_new_tokens=12, temperature=1e-4))
     assert [c.tokens for c in cold] == [
-        c.tokens for c in generate(tiny, prompts, max_new_tokens=12)
+        c.tokens for c in generate(tiny, prompts, decoding=Decoding(max_new_tokens=12))
     ]
 
 
@@ -214,7 +235,10 @@ def test_sampling_draws_the_same_numbers_under_every_condition(tiny):
     prompts = questions(5)
     zero = [add_vector(steering_vector(tiny), 0.0)]
     answers = sweep(
-        tiny, prompts, {UNSTEERED: (), "zero": zero}, max_new_tokens=12, temperature=1.0
+        tiny,
+        prompts,
+        {UNSTEERED: (), "zero": zero},
+        decoding=Decoding(max_new_tokens=12, temperature=1.0),
     )
     assert [c.tokens for c in answers[:5]] == [c.tokens for c in answers[5:]]
 
@@ -224,7 +248,9 @@ def test_sampled_tokens_follow_the_distribution(tiny):
     prompts = [
         Prompt(f"q{i}", "plan a garden at home", None, "fraud", "unsafe", "test") for i in range(n)
     ]
-    sampled = generate(tiny, prompts, max_new_tokens=1, temperature=temperature, batch_size=n)
+    sampled = generate(
+        tiny, prompts, decoding=Decoding(max_new_tokens=1, temperature=temperature, batch_size=n)
+    )
     with torch.no_grad():
         logits = tiny(torch.tensor([encode(tiny, prompts[:1])[0].ids]))[0, -1].double()
     expected = torch.softmax(logits / temperature, dim=0)
@@ -240,6 +266,25 @@ def test_sampled_tokens_follow_the_distribution(tiny):
     assert common.sum() > 20
     assert error.abs().max() < 4.5
     assert 0.7 < float((error**2).mean()) < 1.4
+
+
+def test_top_p_samples_only_among_the_most_likely_tokens(tiny):
+    n, top_p = 400, 0.5
+    prompts = [Prompt(f"p{i}", "one two", None, "fraud", "unsafe", "t") for i in range(n)]
+    decoding = Decoding(max_new_tokens=1, temperature=1.0, top_p=top_p, seed=1)
+    sampled = generate(tiny, prompts, decoding=decoding)
+    with torch.no_grad():
+        logits = tiny(torch.tensor([encode(tiny, prompts[:1])[0].ids]))[0, -1].double()
+    likely, order = torch.softmax(logits, dim=0).sort(descending=True)
+    n_inside = int((likely.cumsum(0) < top_p).sum()) + 1
+    inside = set(order[:n_inside].tolist())
+    written = {c.tokens[0] for c in sampled if c.tokens}
+    assert written <= inside
+    assert len(written) > 1
+    everything = generate(
+        tiny, prompts, decoding=Decoding(max_new_tokens=1, temperature=1.0, seed=1)
+    )
+    assert {c.tokens[0] for c in everything if c.tokens} - inside
 
 
 # Interruptions.
@@ -261,8 +306,8 @@ class StopAfter:
 def test_an_interrupted_call_goes_on_and_asks_nothing_twice(tiny, tmp_path, passes):
     prompts, output = questions(10), tmp_path / "answers" / "out.jsonl"
     conditions = {UNSTEERED: (), "steered": [add_vector(steering_vector(tiny), 1.0)]}
-    settings = {"max_new_tokens": 6, "batch_size": 4, "output": output}
-    whole = sweep(tiny, prompts, conditions, max_new_tokens=6, batch_size=4)
+    settings = {"decoding": Decoding(max_new_tokens=6, batch_size=4), "output": output}
+    whole = sweep(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=6, batch_size=4))
     with (
         tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", StopAfter(passes))]),
         pytest.raises(KeyboardInterrupt),
@@ -287,7 +332,7 @@ def test_an_interrupted_call_goes_on_and_asks_nothing_twice(tiny, tmp_path, pass
 
 def test_a_line_cut_by_a_kill_is_answered_again_and_only_that(tiny, tmp_path):
     prompts, output = questions(8), tmp_path / "out.jsonl"
-    settings = {"max_new_tokens": 6, "batch_size": 4, "output": output}
+    settings = {"decoding": Decoding(max_new_tokens=6, batch_size=4), "output": output}
     whole = generate(tiny, prompts, **settings)
     complete = output.read_bytes()
     lines = complete.splitlines(keepends=True)
@@ -307,9 +352,8 @@ def test_answers_in_the_file_belong_to_their_settings(tiny, tmp_path):
     def asked(interventions=(), **settings):
         rows, counting = counted_passes(tiny)
         with counting:
-            generate(
-                tiny, prompts, interventions, output=output, **{"max_new_tokens": 4, **settings}
-            )
+            decoding = Decoding(**{"max_new_tokens": 4, **settings})
+            generate(tiny, prompts, interventions, decoding, output=output)
         return bool(rows)
 
     assert asked()
@@ -319,6 +363,7 @@ def test_answers_in_the_file_belong_to_their_settings(tiny, tmp_path):
         {"max_new_tokens": 5},
         {"temperature": 1.0},
         {"temperature": 1.0, "seed": 5},
+        {"temperature": 1.0, "top_p": 0.9},
         {"system_prompt": "Be kind."},
         {"interventions": [add_vector(steering_vector(tiny), 1.0)]},
         {"interventions": [add_vector(steering_vector(tiny), 1.5)]},
@@ -336,22 +381,22 @@ def test_answers_in_the_file_belong_to_their_settings(tiny, tmp_path):
 def test_an_edit_that_nothing_identifies_is_not_kept_in_a_file(tiny, tmp_path):
     prompts, output = questions(2), tmp_path / "out.jsonl"
     edit = Intervention(Site(1, "resid_post"), lambda activation: activation * 2)
-    assert generate(tiny, prompts, [edit], max_new_tokens=2)
+    assert generate(tiny, prompts, [edit], decoding=Decoding(max_new_tokens=2))
     with pytest.raises(
         ValueError,
         match=r"answers under the edit at L1\.resid_post \(function\) cannot be kept in a file",
     ):
-        generate(tiny, prompts, [edit], max_new_tokens=2, output=output)
+        generate(tiny, prompts, [edit], decoding=Decoding(max_new_tokens=2), output=output)
     assert not output.exists()
 
 
 def test_a_damaged_file_is_an_error_with_its_line(tiny, tmp_path):
     output = tmp_path / "out.jsonl"
-    generate(tiny, questions(3), max_new_tokens=2, output=output)
+    generate(tiny, questions(3), decoding=Decoding(max_new_tokens=2), output=output)
     lines = output.read_text().splitlines()
     output.write_text("\n".join([lines[0], lines[1][:20], lines[2], ""]))
     with pytest.raises(ValueError, match=r"out\.jsonl, line 2: not valid JSON"):
-        generate(tiny, questions(3), max_new_tokens=2, output=output)
+        generate(tiny, questions(3), decoding=Decoding(max_new_tokens=2), output=output)
 
 
 # Bad input.
@@ -359,9 +404,14 @@ def test_a_damaged_file_is_an_error_with_its_line(tiny, tmp_path):
 
 def test_what_cannot_be_answered_is_refused(tiny):
     prompts = questions(2)
-    for settings in ({"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}):
-        with pytest.raises(ValueError, match="must be at least 1 and temperature at least 0"):
-            generate(tiny, prompts, **settings)
+    for settings, message in (
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be 0 .greedy. or above"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Decoding(**settings)
     with pytest.raises(ValueError, match="nothing to answer"):
         generate(tiny, [])
     with pytest.raises(ValueError, match="nothing to answer"):
@@ -369,7 +419,7 @@ def test_what_cannot_be_answered_is_refused(tiny):
     with pytest.raises(ValueError, match="prompt 'p0' comes 2 times; ids must be unique"):
         generate(tiny, [*prompts, prompts[0]])
     with pytest.raises(ValueError, match=rf"prompt 'p0' .*{CONTEXT} new ones.*context"):
-        generate(tiny, prompts, max_new_tokens=CONTEXT)
+        generate(tiny, prompts, decoding=Decoding(max_new_tokens=CONTEXT))
     narrow = Intervention(Site(1, "resid_post"), AddVector(torch.ones(5)))
     with pytest.raises(ValueError, match="width 5 does not fit"):
         generate(tiny, prompts, {"fraud": [narrow]})
@@ -391,7 +441,10 @@ def test_a_condition_that_names_no_prompt_is_refused(tiny):
     ):
         generate(tiny, questions(4), {"frauds": steering})
     assert generate(
-        tiny, questions(4), {"frauds": steering, "fraud": steering}, max_new_tokens=2
+        tiny,
+        questions(4),
+        {"frauds": steering, "fraud": steering},
+        decoding=Decoding(max_new_tokens=2),
     )  # a category not asked today
 
 
@@ -399,11 +452,11 @@ def test_a_chat_models_vector_steers_its_base_model_when_transfer_is_said(tiny, 
     chat = load_model(tiny_model("llama3", tmp_path / "chat", seed=1), device="cpu")
     prompts, steering = questions(3), [add_vector(steering_vector(chat), 1.0)]
     with pytest.raises(ValueError, match="pass transfer=True"):
-        generate(tiny, prompts, steering, max_new_tokens=4)
-    steered = generate(tiny, prompts, steering, max_new_tokens=4, transfer=True)
+        generate(tiny, prompts, steering, decoding=Decoding(max_new_tokens=4))
+    steered = generate(tiny, prompts, steering, decoding=Decoding(max_new_tokens=4), transfer=True)
     own = [add_vector(steering_vector(tiny), 1.0)]
     assert [c.tokens for c in steered] == [
-        c.tokens for c in generate(tiny, prompts, own, max_new_tokens=4)
+        c.tokens for c in generate(tiny, prompts, own, decoding=Decoding(max_new_tokens=4))
     ]
 
 
@@ -420,7 +473,7 @@ def test_the_real_model_answers_as_with_hugging_face_alone_and_in_a_batch(real_m
         ),
         Prompt("c", "Say yes.", None, "harmless", "neutral", "test"),
     ]
-    answers = generate(real_model, prompts, max_new_tokens=12)
+    answers = generate(real_model, prompts, decoding=Decoding(max_new_tokens=12))
     assert [(c.tokens, c.finish) for c in answers] == by_hugging_face(real_model, prompts, 12)
     assert "Paris" in answers[0].text
     assert answers[0].finish == "eos"
@@ -428,9 +481,9 @@ def test_the_real_model_answers_as_with_hugging_face_alone_and_in_a_batch(real_m
 
 def test_an_answer_goes_on_from_the_words_it_was_begun_with(tiny):
     plain = Prompt("a", "How do I fix a bicycle?", None, "harmless", "neutral", "test")
-    whole = generate(tiny, [plain], max_new_tokens=8)[0]
+    whole = generate(tiny, [plain], decoding=Decoding(max_new_tokens=8))[0]
     begun = dataclasses.replace(plain, response="No. Turn the wheel")
-    (answer,) = generate(tiny, [begun], max_new_tokens=8, continue_response=True)
+    (answer,) = generate(tiny, [begun], decoding=Decoding(max_new_tokens=8), continue_response=True)
     context = encode(tiny, [begun], with_response=True)[0].ids
     tokens = list(context)
     for token in answer.tokens:
@@ -438,5 +491,5 @@ def test_an_answer_goes_on_from_the_words_it_was_begun_with(tiny):
         assert int(logits.argmax()) == token
         tokens.append(token)
     assert (
-        generate(tiny, [begun], max_new_tokens=8)[0].tokens == whole.tokens
+        generate(tiny, [begun], decoding=Decoding(max_new_tokens=8))[0].tokens == whole.tokens
     )  # without it, the response is not read

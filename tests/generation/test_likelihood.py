@@ -9,6 +9,7 @@ import torch
 from helpers.tiny_models import sentences
 
 from workbench.generation.answers import Completion, generate
+from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_log_probs
 from workbench.judges.text_quality import perplexity_from_log_probs
 from workbench.models.sites import Site
@@ -86,7 +87,9 @@ def test_the_system_prompt_counts(tiny):
 
 def test_greedy_answers_are_the_likeliest_tokens(tiny):
     """Each token of a greedy answer is at least as likely as any token put in its place."""
-    completions = generate(tiny, [c.prompt for c in answers(4)], max_new_tokens=6)
+    completions = generate(
+        tiny, [c.prompt for c in answers(4)], decoding=Decoding(max_new_tokens=6)
+    )
     for completion, log_probs in zip(completions, answer_log_probs(tiny, completions), strict=True):
         assert (log_probs <= 1e-6).all()
         for token in (10, 50, 200):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workbench.generation.answers import generate
+from workbench.generation.decoding import Decoding
 from workbench.prompts.prompt import Prompt
 from workbench.safesteer.saved_run import steering_from
 
@@ -40,7 +41,10 @@ def test_inspect_runs_a_task_on_the_steered_model(finished: Path, tiny, steering
     prompt = [Prompt("q", question, None, "harmless", "neutral", "t")]
     if steering != "gated":
         interventions = [] if steering == "off" else steering_from(finished, steering)
-        assert said == generate(tiny, prompt, interventions, max_new_tokens=6)[0].text
+        assert (
+            said
+            == generate(tiny, prompt, interventions, decoding=Decoding(max_new_tokens=6))[0].text
+        )
 
 
 def test_lm_eval_runs_a_task_on_the_steered_model(finished: Path, tiny, tmp_path):
@@ -66,9 +70,11 @@ def test_lm_eval_runs_a_task_on_the_steered_model(finished: Path, tiny, tmp_path
     own = SteeredLM(str(finished), model=tiny, steering="off")
     requests = [SimpleNamespace(args=("Where?", {"until": ["\n"], "max_gen_toks": 4}))]
     assert own.generate_until(requests) == [
-        generate(tiny, [Prompt("q", "Where?", None, "harmless", "neutral", "t")], max_new_tokens=4)[
-            0
-        ].text.split("\n")[0]
+        generate(
+            tiny,
+            [Prompt("q", "Where?", None, "harmless", "neutral", "t")],
+            decoding=Decoding(max_new_tokens=4),
+        )[0].text.split("\n")[0]
     ]
     (value, is_greedy), *_ = own.loglikelihood([SimpleNamespace(args=("Where?", " here"))])
     assert value < 0

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.generation import _decode_loop as decoding
 from workbench.generation.answers import sweep
+from workbench.generation.decoding import Decoding
 from workbench.models.activations import cache_activations
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
@@ -62,8 +63,7 @@ def test_a_decoding_step_reads_no_value_back_to_the_host(tiny, steering, monkeyp
                 tiny,
                 prompts(),
                 {"a": interventions},
-                max_new_tokens=n,
-                temperature=0.7 * (steering == "sampled"),
+                decoding=Decoding(max_new_tokens=n, temperature=0.7 * (steering == "sampled")),
             )
         counts.append(waits.count)
     assert counts[1] == counts[2]

@@ -10,6 +10,7 @@ from torch import nn
 
 import workbench.models.packing as packing_room
 from workbench.generation.answers import sweep
+from workbench.generation.decoding import Decoding
 from workbench.models.activations import cache_activations
 from workbench.models.forward import plain
 from workbench.models.load import load_model
@@ -122,7 +123,7 @@ def test_the_fast_routes_and_the_plain_ones_agree_on_the_real_model(real_model):
     assert relative.max() < 1e-5
     steering = {"fraud": [add_vector(fit_steering_vectors(slow)["fraud"], rho=0.1)]}
     conditions = {"unsteered": (), "steered": steering}
-    quick = sweep(model, prompts, conditions, max_new_tokens=12)
+    quick = sweep(model, prompts, conditions, decoding=Decoding(max_new_tokens=12))
     with plain(model):
-        slowly = sweep(model, prompts, conditions, max_new_tokens=12)
+        slowly = sweep(model, prompts, conditions, decoding=Decoding(max_new_tokens=12))
     assert [c.tokens for c in quick] == [c.tokens for c in slowly]

@@ -11,6 +11,7 @@ from helpers.tiny_models import sentences
 
 from workbench.generation import _decode_loop as decoding
 from workbench.generation.answers import generate, sweep
+from workbench.generation.decoding import Decoding
 from workbench.models.forward import forward, plain, prefix_cache, rows_of_cache
 from workbench.models.shared_layers import run_below
 from workbench.models.sites import Site
@@ -50,7 +51,7 @@ def test_a_sweep_that_shares_layers_answers_like_every_condition_alone(
 ) -> None:
     model, prompts = family_model(family), questions(5)
     conditions = {"unsteered": [], **{f"by {n}": turned(1 + n % 2, n) for n in range(1, 5)}}
-    together = sweep(model, prompts, conditions, max_new_tokens=8)
+    together = sweep(model, prompts, conditions, decoding=Decoding(max_new_tokens=8))
     assert [one.layer for one in shared] == [1]
     assert (
         len(shared[0].output[0] if isinstance(shared[0].output, tuple) else shared[0].output) == 5
@@ -59,7 +60,7 @@ def test_a_sweep_that_shares_layers_answers_like_every_condition_alone(
     alone = [
         c
         for name, own in conditions.items()
-        for c in generate(model, prompts, own, condition=name, max_new_tokens=8)
+        for c in generate(model, prompts, own, condition=name, decoding=Decoding(max_new_tokens=8))
     ]
     assert shared == [None] * 5
     assert [c.tokens for c in together] == [c.tokens for c in alone]
@@ -95,7 +96,12 @@ def test_a_gate_that_reads_below_bounds_what_is_shared(tiny, shared) -> None:
     for read, expected in ((Site(0, "resid_post"), [None]), (Site(1, "resid_pre"), [1])):
         gated = through(tiny, gate(tiny, ALWAYS, site=read))
         assert gated[0].site == Site(1, "resid_post")
-        sweep(tiny, questions(4), {"unsteered": [], "gated": gated}, max_new_tokens=3)
+        sweep(
+            tiny,
+            questions(4),
+            {"unsteered": [], "gated": gated},
+            decoding=Decoding(max_new_tokens=3),
+        )
         assert [one and one.layer for one in shared] == expected
         shared.clear()
 
@@ -103,11 +109,16 @@ def test_a_gate_that_reads_below_bounds_what_is_shared(tiny, shared) -> None:
 def test_nothing_is_shared_where_it_would_not_be_the_same(tiny, shared) -> None:
     conditions = {f"by {n}": turned(2, n) for n in range(3)}
     with plain(tiny):
-        sweep(tiny, questions(4), conditions, max_new_tokens=3)
+        sweep(tiny, questions(4), conditions, decoding=Decoding(max_new_tokens=3))
     calls = []
     with tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda a, hook: calls.append(len(a)))]):
-        sweep(tiny, questions(4), conditions, max_new_tokens=3)
-    sweep(tiny, questions(4), {"lowest": turned(0, 1), "other": turned(2, 1)}, max_new_tokens=3)
+        sweep(tiny, questions(4), conditions, decoding=Decoding(max_new_tokens=3))
+    sweep(
+        tiny,
+        questions(4),
+        {"lowest": turned(0, 1), "other": turned(2, 1)},
+        decoding=Decoding(max_new_tokens=3),
+    )
     assert shared == [None] * 3
     assert 12 in calls
 
@@ -122,7 +133,7 @@ def test_batches_have_as_many_rows_as_memory_allows(
     monkeypatch.setattr(decoding, "MEMORY", 3 * decoding.rows_that_fit(tiny, longest)[1])
     assert decoding.rows_that_fit(tiny, longest)[0] == 3
     assert decoding.rows_that_fit(tiny, 100 * longest)[0] == 1
-    sweep(tiny, questions(6), {"a": []}, max_new_tokens=150, progress=True)
+    sweep(tiny, questions(6), {"a": []}, decoding=Decoding(max_new_tokens=150), progress=True)
     assert (
         "6 answers of at most 150 tokens in 2 batches; keys and values take up to 0 MiB."
         in capsys.readouterr().err

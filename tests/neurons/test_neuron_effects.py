@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.generation.answers import generate
+from workbench.generation.decoding import Decoding
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import HookedModel, load_model
 from workbench.models.sites import Site, sites_of_kind
@@ -407,9 +408,12 @@ def test_answers_are_scored_against_the_unedited_model(
         assert (partly.estimate.n, partly.estimate.n_unscored) == (len(HELD_OUT) - 1, 1)
         assert math.isnan(partly.values[0])
         assert len(changed.controls) == 2
-    plain = generate(model, HELD_OUT, max_new_tokens=8)
+    plain = generate(model, HELD_OUT, decoding=Decoding(max_new_tokens=8))
     edited = generate(
-        model, HELD_OUT, neuron_interventions(reference, everything, "zero"), max_new_tokens=8
+        model,
+        HELD_OUT,
+        neuron_interventions(reference, everything, "zero"),
+        decoding=Decoding(max_new_tokens=8),
     )
     [effect] = neuron_effect(
         model,

@@ -9,6 +9,7 @@ import torch
 from helpers.tiny_models import tiny_model
 
 from workbench.generation.answers import generate
+from workbench.generation.decoding import Decoding
 from workbench.models.load import HookedModel, load_model
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
@@ -59,14 +60,14 @@ def tokens_of(answers: list) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def plain(model: HookedModel) -> list:
-    return generate(model, PROMPTS, max_new_tokens=N_NEW)
+    return generate(model, PROMPTS, decoding=Decoding(max_new_tokens=N_NEW))
 
 
 def test_steering_changes_the_answers_that_the_other_tests_compare(
     model: HookedModel, plain: list
 ) -> None:
     for steering in ([push()], [push("mlp_post")], [push(positions="generated")]):
-        steered = generate(model, PROMPTS, steering, max_new_tokens=N_NEW)
+        steered = generate(model, PROMPTS, steering, decoding=Decoding(max_new_tokens=N_NEW))
         assert sum(a != b for a, b in zip(tokens_of(steered), tokens_of(plain), strict=True)) >= 3
 
 
@@ -83,7 +84,7 @@ def test_patching_no_neurons_leaves_each_run_as_it_is(
         model, PROMPTS, {"none": []}, steering, direction="necessity", max_new_tokens=N_NEW
     )
     assert tokens_of(necessity) == tokens_of(
-        generate(model, PROMPTS, steering, max_new_tokens=N_NEW)
+        generate(model, PROMPTS, steering, decoding=Decoding(max_new_tokens=N_NEW))
     )
 
 
@@ -108,7 +109,7 @@ def test_steering_that_acts_through_the_patched_neurons_only_is_carried_over_who
     model: HookedModel, plain: list, steering: list[Intervention]
 ) -> None:
     chosen = {"layer": [(1, neuron) for neuron in range(model.cfg.d_mlp)]}
-    steered = generate(model, PROMPTS, steering, max_new_tokens=N_NEW)
+    steered = generate(model, PROMPTS, steering, decoding=Decoding(max_new_tokens=N_NEW))
     assert tokens_of(
         patched_answers(model, PROMPTS, chosen, steering, max_new_tokens=N_NEW)
     ) == tokens_of(steered)
@@ -122,7 +123,7 @@ def test_steering_of_a_single_neuron_is_carried_by_that_neuron_and_by_no_other(
     model: HookedModel, plain: list
 ) -> None:
     steering = scale_neurons([(2, 5)], -60.0)
-    steered = generate(model, PROMPTS, steering, max_new_tokens=N_NEW)
+    steered = generate(model, PROMPTS, steering, decoding=Decoding(max_new_tokens=N_NEW))
     assert tokens_of(steered) != tokens_of(plain)
     sets = {"it": [(2, 5)], "others below": [(0, 1), (1, 7), (2, 6)]}
     answers = patched_answers(model, PROMPTS, sets, steering, max_new_tokens=N_NEW)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from workbench.evaluation.scoring import HEADLINE, score_completions
 from workbench.files.store import read_jsonl
+from workbench.generation.decoding import Decoding
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, in_turn
@@ -124,7 +125,7 @@ def test_calibration_answers_in_rounds_keeps_constructions_and_goes_on_from_its_
     arguments = {
         "score": score,
         "rounds": rounds,
-        "max_new_tokens": 4,
+        "decoding": Decoding(max_new_tokens=4),
         "output": tmp_path / "tune.jsonl",
     }
     result = calibrate(tiny, vectors_of(tiny), questions(), settings_, **arguments)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workbench.generation.answers import sweep
+from workbench.generation.decoding import Decoding
 from workbench.judges.patterns import RefusalPatterns
 from workbench.models.activations import cache_activations
 from workbench.models.sites import Site, sites_of_kind
@@ -51,7 +52,7 @@ def questions(folds: Any) -> list[Prompt]:
 def refusal_rates(
     model: Any, questions: Sequence[Prompt], conditions: dict[str, Any]
 ) -> dict[str, float]:
-    answers = sweep(model, questions, conditions, max_new_tokens=32)
+    answers = sweep(model, questions, conditions, decoding=Decoding(max_new_tokens=32))
     verdicts = RefusalPatterns()([a.prompt.text for a in answers], [a.text for a in answers])
     refused = {
         name: [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from workbench.generation.answers import Completion
+from workbench.generation.decoding import Decoding
 from workbench.judges.base import Verdict
 from workbench.prompts.prompt import Prompt
 from workbench.safesteer.own_answers import (
@@ -15,6 +16,8 @@ from workbench.safesteer.own_answers import (
     self_contrast,
     went_along,
 )
+
+SHORT = Decoding(max_new_tokens=5)
 
 
 def question(i, label="unsafe"):
@@ -51,7 +54,7 @@ def test_pairs_have_one_context_and_differ_in_the_answer(tiny, tmp_path):
         keep_safe=everything,
         keep_unsafe=everything,
         samples=2,
-        max_new_tokens=5,
+        decoding=SHORT,
         output=tmp_path / "a.jsonl",
     )
     assert rows
@@ -69,7 +72,7 @@ def test_pairs_have_one_context_and_differ_in_the_answer(tiny, tmp_path):
         keep_safe=everything,
         keep_unsafe=everything,
         samples=2,
-        max_new_tokens=5,
+        decoding=SHORT,
         output=tmp_path / "a.jsonl",
     )
     assert again == rows
@@ -88,11 +91,11 @@ def test_the_questions_the_model_goes_along_with_are_those_a_judge_says_so_of(ti
         prompts,
         keep_safe=everything,
         keep_unsafe=everything,
-        max_new_tokens=5,
+        decoding=SHORT,
         output=tmp_path / "a.jsonl",
     )
     before = (tmp_path / "a.jsonl").read_bytes()
-    found = went_along(tiny, prompts, every_second, max_new_tokens=5, output=tmp_path / "a.jsonl")
+    found = went_along(tiny, prompts, every_second, decoding=SHORT, output=tmp_path / "a.jsonl")
     assert found == [question(0), question(3)]
     assert (tmp_path / "a.jsonl").read_bytes() == before, "the answers were there already"
     assert asked[0][0] == [question(i).text for i in (0, 1, 3)]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.generation.answers import UNSTEERED, sweep
+from workbench.generation.decoding import Decoding
 from workbench.models.activations import ActivationSet
 from workbench.models.load import model_info
 from workbench.models.tokens import encode, pad, pad_id, span_mask
@@ -38,7 +39,9 @@ def test_a_closed_gate_leaves_logits_and_tokens_bit_for_bit(tiny):
     closed = through(tiny, gate(tiny, NEVER))
     with intervene(tiny, closed, content=span_mask(rows, batch, "content")):
         assert torch.equal(tiny(batch.tokens, **keywords), plain)
-    answers = sweep(tiny, questions(), {UNSTEERED: (), "gated": closed}, max_new_tokens=8)
+    answers = sweep(
+        tiny, questions(), {UNSTEERED: (), "gated": closed}, decoding=Decoding(max_new_tokens=8)
+    )
     assert [a.tokens for a in answers[:6]] == [a.tokens for a in answers[6:]]
 
 
@@ -64,7 +67,10 @@ def test_an_open_gate_steers_like_no_gate_from_the_users_words_on(chatless):
     own = dataclasses.replace(own, weights=own.weights[:1], bias=own.bias[:1])
     plain = [add_vector(vector(model), rho=0.4, positions="generated")]
     answers = sweep(
-        model, prompts, {"always": plain, "gated": gated({"fraud": plain}, own)}, max_new_tokens=8
+        model,
+        prompts,
+        {"always": plain, "gated": gated({"fraud": plain}, own)},
+        decoding=Decoding(max_new_tokens=8),
     )
     assert [a.tokens for a in answers[:4]] == [a.tokens for a in answers[4:]]
 
@@ -72,8 +78,8 @@ def test_an_open_gate_steers_like_no_gate_from_the_users_words_on(chatless):
 def test_answers_behind_a_gate_are_the_same_in_any_batch(tiny):
     own, _ = half_open(tiny, questions())
     conditions = {UNSTEERED: (), "gated": through(tiny, own)}
-    together = sweep(tiny, questions(), conditions, max_new_tokens=8)
-    alone = sweep(tiny, questions(), conditions, max_new_tokens=8, batch_size=1)
+    together = sweep(tiny, questions(), conditions, decoding=Decoding(max_new_tokens=8))
+    alone = sweep(tiny, questions(), conditions, decoding=Decoding(max_new_tokens=8, batch_size=1))
     assert [a.tokens for a in together] == [a.tokens for a in alone]
     differ = [a.tokens != b.tokens for a, b in zip(together[:6], together[6:], strict=True)]
     assert any(differ)
@@ -264,7 +270,10 @@ def test_raising_to_a_target_works_behind_a_gate(tiny):
     own, expected = half_open(tiny, questions())
     steering = {c: [raise_to(vector(tiny, i, c), 50.0)] for i, c in enumerate(("fraud", "malware"))}
     answers = sweep(
-        tiny, questions(), {UNSTEERED: (), "gated": gated(steering, own)}, max_new_tokens=6
+        tiny,
+        questions(),
+        {UNSTEERED: (), "gated": gated(steering, own)},
+        decoding=Decoding(max_new_tokens=6),
     )
     same = [a.tokens == b.tokens for a, b in zip(answers[:6], answers[6:], strict=True)]
     assert all(kept for kept, is_open in zip(same, expected.tolist(), strict=True) if not is_open)

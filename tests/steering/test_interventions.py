@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workbench.generation.answers import generate
+from workbench.generation.decoding import Decoding
 from workbench.models.forward import prefix_cache, reading, rows_of_cache
 from workbench.models.load import load_model, model_info
 from workbench.models.sites import Site
@@ -356,7 +357,7 @@ def test_our_generation_and_hugging_faces_agree_under_steering(tiny, positions):
             steering_vector(tiny, Site(1, "resid_post"), scale=3.0), 1.0, positions=positions
         )
     ]
-    ours = generate(tiny, [prompt], steering, max_new_tokens=12)[0]
+    ours = generate(tiny, [prompt], steering, decoding=Decoding(max_new_tokens=12))[0]
     ids = torch.tensor([encode(tiny, [prompt])[0].ids])
     with intervene(tiny, steering):
         theirs = tiny.original_model.generate(
@@ -368,7 +369,7 @@ def test_our_generation_and_hugging_faces_agree_under_steering(tiny, positions):
             pad_token_id=0,
         )[0, ids.shape[1] :].tolist()
     assert list(ours.tokens) == [token for token in theirs if token not in stop_ids(tiny)]
-    assert ours.tokens != generate(tiny, [prompt], max_new_tokens=12)[0].tokens
+    assert ours.tokens != generate(tiny, [prompt], decoding=Decoding(max_new_tokens=12))[0].tokens
 
 
 def test_a_prompt_read_behind_a_cached_prefix_is_still_prompt(tiny):
@@ -414,7 +415,10 @@ def test_our_own_generation_changes_the_same_positions(tiny, positions):
 
     blank = Intervention(site, lambda activation: torch.zeros_like(activation))
     tokens = generate(
-        tiny, [prompt], [blank, *steering, Intervention(site, edit)], max_new_tokens=NEW
+        tiny,
+        [prompt],
+        [blank, *steering, Intervention(site, edit)],
+        decoding=Decoding(max_new_tokens=NEW),
     )[0].tokens
     assert len(tokens) == NEW
     is_prompt = torch.arange(n_prompt + NEW - 1) < n_prompt
@@ -466,7 +470,7 @@ def test_nothing_is_left_behind_after_an_exception(tiny):
             tiny,
             [prompt],
             [*steering, Intervention(Site(2, "resid_post"), broken)],
-            max_new_tokens=3,
+            decoding=Decoding(max_new_tokens=3),
         )
     assert state(tiny) == before
     assert torch.equal(run(tiny, [], tokens, mask)[0], plain)
@@ -627,7 +631,7 @@ def test_a_model_in_bfloat16_takes_float32_vectors(tmp_path):
         change, (2.0 * vector.vector).expand_as(change), atol=float(scale) / 128, rtol=0
     )
     prompt = Prompt("a", "plan a garden", None, "fraud", "unsafe", "test")
-    assert generate(model, [prompt], interventions, max_new_tokens=3)
+    assert generate(model, [prompt], interventions, decoding=Decoding(max_new_tokens=3))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "pythia", "gemma2", "qwen3", "olmo2"])
@@ -670,7 +674,10 @@ def test_an_end_before_the_first_generated_token_leaves_the_prompt_only(tiny):
     whole = [Intervention(site, AddVector(vector, 5.0), "all", until=0)]
     prompt_only = [Intervention(site, AddVector(vector, 5.0), "prompt")]
     asked = [Prompt("a", "How do I fix a bicycle?", None, "harmless", "neutral", "test")]
-    texts = [generate(tiny, asked, own, max_new_tokens=8)[0].tokens for own in (whole, prompt_only)]
+    texts = [
+        generate(tiny, asked, own, decoding=Decoding(max_new_tokens=8))[0].tokens
+        for own in (whole, prompt_only)
+    ]
     assert texts[0] == texts[1]
 
 
@@ -693,8 +700,8 @@ def test_a_vector_of_a_chat_model_steers_its_base_model_when_asked_to(tiny, tmp_
     ]
     steering = [add_vector(steering_vector(tiny, Site(1, "resid_post")), rho=0.8)]
     with pytest.raises(ValueError, match=r"refit it, or pass transfer=True"):
-        generate(base, prompts, steering, max_new_tokens=4)
-    steered = generate(base, prompts, steering, max_new_tokens=4, transfer=True)
+        generate(base, prompts, steering, decoding=Decoding(max_new_tokens=4))
+    steered = generate(base, prompts, steering, decoding=Decoding(max_new_tokens=4), transfer=True)
     assert [c.tokens for c in steered] != [
-        c.tokens for c in generate(base, prompts, max_new_tokens=4)
+        c.tokens for c in generate(base, prompts, decoding=Decoding(max_new_tokens=4))
     ]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, data_path, read_json
 from workbench.generation.answers import UNSTEERED, Completion, Condition, sweep
+from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_log_probs
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.text_quality import (
@@ -222,16 +223,12 @@ def evaluate(
     model: HookedModel,
     prompts: Sequence[Prompt],
     conditions: Mapping[str, Condition],
+    decoding: Decoding = GREEDY,
     *,
     baseline: str = UNSTEERED,
     judge: Judge | None = None,
     safety_judge: Judge | None = None,
     encoder: Any = None,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    temperature: float = 0.0,
-    batch_size: int | None = None,
-    system_prompt: str | None = None,
     output: PathLike | None = None,
     progress: bool = False,
     transfer: bool = False,
@@ -243,15 +240,11 @@ def evaluate(
         model: A hooked model.
         prompts: The test fold.
         conditions: Name to interventions, see ``sweep``; the unsteered baseline is added if it is missing.
+        decoding: Length, sampling, batch size and system prompt of the answers.
         baseline: Condition the others are compared with.
         judge: Judge of refusals; the refusal patterns by default.
         safety_judge: Judge of safety (``load_framing_judge``, a guard model, an endpoint); without one the headline counts safety wording.
         encoder: Sentence encoder for relevance, see ``text_quality.load_encoder``.
-        max_new_tokens: Length limit of an answer; this and the following are the arguments of ``sweep``.
-        seed: For sampling.
-        temperature: 0 takes the most likely token.
-        batch_size: Rows a batch, at most; see ``sweep``.
-        system_prompt: Words for the system turn.
         output: A jsonl file that keeps every answer as soon as it is there.
         progress: Show a progress bar.
         transfer: Allow vectors of another model of the same architecture.
@@ -268,11 +261,7 @@ def evaluate(
         model,
         prompts,
         conditions,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        temperature=temperature,
-        batch_size=batch_size,
-        system_prompt=system_prompt,
+        decoding,
         output=output,
         progress=progress,
         transfer=transfer,
@@ -284,7 +273,7 @@ def evaluate(
         judge=judge,
         safety_judge=safety_judge,
         encoder=encoder,
-        system_prompt=system_prompt,
+        system_prompt=decoding.system_prompt,
     )
 
 

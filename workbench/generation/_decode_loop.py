@@ -1,11 +1,15 @@
-"""The one decode loop: prompt pass and token by token decoding of batches whose rows have interventions of their own."""
+"""Decode batches token by token; each row of a batch has interventions of its own.
+
+Every answer of the package is written here, but for those of dynamic activation patching, which
+runs two models side by side (``neurons.patching``).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +23,7 @@ from workbench.models.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
-from workbench.models.shared_layers import run_below
+from workbench.models.shared_layers import Below, run_below
 from workbench.models.tokens import Batch, Encoded, pad, pad_id, span_mask, stop_ids
 from workbench.steering.apply import intervene
 
@@ -29,21 +33,20 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from workbench.generation.decoding import Decoding
     from workbench.models.load import HookedModel
     from workbench.steering.interventions import Intervention
 
 
 MEMORY = 2**30
 """Bytes of keys and values that a batch may take by default."""
-
-
 MOST_ROWS = 96
-"""Rows of a batch by default, at most: the processor's products are no faster with more."""
+"""Rows per batch by default, at most: the processor's products are no faster with more."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One answer to write: its prompt, the name of what is done meanwhile, and under which key it is kept."""
+    """Name one answer to write: its prompt, its condition, and the key under which it is kept."""
 
     encoded: Encoded
     condition: str
@@ -51,25 +54,50 @@ class Row:
     key: str
 
 
+@dataclass(eq=False)
+class _State:
+    """Where a batch is: what the next pass reads, and which rows are still written."""
+
+    tokens: Int[Tensor, "row position"]
+    mask: Tensor
+    cache: Any
+    content: Tensor
+    alive: Int[Tensor, " row"]
+    """Which row of the results each row of the batch is."""
+    ended: Tensor
+    gates: Any = field(default_factory=dict)
+    step: int = 0
+
+    def append(self, next_tokens: Int[Tensor, " row"], stops: Int[Tensor, " stop"]) -> None:
+        """Take the tokens just chosen into the state."""
+        self.ended = self.ended | torch.isin(next_tokens, stops)
+        self.step += 1
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        new = next_tokens[:, None]
+        # Without a cache the whole text is run again.
+        self.tokens = torch.cat([self.tokens, new], dim=1) if self.cache is None else new
+
+    def keep(self, rows: Int[Tensor, " kept"], steering: Any) -> None:
+        """Go on with some of the rows."""
+        self.alive, self.ended, self.mask = self.alive[rows], self.ended[rows], self.mask[rows]
+        self.tokens, self.content = self.tokens[rows], self.content[rows]
+        self.gates = {gate: state.rows(rows) for gate, state in steering.gates.items()}
+        if self.cache is not None:
+            self.cache.batch_select_indices(rows)
+
+
 class DecodeLoop:
-    """Prompt pass and token by token decoding of batches whose rows have interventions of their own."""
+    """Run the prompt pass and the decoding of batches whose rows have their own interventions."""
 
     def __init__(
         self,
         model: HookedModel,
         groups: Sequence[Sequence[Intervention]],
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
+        decoding: Decoding,
         transfer: bool,
     ) -> None:
-        self.model, self.groups = model, groups
-        self.max_new_tokens, self.temperature, self.seed, self.transfer = (
-            max_new_tokens,
-            temperature,
-            seed,
-            transfer,
-        )
+        self.model, self.groups, self.decoding, self.transfer = model, groups, decoding, transfer
+        self.max_new_tokens = decoding.max_new_tokens
         self.device = next(iter(model.parameters())).device
         self.stops = torch.tensor(sorted(stop_ids(model)), device=self.device)
         # On a GPU a look at which rows have ended makes the host wait; on a CPU it costs nothing.
@@ -90,14 +118,12 @@ class DecodeLoop:
             return
         caches = []
         for start in range(0, len(self.groups), batch_size):
-            own = range(start, min(start + batch_size, len(self.groups)))
-            with self._steered([(i,) for i in own], prompt_length=self.n_prefix, gates=None):
-                caches.append(
-                    prefix_cache(self.model, encoded[0].ids[: self.n_prefix], rows=len(own))
-                )
-        if not allows_padding_behind(
-            caches[0], max(len(row.ids) for row in encoded) + self.max_new_tokens
-        ):
+            groups = range(start, min(start + batch_size, len(self.groups)))
+            with self._steered([(i,) for i in groups], prompt_length=self.n_prefix, gates=None):
+                prefix = encoded[0].ids[: self.n_prefix]
+                caches.append(prefix_cache(self.model, prefix, rows=len(groups)))
+        longest = max(len(row.ids) for row in encoded) + self.max_new_tokens
+        if not allows_padding_behind(caches[0], longest):
             return
         self.prefix = caches[0]
         for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
@@ -105,71 +131,75 @@ class DecodeLoop:
             layer.values = torch.cat([layer.values, *(other.values for other in others)])
 
     def run(self, rows: Sequence[Row]) -> list[tuple[list[int], Literal["eos", "length"]]]:
-        """Token ids and the way it ended, for each row."""
+        """Write the answers of a batch: token ids and the way it ended, for each row."""
         batch = pad(
             [row.encoded for row in rows],
             pad_id=pad_id(self.model),
             side="left",
             device=self.device,
         )
-        suffix, mask, cache = self._behind_prefix(rows, batch)
-        n_rows, width = len(rows), mask.shape[1]
-        chosen = torch.zeros((n_rows, self.max_new_tokens), dtype=torch.long, device=self.device)
-        draws = self._draws(rows)
-        alive = torch.arange(
-            n_rows, device=self.device
-        )  # which row of the results each row of the batch is
-        ended = torch.zeros(n_rows, dtype=torch.bool, device=self.device)
-        tokens, step = suffix, 0
-        content = span_mask([row.encoded for row in rows], batch, "content")
-        gates: Any = {}
-        steered = [one for row in rows for one in self.groups[row.group]]
-        lowest = min(
-            (s.layer for one in steered for s in (one.site, one.gate and one.gate.site) if s),
-            default=0,
+        state = self._before_the_first_token(rows, batch)
+        written = torch.zeros(
+            (len(rows), self.max_new_tokens), dtype=torch.long, device=self.device
         )
-        below = run_below(
-            self.model, lowest, suffix, mask, cache, [row.encoded.ids for row in rows]
-        )
-        while step < self.max_new_tokens:  # one turn for each set of rows alive
-            groups = [(rows[i].group,) for i in alive.tolist()]
+        draws, width = self._draws(rows), state.mask.shape[1]
+        below = self._layers_below(rows, state)
+        while state.step < self.max_new_tokens:  # one turn for each set of rows alive
+            groups = [(rows[i].group,) for i in state.alive.tolist()]
             with (
                 self._steered(
-                    groups, prompt_length=width, content=content, gates=gates
+                    groups, prompt_length=width, content=state.content, gates=state.gates
                 ) as steering,
                 fast(self.model),
             ):
-                while step < self.max_new_tokens:
-                    with below.known(self.model, cache) if below and step == 0 else nullcontext():
-                        logits, cache = forward(
-                            self.model, tokens, mask, cache=cache, use_cache=True
-                        )
-                    next_tokens = self._choose(
-                        logits, draws[alive, step] if draws is not None else None
-                    )
-                    chosen[alive, step] = next_tokens
-                    ended = ended | torch.isin(next_tokens, self.stops)
-                    step += 1
-                    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                    new = next_tokens[:, None]
-                    tokens = (
-                        torch.cat([tokens, new], dim=1) if cache is None else new
-                    )  # no cache: all is run again
-                    if step % self.look_every == 0 and self._worth_dropping(ended):
-                        break
-            if step == self.max_new_tokens or bool(ended.all()):
+                self._decode_until_rows_drop(state, written, draws, below)
+            if state.step == self.max_new_tokens or bool(state.ended.all()):
                 break
-            keep = (~ended).nonzero()[:, 0]
-            alive, ended, mask, tokens, content = (
-                x[keep] for x in (alive, ended, mask, tokens, content)
-            )
-            gates = {gate: state.rows(keep) for gate, state in steering.gates.items()}
-            if cache is not None:
-                cache.batch_select_indices(keep)
-        return [self._cut(ids) for ids in chosen.tolist()]
+            state.keep((~state.ended).nonzero()[:, 0], steering)
+        return [self._cut(ids) for ids in written.tolist()]
+
+    def _before_the_first_token(self, rows: Sequence[Row], batch: Batch) -> _State:
+        tokens, mask, cache = self._behind_prefix(rows, batch)
+        return _State(
+            tokens=tokens,
+            mask=mask,
+            cache=cache,
+            content=span_mask([row.encoded for row in rows], batch, "content"),
+            alive=torch.arange(len(rows), device=self.device),
+            ended=torch.zeros(len(rows), dtype=torch.bool, device=self.device),
+        )
+
+    def _layers_below(self, rows: Sequence[Row], state: _State) -> Below | None:
+        """What the layers below the lowest steered or read one compute, once per prompt."""
+        steered = [one for row in rows for one in self.groups[row.group]]
+        sites = (site for one in steered for site in (one.site, one.gate and one.gate.site) if site)
+        lowest = min((site.layer for site in sites), default=0)
+        ids = [row.encoded.ids for row in rows]
+        return run_below(self.model, lowest, state.tokens, state.mask, state.cache, ids)
+
+    def _decode_until_rows_drop(
+        self,
+        state: _State,
+        written: Int[Tensor, "row step"],
+        draws: Float[Tensor, "row step"] | None,
+        below: Below | None,
+    ) -> None:
+        """Decode token by token until so many rows have ended that a smaller batch pays."""
+        while state.step < self.max_new_tokens:
+            known = below.known(self.model, state.cache) if below and state.step == 0 else None
+            with known or nullcontext():
+                logits, state.cache = forward(
+                    self.model, state.tokens, state.mask, cache=state.cache, use_cache=True
+                )
+            random = draws[state.alive, state.step] if draws is not None else None
+            next_tokens = self._choose(logits, random)
+            written[state.alive, state.step] = next_tokens
+            state.append(next_tokens, self.stops)
+            if state.step % self.look_every == 0 and self._worth_dropping(state.ended):
+                return
 
     def _behind_prefix(self, rows: Sequence[Row], batch: Batch) -> tuple[Tensor, Tensor, Any]:
-        """The batch without its shared prefix, the mask of prefix and rest, and the cache that holds the prefix."""
+        """Cut the shared prefix off: the rest, the mask of both, the cache that holds the prefix."""
         if self.prefix is None:
             return batch.tokens, batch.mask, None
         n = self.n_prefix
@@ -181,14 +211,17 @@ class DecodeLoop:
         return rest.tokens, torch.cat([rest.mask.new_ones(len(rows), n), rest.mask], dim=1), cache
 
     def _steered(self, groups_of_rows: Sequence[tuple[int]], *, gates: Any, **keywords: Any) -> Any:
-        """Context in which each row of the batch has its group's interventions; without gated ones where ``gates`` is None."""
+        """Enter a context in which each row has its group's interventions.
+
+        Where ``gates`` is None, gated ones are left out.
+        """
         rows_of: dict[int, list[int]] = {}
         for row, (group,) in enumerate(groups_of_rows):
             rows_of.setdefault(group, []).append(row)
         everyone = len(rows_of) == 1
         interventions = [
-            intervention if everyone else intervention.for_rows(own)
-            for group, own in rows_of.items()
+            intervention if everyone else intervention.for_rows(group_rows)
+            for group, group_rows in rows_of.items()
             for intervention in self.groups[group]
             if gates is not None or intervention.gate is None
         ]
@@ -197,29 +230,25 @@ class DecodeLoop:
     def _choose(
         self, logits: Float[Tensor, "batch d_vocab"], draws: Float[Tensor, " batch"] | None
     ) -> Int[Tensor, " batch"]:
+        """The next token of each row: the most likely one, or the one its random number falls on."""
         if draws is None:
             return logits.argmax(dim=-1)
-        cumulative = torch.softmax(logits.double() / self.temperature, dim=-1).cumsum(dim=-1)
-        return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])[:, 0].clamp(
-            max=logits.shape[-1] - 1
-        )
+        probabilities = torch.softmax(logits.double() / self.decoding.temperature, dim=-1)
+        if self.decoding.top_p < 1:
+            probabilities = _most_likely(probabilities, self.decoding.top_p)
+        cumulative = probabilities.cumsum(dim=-1)
+        tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])[:, 0]
+        return tokens.clamp(max=logits.shape[-1] - 1)
 
     def _draws(self, rows: Sequence[Row]) -> Float[Tensor, "batch step"] | None:
-        """Uniform random numbers from seed and prompt alone: the same in any batch and under every condition."""
-        if self.temperature == 0:
+        """Draw uniform numbers from seed and prompt alone: the same in any batch and condition."""
+        if self.decoding.temperature == 0:
             return None
         draws = []
         for row in rows:
-            own = int(
-                hashlib.sha256(f"{self.seed}|{row.encoded.prompt.id}".encode()).hexdigest()[:15], 16
-            )
-            draws.append(
-                torch.rand(
-                    self.max_new_tokens,
-                    generator=torch.Generator().manual_seed(own),
-                    dtype=torch.float64,
-                )
-            )
+            digest = hashlib.sha256(f"{self.decoding.seed}|{row.encoded.prompt.id}".encode())
+            generator = torch.Generator().manual_seed(int(digest.hexdigest()[:15], 16))
+            draws.append(torch.rand(self.max_new_tokens, generator=generator, dtype=torch.float64))
         return torch.stack(draws).to(self.device)
 
     def _worth_dropping(self, ended: Tensor) -> bool:
@@ -235,8 +264,17 @@ class DecodeLoop:
         return ids, "length"
 
 
+def _most_likely(
+    probabilities: Float[Tensor, "batch d_vocab"], top_p: float
+) -> Float[Tensor, "batch d_vocab"]:
+    """The probabilities of the fewest most likely tokens that reach ``top_p``; 0 for the others."""
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))
+
+
 def rows_that_fit(model: HookedModel, n_tokens: int) -> tuple[int, int]:
-    """Rows of a batch by default, and the bytes of keys and values that one takes.
+    """Return how many rows a batch has by default, and the bytes of keys and values of one row.
 
     Args:
         model: A hooked model.

@@ -1,4 +1,4 @@
-"""Generation: answers of the model, steered or not. One decode loop for one condition or for a sweep of many."""
+"""Answer prompts with a model, steered or not: one condition at a time or a sweep of many."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
 from workbench.generation._decode_loop import DecodeLoop, Row, rows_that_fit
+from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.load import model_info
 from workbench.models.tokens import Encoded, decode, encode, template_text
 from workbench.steering.interventions import Intervention, check_interventions, description
@@ -27,13 +28,13 @@ UNSTEERED = "unsteered"
 
 
 Condition = Sequence[Intervention] | Mapping[str, Sequence[Intervention]]
-"""What is done to the model: interventions for every prompt, or a mapping that names them by prompt id or by category (prompts
-with neither stay unsteered)."""
+"""What is done to the model: interventions for every prompt, or a mapping that names them by
+prompt id or by category (prompts with neither stay unsteered)."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer.
+    """Hold one answer and how it ended.
 
     Attributes:
         prompt: What was asked.
@@ -54,37 +55,30 @@ def generate(
     model: HookedModel,
     prompts: Sequence[Prompt],
     interventions: Condition = (),
+    decoding: Decoding = GREEDY,
     *,
     condition: str = UNSTEERED,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    temperature: float = 0.0,
-    batch_size: int | None = None,
-    system_prompt: str | None = None,
     output: PathLike | None = None,
     progress: bool = False,
     transfer: bool = False,
     continue_response: bool = False,
 ) -> list[Completion]:
-    """Answer prompts under one condition; see ``sweep`` for several at once, and for the arguments.
+    """Answer prompts under one condition; ``sweep`` answers them under several at once.
 
     Args:
         model: A hooked model.
-        prompts: What to answer.
-        interventions: What is done meanwhile; nothing by default.
-        condition: Name of it in the results.
-        max_new_tokens: Length limit of an answer; this and the following are the arguments of ``sweep``.
-        seed: For sampling.
-        temperature: 0 takes the most likely token.
-        batch_size: Rows a batch, at most.
-        system_prompt: Words for the system turn.
-        output: A jsonl file that keeps every answer as soon as it is there.
+        prompts: Prompts to answer.
+        interventions: What is done to the model meanwhile; nothing by default.
+        decoding: Length, sampling, batch size and system prompt.
+        condition: Name of the interventions in the results; "steered" if there are some and no
+            name is given.
+        output: As in ``sweep``, like the arguments that follow.
         progress: Show a progress bar.
         transfer: Allow vectors of another model of the same architecture.
         continue_response: Go on from each prompt's ``response``.
 
     Returns:
-        One completion a prompt, in order.
+        One completion per prompt, in order.
     """
     if condition == UNSTEERED and interventions:
         condition = "steered"
@@ -92,11 +86,7 @@ def generate(
         model,
         prompts,
         {condition: interventions},
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        temperature=temperature,
-        batch_size=batch_size,
-        system_prompt=system_prompt,
+        decoding,
         output=output,
         progress=progress,
         transfer=transfer,
@@ -108,12 +98,8 @@ def sweep(
     model: HookedModel,
     prompts: Sequence[Prompt],
     conditions: Mapping[str, Condition],
+    decoding: Decoding = GREEDY,
     *,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    temperature: float = 0.0,
-    batch_size: int | None = None,
-    system_prompt: str | None = None,
     output: PathLike | None = None,
     progress: bool = False,
     transfer: bool = False,
@@ -121,35 +107,56 @@ def sweep(
 ) -> list[Completion]:
     """Answer prompts under several conditions, as rows of common batches.
 
-    The template prefix is computed once a condition, rows that have ended are dropped, and every condition draws the same random numbers
-    for a prompt, so that comparisons are paired.
+    The template prefix is computed once per condition, rows that have ended are dropped, and
+    every condition draws the same random numbers for a prompt, so that comparisons are paired.
 
     Args:
         model: A hooked model.
-        prompts: What to answer.
-        conditions: Name to interventions: a list for every prompt, or a mapping from category (or prompt id) to such a list.
-        max_new_tokens: Length limit of an answer.
-        seed: For sampling: the same seed, prompt and step give the same random number in any batch.
-        temperature: 0 takes the most likely token, else the distribution is sampled at this temperature.
-        batch_size: Rows (prompts x conditions) a batch, at most; by default as many as have room for their keys and values in 1 GiB, up to 96.
-        system_prompt: Words for the system turn.
-        output: A jsonl file that keeps every answer as soon as it is there; a second call with the same model, prompts, conditions and
-            settings goes on from it, whatever else is in the file.
+        prompts: Prompts to answer.
+        conditions: Name to interventions: a list for every prompt, or a mapping from category
+            (or prompt id) to such a list.
+        decoding: Length, sampling, batch size and system prompt.
+        output: A jsonl file that keeps every answer as soon as it is there. A second call with
+            the same model, prompts, conditions and settings goes on from it, whatever else is
+            in the file.
         progress: Show a progress bar.
         transfer: Allow vectors of another model of the same architecture.
-        continue_response: Go on from each prompt's ``response`` as the words the answer has begun with; the completion is what follows.
+        continue_response: Take each prompt's ``response`` as the words the answer has begun
+            with; the completion is what follows them.
 
     Returns:
         Completions, condition by condition, prompts in order.
 
     Raises:
-        ValueError: If an argument is out of range or an intervention does not fit the model.
+        ValueError: If there is nothing to answer or an intervention does not fit the model.
     """
-    if max_new_tokens < 1 or (batch_size is not None and batch_size < 1) or temperature < 0:
-        given = f"{max_new_tokens}, {batch_size}, {temperature}"
-        raise ValueError(
-            f"max_new_tokens and batch_size must be at least 1 and temperature at least 0, got {given}."
+    _check_prompts(prompts, conditions)
+    encoded = encode(
+        model,
+        prompts,
+        with_response=continue_response,
+        system_prompt=decoding.system_prompt,
+        max_new_tokens=decoding.max_new_tokens,
+    )
+    rows, groups = _rows(
+        model, encoded, conditions, decoding, transfer, with_keys=output is not None
+    )
+    answers = _read_output(output, {row.key for row in rows})
+    loop = DecodeLoop(model, groups, decoding, transfer)
+    _answer_missing(loop, rows, answers, output, progress=progress)
+    return [
+        Completion(
+            row.encoded.prompt,
+            answers[row.key]["text"],
+            tuple(answers[row.key]["tokens"]),
+            answers[row.key]["finish"],
+            row.condition,
         )
+        for row in rows
+    ]
+
+
+def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
     if not prompts or not conditions:
         raise ValueError("nothing to answer: give at least one prompt and one condition.")
     most_common, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
@@ -157,129 +164,143 @@ def sweep(
         raise ValueError(
             f"prompt {most_common!r} comes {times} times; ids must be unique in a set."
         )
-    encoded = encode(
-        model,
-        prompts,
-        with_response=continue_response,
-        system_prompt=system_prompt,
-        max_new_tokens=max_new_tokens,
-    )
-    settings = {
-        "model": model_info(model).fingerprint,
-        "template": template_text(model, system_prompt),
-        "max_new_tokens": max_new_tokens,
-        "seed": seed if temperature else None,
-        "temperature": temperature,
-    }
-    rows, groups = _rows(model, encoded, conditions, settings, transfer, kept=output is not None)
-    done = _read_output(output, {row.key for row in rows})
-    fitting, each = rows_that_fit(model, max(len(row.encoded.ids) for row in rows) + max_new_tokens)
-    batch_size = batch_size or fitting
-    # The batches are those of an uninterrupted run, so that a resumed run has the same rounding, and so the same text.
-    order = sorted(
-        range(len(rows)), key=lambda i: (-len(rows[i].encoded.ids), rows[i].encoded.prompt.id)
-    )
-    batches = [
-        [rows[i] for i in order[start : start + batch_size]]
-        for start in range(0, len(order), batch_size)
-    ]
-    waiting = [batch for batch in batches if any(row.key not in done for row in batch)]
 
+
+def _answer_missing(
+    loop: DecodeLoop,
+    rows: Sequence[Row],
+    answers: dict[str, dict[str, Any]],
+    output: PathLike | None,
+    *,
+    progress: bool,
+) -> None:
+    """Answer the rows that have no answer yet, batch by batch, and keep each batch at once.
+
+    The batches are those of an uninterrupted run, so that a resumed run has the same rounding,
+    and so the same text.
+    """
     from tqdm.auto import tqdm
 
-    if progress and waiting:
-        most, mebibytes = sum(map(len, waiting)), max(map(len, waiting)) * each // 2**20
+    longest = max(len(row.encoded.ids) for row in rows) + loop.decoding.max_new_tokens
+    rows_in_memory, bytes_per_row = rows_that_fit(loop.model, longest)
+    batch_size = loop.decoding.batch_size or rows_in_memory
+    batches = _batches(rows, batch_size)
+    waiting = [batch for batch in batches if any(row.key not in answers for row in batch)]
+    if not waiting:
+        return
+    n_waiting = sum(map(len, waiting))
+    if progress:
+        mebibytes = max(map(len, waiting)) * bytes_per_row // 2**20
         tqdm.write(
-            f"{most} answers of at most {max_new_tokens} tokens in {len(waiting)} batches; keys and values take up to {mebibytes} MiB.",
+            f"{n_waiting} answers of at most {loop.decoding.max_new_tokens} tokens in "
+            f"{len(waiting)} batches; keys and values take up to {mebibytes} MiB.",
             file=sys.stderr,
         )
-    loop = DecodeLoop(model, groups, max_new_tokens, temperature, seed, transfer)
     with (
         tqdm(total=len(rows), desc="answers", unit="answer", disable=not progress) as bar,
         torch.no_grad(),
     ):
-        bar.update(len(rows) - sum(len(batch) for batch in waiting))
-        if waiting:
-            loop.share_prefix([row.encoded for row in rows], batch_size)
+        bar.update(len(rows) - n_waiting)
+        loop.share_prefix([row.encoded for row in rows], batch_size)
         for batch in waiting:
             new = []
             for row, (tokens, finish) in zip(batch, loop.run(batch), strict=True):
-                if row.key not in done:
-                    done[row.key] = {
-                        "text": decode(model, tokens),
-                        "tokens": tokens,
-                        "finish": finish,
-                    }
-                    names = {
-                        "key": row.key,
-                        "prompt_id": row.encoded.prompt.id,
-                        "condition": row.condition,
-                    }
-                    new.append(names | done[row.key])
+                if row.key in answers:
+                    continue
+                text = decode(loop.model, tokens)
+                answers[row.key] = {"text": text, "tokens": tokens, "finish": finish}
+                names = {
+                    "key": row.key,
+                    "prompt_id": row.encoded.prompt.id,
+                    "condition": row.condition,
+                }
+                new.append(names | answers[row.key])
             if output is not None:
                 append_jsonl(output, new)
             bar.update(len(batch))
-    answers = ((row, done[row.key]) for row in rows)
-    return [
-        Completion(
-            row.encoded.prompt, own["text"], tuple(own["tokens"]), own["finish"], row.condition
-        )
-        for row, own in answers
-    ]
+
+
+def _batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+    """Batches of rows of similar length, longest first."""
+    order = sorted(rows, key=lambda row: (-len(row.encoded.ids), row.encoded.prompt.id))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _rows(
     model: HookedModel,
     encoded: Sequence[Encoded],
     conditions: Mapping[str, Condition],
-    settings: dict[str, Any],
+    decoding: Decoding,
     transfer: bool,
     *,
-    kept: bool,
+    with_keys: bool,
 ) -> tuple[list[Row], list[list[Intervention]]]:
-    """One row a condition and prompt, and the distinct lists of interventions that they point to."""
+    """One row per condition and prompt, and the distinct lists of interventions they point to.
+
+    A row's key says everything that decides its answer; without ``with_keys`` (no file keeps
+    the answers) the interventions are left out of it.
+    """
+    settings = _settings(model, decoding)
+    known = {row.prompt.id for row in encoded} | {row.prompt.category for row in encoded}
     groups: list[list[Intervention]] = [[]]
     rows = []
     for name, condition in conditions.items():
-        by_owner = condition if isinstance(condition, Mapping) else {None: condition}
-        lists = {owner: list(interventions) for owner, interventions in by_owner.items()}
+        lists = _lists_by_owner(name, condition, known)
         group_of, description_of = {}, {}
-        known = {row.prompt.id for row in encoded} | {row.prompt.category for row in encoded}
-        if isinstance(condition, Mapping) and any(lists.values()) and known.isdisjoint(lists):
-            given = str(next(iter(lists)))
-            raise ValueError(
-                f"condition {name!r} would steer nothing: no prompt has id or category {given!r}.{did_you_mean(given, known)}"
-            )
         for owner, interventions in lists.items():
-            check_interventions(model, interventions, transfer=transfer)
-            if any(intervention.rows is not None for intervention in interventions):
-                raise ValueError(
-                    f"condition {name!r} names rows of a batch, but generation makes its own batches; "
-                    "give a mapping from prompt id (or category) to interventions."
-                )
-            description_of[owner] = (
-                [description(intervention) for intervention in interventions] if kept else []
-            )
+            _check_condition(model, name, interventions, transfer)
+            description_of[owner] = [description(one) for one in interventions] if with_keys else []
             group_of[owner] = len(groups) if interventions else 0
             if interventions:
                 groups.append(interventions)
         for row in encoded:
-            own = next(
-                (name for name in (row.prompt.id, row.prompt.category) if name in group_of), None
-            )
+            owners = (row.prompt.id, row.prompt.category)
+            owner = next((name for name in owners if name in group_of), None)
             begun = [row.prompt.response] if row.response[1] > row.response[0] else []
-            key = key_of(
-                [
-                    settings,
-                    row.prompt.id,
-                    row.prompt.text,
-                    name,
-                    description_of.get(own, []),
-                    *begun,
-                ]
-            )
-            rows.append(Row(row, name, group_of.get(own, 0), key))
+            what_is_done = description_of.get(owner, [])
+            key = key_of([settings, row.prompt.id, row.prompt.text, name, what_is_done, *begun])
+            rows.append(Row(row, name, group_of.get(owner, 0), key))
     return rows, groups
+
+
+def _settings(model: HookedModel, decoding: Decoding) -> dict[str, Any]:
+    """Everything beside prompt and interventions that decides an answer."""
+    sampled = decoding.temperature > 0
+    return {
+        "model": model_info(model).fingerprint,
+        "template": template_text(model, decoding.system_prompt),
+        "max_new_tokens": decoding.max_new_tokens,
+        "seed": decoding.seed if sampled else None,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p if sampled else None,
+    }
+
+
+def _lists_by_owner(
+    name: str, condition: Condition, known: set[str]
+) -> dict[str | None, list[Intervention]]:
+    """Interventions of a condition by prompt id or category; None stands for every prompt."""
+    if not isinstance(condition, Mapping):
+        return {None: list(condition)}
+    lists: dict[str | None, list[Intervention]] = {k: list(v) for k, v in condition.items()}
+    if any(lists.values()) and known.isdisjoint(condition):
+        given = str(next(iter(condition)))
+        raise ValueError(
+            f"condition {name!r} would steer nothing: no prompt has id or category {given!r}."
+            f"{did_you_mean(given, known)}"
+        )
+    return lists
+
+
+def _check_condition(
+    model: HookedModel, name: str, interventions: Sequence[Intervention], transfer: bool
+) -> None:
+    check_interventions(model, interventions, transfer=transfer)
+    if any(intervention.rows is not None for intervention in interventions):
+        raise ValueError(
+            f"condition {name!r} names rows of a batch, but generation makes its own batches; "
+            "give a mapping from prompt id (or category) to interventions."
+        )
 
 
 def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[str, Any]]:

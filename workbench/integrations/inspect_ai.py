@@ -23,6 +23,7 @@ from inspect_ai.model import (
 )
 
 from workbench.generation.answers import generate
+from workbench.generation.decoding import Decoding
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.safesteer.config import config_from
 from workbench.safesteer.inputs import load_run_model
@@ -104,10 +105,12 @@ class SteeredModel(ModelAPI):
                     self.hooked,
                     [prompt],
                     self.interventions,
-                    max_new_tokens=config.max_tokens or 128,
-                    temperature=config.temperature or 0.0,
-                    seed=config.seed or 0,
-                    system_prompt=system or None,
+                    decoding=Decoding(
+                        max_new_tokens=config.max_tokens or 128,
+                        temperature=config.temperature or 0.0,
+                        seed=config.seed or 0,
+                        system_prompt=system or None,
+                    ),
                 )
             return completion.text
 

@@ -13,6 +13,7 @@ from typing import Any
 from lm_eval.api.model import LM
 
 from workbench.generation.answers import UNSTEERED, Completion, generate
+from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import steered_log_probs
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.safesteer.config import config_from
@@ -91,11 +92,13 @@ class SteeredLM(LM):
                     for i in places
                 ],
                 self.interventions,
-                max_new_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
-                temperature=float(settings.get("temperature", 0.0))
-                if settings.get("do_sample")
-                else 0.0,
-                batch_size=self.rows,
+                decoding=Decoding(
+                    max_new_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
+                    temperature=float(settings.get("temperature", 0.0))
+                    if settings.get("do_sample")
+                    else 0.0,
+                    batch_size=self.rows,
+                ),
             )
             until = settings.get("until") or []
             for i, completion in zip(places, completions, strict=True):
@@ -113,8 +116,7 @@ class SteeredLM(LM):
             self.hooked,
             list(asked.values()),
             self.interventions,
-            max_new_tokens=longest,
-            batch_size=self.rows,
+            decoding=Decoding(max_new_tokens=longest, batch_size=self.rows),
         )
         said = {c.prompt.text: c.tokens for c in made}
         return [said[c.prompt.text][: len(c.tokens)] == c.tokens for c in fixed]

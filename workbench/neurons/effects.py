@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from workbench.generation.answers import sweep
+from workbench.generation.decoding import Decoding
 from workbench.models.forward import (
     forward,
     has_key_value_cache,
@@ -392,8 +393,7 @@ class _Run:
             self.model,
             prompts,
             conditions,
-            max_new_tokens=max_new_tokens,
-            batch_size=self.batch_size,
+            decoding=Decoding(max_new_tokens=max_new_tokens, batch_size=self.batch_size),
         )
         questions, texts = (
             [answer.prompt.text for answer in answers],

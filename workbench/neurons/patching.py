@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from workbench.generation.answers import Completion, sweep
+from workbench.generation.decoding import Decoding
 from workbench.models.forward import forward, reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, sites_of_kind
@@ -314,8 +315,7 @@ def patching_effect(
         model,
         prompts,
         runs,
-        max_new_tokens=max_new_tokens,
-        batch_size=2 * batch_size,
+        decoding=Decoding(max_new_tokens=max_new_tokens, batch_size=2 * batch_size),
         transfer=transfer,
     )
     unsteered, steered = scored(texts).reshape(2, -1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
+from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_kl
 
 if TYPE_CHECKING:
@@ -148,9 +149,7 @@ def calibrate(
     neutral: Sequence[Prompt] = (),
     limits: Limits | None = None,
     rounds: Sequence[Round] | None = None,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    batch_size: int | None = None,
+    decoding: Decoding = GREEDY,
     progress: bool = False,
     transfer: bool = False,
 ) -> Calibration:
@@ -169,9 +168,7 @@ def calibrate(
         neutral: Neutral prompts of the tune fold, on which the KL is measured; each setting gets the vectors of one category there, in turn.
         limits: What steering may cost; the defaults of ``Limits``.
         rounds: How many settings and prompts a round; ``plan_rounds`` by default.
-        max_new_tokens: Length limit of an answer.
-        seed: For sampling.
-        batch_size: Rows a batch, at most; see ``sweep``.
+        decoding: Length, sampling and batch size of the answers.
         progress: Say on standard error what it will take at most, and show progress bars.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -194,7 +191,7 @@ def calibrate(
         each = ", ".join(f"{one.n_settings} x {one.n_prompts}" for one in rounds)
         most = cost(rounds)
         tqdm.write(
-            f"calibration: settings x prompts {each}; at most {most} answers, {most * max_new_tokens} generated tokens.",
+            f"calibration: settings x prompts {each}; at most {most} answers, {most * decoding.max_new_tokens} generated tokens.",
             file=sys.stderr,
         )
     moved = _neutral_kl(model, vectors, alive, neutral, output, transfer) if neutral else {}
@@ -208,9 +205,7 @@ def calibrate(
             model,
             questions[: one.n_prompts],
             conditions,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            batch_size=batch_size,
+            decoding=decoding,
             output=output,
             progress=progress,
             transfer=transfer,
@@ -287,7 +282,11 @@ def _neutral_kl(
 ) -> dict[Setting, dict[str, float]]:
     """Mean KL of each setting on neutral prompts, along the beginnings of their unsteered answers."""
     answers = generate(
-        model, neutral, condition="neutral", max_new_tokens=NEUTRAL_TOKENS, output=output
+        model,
+        neutral,
+        condition="neutral",
+        decoding=Decoding(max_new_tokens=NEUTRAL_TOKENS),
+        output=output,
     )
     found = {}
     for setting in settings:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from workbench.evaluation.scoring import safety_wording
 from workbench.generation.answers import Completion, generate
+from workbench.generation.decoding import GREEDY, Decoding
 from workbench.judges.patterns import RefusalPatterns
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ INSTRUCTION = (
     "how people can protect themselves from it, and what they could do instead that is safe, legal and kind."
 )
 """Put in place of the question, in the user's turn: a small model hardly listens to the system turn."""
+
+
+SAMPLED = Decoding(temperature=0.7)
+"""How further answers to the same question are decoded; the first is greedy."""
 
 
 _PLAIN = "plain"
@@ -83,9 +88,7 @@ def self_contrast(
     keep_unsafe: Kept,
     instruction: str = INSTRUCTION,
     samples: int = 1,
-    temperature: float = 0.7,
-    max_new_tokens: int = 64,
-    seed: int = 0,
+    decoding: Decoding = SAMPLED,
     output: PathLike | None = None,
     progress: bool = False,
 ) -> list[Prompt]:
@@ -101,9 +104,7 @@ def self_contrast(
         keep_unsafe: Which of the plain answers count as going along.
         instruction: What the safe side is asked with.
         samples: Answers a question and side: the first is greedy, further ones are sampled.
-        temperature: Of the sampled ones.
-        max_new_tokens: Length limit of an answer.
-        seed: For sampling.
+        decoding: Length of the answers, and temperature and seed of the sampled ones.
         output: A jsonl file that keeps the answers, to go on from.
         progress: Show a progress bar.
 
@@ -127,9 +128,11 @@ def self_contrast(
                 model,
                 asked,
                 condition=f"{side} {turn}",
-                max_new_tokens=max_new_tokens,
-                temperature=temperature if turn else 0.0,
-                seed=seed + turn,
+                decoding=replace(
+                    decoding,
+                    temperature=decoding.temperature if turn else 0.0,
+                    seed=decoding.seed + turn,
+                ),
                 output=output,
                 progress=progress,
             )
@@ -149,7 +152,7 @@ def went_along(
     prompts: Sequence[Prompt],
     keep_unsafe: Kept,
     *,
-    max_new_tokens: int = 64,
+    decoding: Decoding = GREEDY,
     output: PathLike | None = None,
     progress: bool = False,
 ) -> list[Prompt]:
@@ -162,7 +165,7 @@ def went_along(
         model: A hooked model.
         prompts: Questions; only those labelled unsafe are used.
         keep_unsafe: Which answers count as going along (``kept_by``).
-        max_new_tokens: Length limit of an answer.
+        decoding: Length of the answers.
         output: A jsonl file that keeps the answers; one that ``self_contrast`` wrote has them already.
         progress: Show a progress bar.
     """
@@ -171,7 +174,7 @@ def went_along(
         model,
         questions,
         condition=f"{_PLAIN} 0",
-        max_new_tokens=max_new_tokens,
+        decoding=replace(decoding, temperature=0.0),
         output=output,
         progress=progress,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.evaluation.scoring import score_completions
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, write_json, write_text
+from workbench.generation.decoding import Decoding
 from workbench.judges.framing import framing_judge_for
 from workbench.models.sites import Site
 from workbench.prompts.prompt import select_prompts
@@ -118,8 +119,7 @@ def recalibrate(
         neutral=select_prompts(tune, label="neutral", limit=TUNE_NEUTRAL),
         limits=limits_of(config),
         rounds=plan_rounds(len(settings), len(questions), budget=budget),
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
+        decoding=Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed),
         progress=progress,
     )
     write_text(out / "tuning.csv", tuned.table.to_csv(index=False, float_format="%.5g"))

@@ -34,6 +34,7 @@ from workbench.evaluation.gating import (
 from workbench.evaluation.scoring import HEADLINE, MARGINS, score_completions
 from workbench.files.store import PathLike, write_jsonl
 from workbench.generation.answers import Condition, sweep
+from workbench.generation.decoding import Decoding
 from workbench.judges.framing import FramingJudge, framing_judge_for
 from workbench.models.activations import cache_activations
 from workbench.models.load import HookedModel, model_info
@@ -132,25 +133,14 @@ def run(
     _note(folder, notes)
 
     safety_judge = framing_judge_for(model)
-    answers: Any = {
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-        "progress": progress,
-    }
+    decoding = Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed)
+    answers: Any = {"decoding": decoding, "progress": progress}
     with _timed(notes, "own answers"):
         needs_own = config.constructions is None or any(
             "self" in name for name in config.constructions
         )
-        kept: Any = {
-            "output": folder / "fit.jsonl",
-            "max_new_tokens": config.max_new_tokens,
-            "progress": progress,
-        }
-        own = (
-            _own_answers(model, folds.fit, safety_judge, seed=config.seed, **kept)
-            if needs_own
-            else []
-        )
+        kept: Any = {"output": folder / "fit.jsonl", **answers}
+        own = _own_answers(model, folds.fit, safety_judge, **kept) if needs_own else []
         wants_guided = GUIDED in (config.constructions or ())
         guided = (
             went_along(model, folds.fit, kept_by(safety_judge)[1], **kept) if wants_guided else []

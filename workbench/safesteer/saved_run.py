@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_json
 from workbench.generation.answers import UNSTEERED, Completion, sweep
+from workbench.generation.decoding import Decoding
 from workbench.models.activations import token_activations
 from workbench.models.sites import Site
 from workbench.models.tokens import token_strings
@@ -183,7 +184,9 @@ def side_by_side(
         max_new_tokens: Length limit of an answer.
     """
     conditions = {UNSTEERED: (), "steered": interventions}
-    plain, steered = sweep(model, [_asked(question)], conditions, max_new_tokens=max_new_tokens)
+    plain, steered = sweep(
+        model, [_asked(question)], conditions, decoding=Decoding(max_new_tokens=max_new_tokens)
+    )
     return plain, steered
 
 
