@@ -106,7 +106,7 @@ def main() -> None:
     prompts = wb.cache_activations(model, [*fit, *tune, *test], [gate_site, *four, alone], **store)
     answers = {
         name: wb.cache_activations(model, rows, [*four, alone], span="response", **store)
-        for name, rows in (("answer_contrast", wb.answer_prompts(fit)), ("self_contrast", own))
+        for name, rows in (("openings", wb.answer_prompts(fit)), ("own answers", own))
     }
     guided = went_along(model, fit, keep_unsafe, output=out / "fit.jsonl", progress=True)
     print(f"{len(guided)} questions that the model goes along with")
@@ -154,7 +154,7 @@ def main() -> None:
     made |= behind_gate(
         vectors, main_setting, gate, sum(fired[p.id] for p in questions) / len(questions)
     )
-    made["shuffled labels"] = controls(vectors, main_setting, answers["self_contrast"], seed=seed)[
+    made["shuffled labels"] = controls(vectors, main_setting, answers["own answers"], seed=seed)[
         "shuffled labels"
     ]
     made["random"] = {p.id: draws[i % N_RANDOM] for i, p in enumerate(questions)}

@@ -23,7 +23,7 @@ def run_cli(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str
 
 
 def test_importing_the_package_and_asking_for_help_loads_no_torch() -> None:
-    code = "import sys, workbench, workbench.cli; workbench.cli._parser(); sys.exit('torch' in sys.modules)"
+    code = "import sys, workbench, workbench.cli; workbench.cli.main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

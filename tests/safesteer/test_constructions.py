@@ -10,8 +10,14 @@ import torch
 from workbench.models.sites import Site
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, load_prompts, select_prompts
-from workbench.safesteer.config import CONSTRUCTIONS
-from workbench.safesteer.constructions import GUIDED, Measured, constructions_of, fit_all, measure
+from workbench.safesteer.constructions import (
+    CONSTRUCTIONS,
+    GUIDED,
+    Measured,
+    constructions_of,
+    fit_all,
+    measure,
+)
 from workbench.steering.vectors import fit_steering_vectors
 
 CATEGORIES = ("hate_speech", "illegal_activity")

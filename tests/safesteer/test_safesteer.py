@@ -1,4 +1,7 @@
-"""The recipe from prompts to a run folder, on a tiny model: complete, resumable at every stage, refusing what it cannot do."""
+"""The recipe from prompts to a run folder, on a tiny model.
+
+It is complete, can be resumed at every stage, and refuses what it cannot do.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ from helpers.runs import settings
 from workbench.figures.wording import gate_lines
 from workbench.files.store import read_json, read_jsonl
 from workbench.generation import answers as generation
+from workbench.generation.decoding import Decoding
 from workbench.models import activations
 from workbench.report.neuron_page import write_neuron_page
 from workbench.report.page import write_report
-from workbench.safesteer import recipe as safesteer
+from workbench.safesteer import inputs, recipe, run_folder
 from workbench.safesteer.calibration import in_words
 from workbench.safesteer.config import config_from
 from workbench.safesteer.recalibration import recalibrate
@@ -29,6 +33,8 @@ from workbench.safesteer.saved_run import (
     steering_from,
 )
 from workbench.steering.vectors import load_vector
+
+SHORT = Decoding(max_new_tokens=6)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +115,7 @@ def test_one_question_is_answered_with_the_steering_of_a_run(finished: Path, tin
         assert [own.edit.multiplier for own in interventions] == list(
             setting["multiplier"]["fraud"].values()
         )
-    plain, steered = side_by_side(tiny, "How do I take a dog?", interventions, max_new_tokens=6)
+    plain, steered = side_by_side(tiny, "How do I take a dog?", interventions, SHORT)
     assert (plain.condition, steered.condition) == ("unsteered", "steered")
     with pytest.raises(ValueError, match=r"no category 'frau' .* Did you mean 'fraud'"):
         steering_from(finished, "frau")
@@ -127,7 +133,7 @@ def test_a_question_is_put_before_the_gate_of_a_run(finished: Path, tiny: Any) -
     assert "".join(reading.tokens).strip() == "How do I take a dog?"
     steering = gated_steering_from(finished)
     assert {own.gate_category for own in steering} == {"fraud", "malware"}
-    plain, gated = side_by_side(tiny, "How do I take a dog?", steering, max_new_tokens=6)
+    plain, gated = side_by_side(tiny, "How do I take a dog?", steering, SHORT)
     assert (gated.tokens == plain.tokens) or bool(reading.opening.any())
     said, by_token = gate_lines(gate.threshold, reading)
     assert said.startswith("gate: stays closed" if not reading.opening.any() else "gate: opens for")
@@ -204,22 +210,22 @@ def fail_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("room", "name", "calls"),
+    ("module", "name", "calls"),
     [
         (activations, "_write_shard", 0),
         (activations, "_write_shard", 1),
-        (safesteer, "save_vector", 3),
-        (safesteer, "layer_separability", 0),
-        (safesteer, "_neurons", 0),
+        (run_folder, "save_vector", 3),
+        (recipe, "layer_separability", 0),
+        (recipe, "attribute_neurons", 0),
         (generation, "append_jsonl", 1),
-        (safesteer, "calibrate", 0),
-        (safesteer, "fit_gate", 0),
-        (safesteer, "for_everyone", 0),
-        (safesteer, "score_completions", 1),
+        (recipe, "calibrate", 0),
+        (recipe, "fit_gate", 0),
+        (recipe, "for_everyone", 0),
+        (inputs, "score_completions", 1),
     ],
 )
 def test_a_run_interrupted_in_any_stage_resumes_to_the_same_result(
-    room: Any,
+    module: Any,
     name: str,
     calls: int,
     tiny: Any,
@@ -230,7 +236,7 @@ def test_a_run_interrupted_in_any_stage_resumes_to_the_same_result(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(room, name, fail_after(calls, getattr(room, name)))
+        patch.setattr(module, name, fail_after(calls, getattr(module, name)))
         with pytest.raises(KeyboardInterrupt):
             run(settings(few_prompts), out, model=tiny)
     run(settings(few_prompts), out, resume=True, model=tiny)

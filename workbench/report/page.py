@@ -20,7 +20,7 @@ from workbench.figures import wording
 from workbench.figures.notebook import script_safe
 from workbench.files.store import PathLike, file_checksum, write_text
 from workbench.report import conclusion, sections
-from workbench.safesteer.run_folder import RunFolder, read_run
+from workbench.safesteer.run_folder import SavedRun, read_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,7 @@ def write_report(folder: PathLike) -> Path:
     return path
 
 
-def render(run: RunFolder) -> str:
+def render(run: SavedRun) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -114,7 +114,7 @@ def render(run: RunFolder) -> str:
     return template.render(page)
 
 
-def _what_was_done(run: RunFolder) -> list[str]:
+def _what_was_done(run: SavedRun) -> list[str]:
     """Three sentences on the run."""
     labels = {str(row.get("prompt_id")): row.get("label") for row in run.completions}
     unsafe, harmless = (
@@ -143,12 +143,12 @@ def _what_was_done(run: RunFolder) -> list[str]:
     ]
 
 
-def _tuned_on(run: RunFolder) -> str:
+def _tuned_on(run: SavedRun) -> str:
     frame = run.tables["tuning"]
     return f"{frame['n'].max():.0f} prompts" if frame is not None and "n" in frame else "prompts"
 
 
-def _fold(run: RunFolder, name: str) -> str:
+def _fold(run: SavedRun, name: str) -> str:
     counts = run.notes["folds"].get(name)
     total = (
         sum(v for v in counts.values() if isinstance(v, int)) if isinstance(counts, Mapping) else 0
@@ -156,7 +156,7 @@ def _fold(run: RunFolder, name: str) -> str:
     return f"{total} prompts" if total else "size not noted"
 
 
-def _results(run: RunFolder) -> dict[str, Any]:
+def _results(run: SavedRun) -> dict[str, Any]:
     """Verdict, tables of the test fold by category, and the comparison with the controls."""
     frame, scores = run.tables["evaluation"], run.tables["scores"]
     if frame is None:
@@ -395,7 +395,7 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _how_it_was_made(run: RunFolder) -> dict[str, Any]:
+def _how_it_was_made(run: SavedRun) -> dict[str, Any]:
     notes = run.notes
     durations = {
         name: _duration(s) for name, s in notes["durations"].items() if isinstance(s, int | float)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-    from workbench.safesteer.run_folder import RunFolder
+    from workbench.safesteer.run_folder import SavedRun
 
 
 COMPARED = (
@@ -31,7 +31,7 @@ COMPARED = (
 _PROMPTS = {"all": "risky", "hard_safe": "safe, look risky", "harmless": "everyday"}
 
 
-def judges(run: RunFolder) -> list[dict[str, Any]]:
+def judges(run: SavedRun) -> list[dict[str, Any]]:
     """The judges a run names, and a line for each main measure that none of them measures: a built-in rule, with no known agreement."""
     named = [judge for judge in run.notes["judges"] if isinstance(judge, Mapping)]
     rows = [
@@ -48,7 +48,7 @@ def judges(run: RunFolder) -> list[dict[str, Any]]:
     return [row | {"measures": wording.metric(str(row["measures"])).label} for row in rows]
 
 
-def two_judges(run: RunFolder) -> list[dict[str, str]]:
+def two_judges(run: SavedRun) -> list[dict[str, str]]:
     """How far the judge of safety and the list of safety phrases agree, condition by condition."""
     frame = run.tables["judge_agreement"]
     return [
@@ -65,7 +65,7 @@ def two_judges(run: RunFolder) -> list[dict[str, str]]:
     ]
 
 
-def front_figure(run: RunFolder) -> Figure | None:
+def front_figure(run: SavedRun) -> Figure | None:
     """The front of the calibration; None for a run without one."""
     frame = run.tables["tuning"]
     if frame is None or "front" not in frame or wording.MAIN[0] not in set(frame["metric"]):
@@ -73,7 +73,7 @@ def front_figure(run: RunFolder) -> Figure | None:
     return figures.front(frame)
 
 
-def gate(run: RunFolder) -> dict[str, Any] | None:
+def gate(run: SavedRun) -> dict[str, Any] | None:
     """Figures and tables of the gate; None for a run that has none."""
     rates, confusion, roc = (run.tables[f"gate_{name}"] for name in ("rates", "confusion", "roc"))
     notes = run.notes.get("gate")

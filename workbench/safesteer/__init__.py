@@ -1,4 +1,4 @@
-"""SafeSteer: the whole recipe, from prompts to a run folder, and what can be done with a saved run."""
+"""SafeSteer: the whole recipe, from prompts to a run folder, and steering with a saved run."""
 
 import lazy_loader
 

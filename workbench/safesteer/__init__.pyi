@@ -1,12 +1,12 @@
-from .calibration import Calibration, Limits, Round, calibrate, cost, in_words, plan_rounds
+from .calibration import Calibration, Limits, Round, calibrate, in_words, plan_rounds
 from .conditions import behind_gate, condition_of, controls, for_everyone, gate_site, main_setting
 from .config import RunConfig, config_from
-from .constructions import Measured, attributed_site, constructions_of, fit_all, fitted_on, measure
-from .inputs import folds_of, limits_of, load_run_model
+from .constructions import CONSTRUCTIONS, Construction, Measured, fit_all, measure, signs_of
+from .inputs import Job, folds_of, limits_of, load_job, load_run_model
 from .own_answers import answer_pairs, instructed, kept_by, self_contrast, went_along
-from .recalibration import recalibrate, saved_vectors
-from .recipe import describe, run
-from .run_folder import RunFolder, read_run
+from .recalibration import recalibrate
+from .recipe import run
+from .run_folder import RunFolder, SavedRun, read_run, saved_vectors
 from .saved_run import (
     GateReading,
     chosen_settings,
@@ -16,30 +16,30 @@ from .saved_run import (
     side_by_side,
     steering_from,
 )
-from .settings import Setting, grid, placements, steering
+from .settings import Setting, Vectors, grid, placements, steering
 
 __all__ = [
+    "CONSTRUCTIONS",
     "Calibration",
+    "Construction",
     "GateReading",
+    "Job",
     "Limits",
     "Measured",
     "Round",
     "RunConfig",
     "RunFolder",
+    "SavedRun",
     "Setting",
+    "Vectors",
     "answer_pairs",
-    "attributed_site",
     "behind_gate",
     "calibrate",
     "chosen_settings",
     "condition_of",
     "config_from",
-    "constructions_of",
     "controls",
-    "cost",
-    "describe",
     "fit_all",
-    "fitted_on",
     "folds_of",
     "for_everyone",
     "gate_from",
@@ -51,6 +51,7 @@ __all__ = [
     "instructed",
     "kept_by",
     "limits_of",
+    "load_job",
     "load_run_model",
     "main_setting",
     "measure",
@@ -62,6 +63,7 @@ __all__ = [
     "saved_vectors",
     "self_contrast",
     "side_by_side",
+    "signs_of",
     "steering",
     "steering_from",
     "went_along",

@@ -1,4 +1,7 @@
-"""Calibration: which construction, place, sign, strength and positions to steer with, chosen on the tune fold and never on the test fold."""
+"""Calibration: choose construction, place, sign, strength and positions on the tune fold.
+
+The search is successive halving; the test fold is never touched.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_kl
+from workbench.prompts.prompt import in_turn
+from workbench.safesteer.settings import Setting, Vectors, steering
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,34 +24,26 @@ if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.models.load import HookedModel
     from workbench.prompts.prompt import Prompt
-from workbench.prompts.prompt import in_turn
-from workbench.safesteer.settings import Setting, Vectors, steering
 
 LEAST_PROMPTS = 5
-"""Prompts of a first round, at least."""
-
-
+"""Prompts of the first round, at least."""
 NEUTRAL_KL = "neutral_kl"
-
-
 NEUTRAL_TOKENS = 16
 """First tokens of each answer to a neutral prompt along which the KL is measured."""
-
-
 Score = Callable[[Sequence[Completion]], Evaluation]
 """Answers of the unsteered model and of settings in, their evaluation out."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What steering may cost on the tune fold, against the unsteered model.
+    """Say what steering may cost on the tune fold, against the unsteered model.
 
     Attributes:
         relevance: Largest loss of mean relevance (cosine).
         refusal: Largest rise of the share of refusals.
         degenerate: Largest rise of the share of broken answers.
-        neutral_kl: Largest mean KL on neutral prompts, nats a token (``likelihood.answer_kl``). Infinite by default: steering that costs much
-            there belongs behind a gate.
+        neutral_kl: Largest mean KL on neutral prompts, in nats per token (``answer_kl``). Infinite
+            by default: steering that costs much there belongs behind a gate.
     """
 
     relevance: float = 0.05
@@ -55,7 +52,7 @@ class Limits:
     neutral_kl: float = math.inf
 
     def margins(self) -> dict[str, tuple[float, float]]:
-        """The same limits as margins of equivalence tests, metric by metric (``Evaluation.summary``)."""
+        """Give the same limits as margins of equivalence tests (``Evaluation.summary``)."""
         return {
             "relevance": (-self.relevance, math.inf),
             "refusal": (-math.inf, self.refusal),
@@ -63,7 +60,10 @@ class Limits:
         }
 
     def excess(self, values: Mapping[str, float], unsteered: Mapping[str, float]) -> float:
-        """Sum of what is over the limits; 0 where a setting keeps them all. What could not be measured counts as kept."""
+        """Add up what is over the limits; 0 where a setting keeps them all.
+
+        What could not be measured counts as kept.
+        """
         over = (
             unsteered["relevance"] - values["relevance"] - self.relevance,
             values["refusal"] - unsteered["refusal"] - self.refusal,
@@ -82,12 +82,15 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What was tried and what was chosen.
+    """Hold what was tried and what was chosen.
 
     Attributes:
-        table: One row a setting and metric, from the last round the setting was in: construction, sites, sign, rho, positions, until, round,
-            metric (those of an evaluation, and "neutral_kl" where neutral prompts were given), value, low, high, n, n_unscored, ``excess`` over the limits, ``feasible`` (no excess), ``front`` (in the last round,
-            and nothing there is better in everything) and ``chosen``. The unsteered model's rows have construction "unsteered".
+        table: One row per setting and metric, from the last round the setting was in: construction,
+            sites, sign, rho, positions, until, round, metric (those of an evaluation, and
+            "neutral_kl" where neutral prompts were given), value, low, high, n, n_unscored,
+            ``excess`` over the limits, ``feasible`` (no excess), ``front`` (in the last round, and
+            nothing there is better in everything) and ``chosen``. The unsteered model's rows have
+            construction "unsteered".
         chosen: Construction to its best setting.
         best: The best setting of all.
         rounds: What was answered.
@@ -102,7 +105,10 @@ class Calibration:
 def plan_rounds(
     n_settings: int, n_prompts: int, *, keep: int = 3, budget: int | None = None
 ) -> list[Round]:
-    """Rounds of successive halving: each answers three times as many prompts under a third of the settings, the last one all prompts.
+    """Plan the rounds of successive halving.
+
+    Each round answers three times as many prompts under a third of the settings; the last one
+    answers all prompts.
 
     Args:
         n_settings: Settings at the start.
@@ -125,12 +131,16 @@ def plan_rounds(
         if budget is None or cost(rounds) <= budget:
             return rounds
     raise ValueError(
-        f"a budget of {budget} answers is too small for {n_settings} settings on {n_prompts} prompts; give at least {cost(rounds)}, or fewer of them."
+        f"a budget of {budget} answers is too small for {n_settings} settings on {n_prompts} "
+        f"prompts; give at least {cost(rounds)}, or fewer of them."
     )
 
 
 def cost(rounds: Sequence[Round]) -> int:
-    """Answers that rounds take at most: what an earlier round answered is not answered again; the unsteered model answers all prompts."""
+    """Count the answers that rounds take at most.
+
+    What an earlier round answered is not answered again; the unsteered model answers all prompts.
+    """
     answers, before = rounds[-1].n_prompts, 0
     for one in rounds:
         answers += one.n_settings * (one.n_prompts - before)
@@ -153,123 +163,182 @@ def calibrate(
     progress: bool = False,
     transfer: bool = False,
 ) -> Calibration:
-    """Find the setting with the largest share of safe and helpful answers, after what it costs beyond the limits is taken off.
+    """Find the setting with most safe and helpful answers, less what it costs over the limits.
 
-    Successive halving: few prompts for all settings, more for the best of them. The best setting of each construction stays to the end, so
-    that constructions can be compared; a round may so have a few settings more than planned.
+    Successive halving: few prompts for all settings, more for the best. The best setting of each
+    construction stays to the end, so a round may have some settings more than planned.
 
     Args:
         model: A hooked model.
         vectors: Vectors of every construction and site in ``settings``.
         prompts: Prompts of the tune fold; the unsafe ones are used, category by category in turn.
         settings: What is tried.
-        score: Judges the answers, for instance ``functools.partial(score_completions, model, safety_judge=judge)``.
-        output: A jsonl file that keeps the answers: a later round, and another call, go on from it.
-        neutral: Neutral prompts of the tune fold, on which the KL is measured; each setting gets the vectors of one category there, in turn.
+        score: Judges answers, for instance a ``functools.partial`` of ``score_completions``.
+        output: A jsonl file that keeps the answers: a later round or call goes on from it.
+        neutral: Neutral prompts on which the KL is measured; each category's vectors in turn.
         limits: What steering may cost; the defaults of ``Limits``.
-        rounds: How many settings and prompts a round; ``plan_rounds`` by default.
+        rounds: How many settings and prompts each round has; ``plan_rounds`` by default.
         decoding: Length, sampling and batch size of the answers.
-        progress: Say on standard error what it will take at most, and show progress bars.
+        progress: Say on standard error what it takes at most, and show progress bars.
         transfer: Allow vectors of another model of the same architecture.
 
     Raises:
         ValueError: If there are no settings or no unsafe prompts.
     """
+    questions = in_turn([prompt for prompt in prompts if prompt.label == "unsafe"])
+    settings = list(dict.fromkeys(settings))
+    if not settings or not questions:
+        given = f"{len(settings)} and {len(questions)}"
+        raise ValueError(f"calibration needs settings and unsafe prompts, got {given}.")
+    rounds = list(rounds or plan_rounds(len(settings), len(questions)))
+    if progress:
+        _announce(rounds, decoding)
+    kl = _neutral_kl(model, vectors, settings, neutral, output, transfer) if neutral else {}
+
+    def answer_and_judge(alive: Sequence[Setting], n_prompts: int) -> _Judged:
+        conditions: dict[str, Condition] = {UNSTEERED: ()}
+        conditions |= {s.name: steering(vectors, s) for s in alive}
+        how: Any = {"output": output, "progress": progress, "transfer": transfer}
+        answers = sweep(model, questions[:n_prompts], conditions, decoding, **how)
+        return _judge(score(answers), alive, kl, len(neutral), limits or Limits())
+
+    return _halve(settings, rounds, answer_and_judge)
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """What one round says of its settings; ``ranked`` is best first."""
+
+    metrics: dict[Setting | None, pd.DataFrame]
+    """Metric to value, low, high, n and n_unscored; None is the unsteered model."""
+    excess: dict[Setting, float]
+    ranked: list[Setting]
+    front: set[Setting]
+
+
+def _judge(
+    evaluation: Evaluation,
+    settings: Sequence[Setting],
+    kl: Mapping[Setting, Mapping[str, float]],
+    n_neutral: int,
+    limits: Limits,
+) -> _Judged:
+    """Rank settings by their answers: headline less excess over the limits."""
+    summary = evaluation.summary()
+    summary = summary[summary["category"] == ALL].set_index(["condition", "metric"])
+    unsteered = summary.loc[UNSTEERED]
+    metrics: dict[Setting | None, pd.DataFrame] = {None: unsteered}
+    for setting in settings:
+        metrics[setting] = summary.loc[setting.name].copy()
+        for name, value in kl.get(setting, {}).items():
+            metrics[setting].loc[name, ["value", "n", "n_unscored"]] = [value, n_neutral, 0]
+    values = {s: metrics[s]["value"].to_dict() for s in settings}
+    excess = {s: limits.excess(values[s], unsteered["value"].to_dict()) for s in settings}
+    ranked = sorted(settings, key=lambda s: _order(s, values[s], excess[s]))
+    return _Judged(metrics, excess, ranked, _front(values))
+
+
+def _halve(
+    settings: Sequence[Setting],
+    rounds: Sequence[Round],
+    answer_and_judge: Callable[[Sequence[Setting], int], _Judged],
+) -> Calibration:
+    """Answer round after round with the survivors of the one before."""
     import pandas as pd
 
-    questions = in_turn([prompt for prompt in prompts if prompt.label == "unsafe"])
-    alive = list(dict.fromkeys(settings))
-    if not alive or not questions:
-        raise ValueError(
-            f"calibration needs settings and unsafe prompts, got {len(alive)} and {len(questions)}."
-        )
-    limits = limits or Limits()
-    rounds = list(rounds or plan_rounds(len(alive), len(questions)))
-    if progress:
-        from tqdm.auto import tqdm
-
-        each = ", ".join(f"{one.n_settings} x {one.n_prompts}" for one in rounds)
-        most = cost(rounds)
-        tqdm.write(
-            f"calibration: settings x prompts {each}; at most {most} answers, {most * decoding.max_new_tokens} generated tokens.",
-            file=sys.stderr,
-        )
-    moved = _neutral_kl(model, vectors, alive, neutral, output, transfer) if neutral else {}
     tables: list[pd.DataFrame] = []
+    alive = list(settings)
     for number, one in enumerate(rounds):
-        conditions: dict[str, Condition] = {
-            UNSTEERED: (),
-            **{s.name: steering(vectors, s) for s in alive},
-        }
-        answers = sweep(
-            model,
-            questions[: one.n_prompts],
-            conditions,
-            decoding=decoding,
-            output=output,
-            progress=progress,
-            transfer=transfer,
-        )
-        summary = score(answers).summary()
-        summary = summary[summary["category"] == ALL].set_index(["condition", "metric"])
-        values = {s: summary.loc[s.name]["value"].to_dict() | moved.get(s, {}) for s in alive}
-        unsteered = summary.loc[UNSTEERED]["value"].to_dict()
-        excess = {s: limits.excess(values[s], unsteered) for s in alive}
-        ranked = sorted(alive, key=lambda s: _order(s, values[s], excess[s]))
+        judged = answer_and_judge(alive, one.n_prompts)
         last = number + 1 == len(rounds)
-        kept = ranked if last else _survivors(ranked, rounds[number + 1].n_settings)
-        shown = alive if last else [s for s in alive if s not in kept]
-        front = _front(values) if last else set()
-        best = {s.construction: s for s in reversed(ranked)}
-        for setting in shown:
-            marks = {
-                "excess": excess[setting],
-                "feasible": excess[setting] == 0,
-                "front": setting in front,
-            }
-            marks["chosen"] = last and best[setting.construction] == setting
-            metrics = summary.loc[setting.name]
-            for name, value in moved.get(setting, {}).items():
-                metrics.loc[name, ["value", "n", "n_unscored"]] = [value, len(neutral), 0]
-            tables.append(_rows(setting, metrics, number, marks))
+        survivors = (
+            judged.ranked if last else _survivors(judged.ranked, rounds[number + 1].n_settings)
+        )
+        best = _best_of_each(judged.ranked)
         if last:
             marks = {"excess": 0.0, "feasible": True, "front": False, "chosen": False}
-            tables.insert(0, _rows(None, summary.loc[UNSTEERED], number, marks))
-        alive = kept
-    chosen = {
-        construction: best[construction]
-        for construction in dict.fromkeys(s.construction for s in settings)
+            unsteered = judged.metrics[None]
+            tables.insert(0, _rows(None, unsteered, number, marks))
+        for setting in alive if last else [s for s in alive if s not in survivors]:
+            marks = {
+                "excess": judged.excess[setting],
+                "feasible": judged.excess[setting] == 0,
+                "front": last and setting in judged.front,
+                "chosen": last and best[setting.construction] == setting,
+            }
+            tables.append(_rows(setting, judged.metrics[setting], number, marks))
+        alive = survivors
+    chosen = {name: best[name] for name in dict.fromkeys(s.construction for s in settings)}
+    table = pd.concat(tables, ignore_index=True)
+    return Calibration(table, chosen, judged.ranked[0], tuple(rounds))
+
+
+def _announce(rounds: Sequence[Round], decoding: Decoding) -> None:
+    from tqdm.auto import tqdm
+
+    each = ", ".join(f"{one.n_settings} x {one.n_prompts}" for one in rounds)
+    most = cost(rounds)
+    tqdm.write(
+        f"calibration: settings x prompts {each}; at most {most} answers, "
+        f"{most * decoding.max_new_tokens} generated tokens.",
+        file=sys.stderr,
+    )
+
+
+def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[str, Any]:
+    """Describe a chosen setting as a run's notes keep it.
+
+    Args:
+        setting: The chosen setting of its construction.
+        vectors: The vectors it steers with.
+        table: ``Calibration.table``.
+
+    Returns:
+        Places, sign, strength, multipliers by category and site, and why it was chosen.
+    """
+    chosen_rows = table[table["chosen"] & (table["construction"] == setting.construction)]
+    headline = chosen_rows[chosen_rows["metric"] == HEADLINE].iloc[0]
+    excess = headline["excess"]
+    over = "" if headline["feasible"] else f"; it is over the limits by {excess:.2f}"
+    multipliers = {
+        category: {
+            str(site): setting.sign
+            * vectors[setting.construction, site][category].multiplier_for(setting.rho)
+            for site in setting.sites
+        }
+        for category in vectors[setting.construction, setting.sites[0]]
     }
-    return Calibration(pd.concat(tables, ignore_index=True), chosen, ranked[0], tuple(rounds))
+    return {
+        "sites": [str(site) for site in setting.sites],
+        "sign": setting.sign,
+        "rho": setting.rho,
+        "positions": setting.positions,
+        "until": setting.until,
+        "multiplier": multipliers,
+        "reason": "most safe and helpful answers (proxy) on the tune fold, less costs over the "
+        f"limits: {headline['value']:.2f}, n={headline['n']}{over}",
+    }
 
 
 def in_words(tuned: Calibration) -> str:
-    """The last round as a table of text: every setting on the front or chosen, with what it gains and costs."""
+    """Show the settings on the front or chosen, with what each gains and costs, as text."""
     table = tuned.table
-    shown = [
-        m
-        for m in (HEADLINE, "relevance", "refusal", "degenerate", NEUTRAL_KL)
-        if m in set(table["metric"])
+    measured = set(table["metric"])
+    metrics = [
+        name
+        for name in (HEADLINE, "relevance", "refusal", "degenerate", NEUTRAL_KL)
+        if name in measured
     ]
-    kept = table[(table["construction"] == UNSTEERED) | table["front"] | table["chosen"]].fillna(
-        {"until": 0, "sites": ""}
+    worth_showing = (table["construction"] == UNSTEERED) | table["front"] | table["chosen"]
+    keys = ["construction", "sites", "sign", "rho", "positions", "until"]
+    keys += ["front", "chosen", "excess"]
+    wide = (
+        table[worth_showing]
+        .fillna({"until": 0, "sites": ""})
+        .pivot_table(index=keys, columns="metric", values="value", sort=False, dropna=True)
     )
-    keys = [
-        "construction",
-        "sites",
-        "sign",
-        "rho",
-        "positions",
-        "until",
-        "front",
-        "chosen",
-        "excess",
-    ]
-    wide = kept.pivot_table(index=keys, columns="metric", values="value", sort=False, dropna=True)[
-        shown
-    ]
-    best = tuned.best
-    return f"{wide.reset_index().round(3).to_string(index=False)}\nbest: {best.name}"
+    text = wide[metrics].reset_index().round(3).to_string(index=False)
+    return f"{text}\nbest: {tuned.best.name}"
 
 
 def _neutral_kl(
@@ -280,26 +349,21 @@ def _neutral_kl(
     output: PathLike,
     transfer: bool,
 ) -> dict[Setting, dict[str, float]]:
-    """Mean KL of each setting on neutral prompts, along the beginnings of their unsteered answers."""
-    answers = generate(
-        model,
-        neutral,
-        condition="neutral",
-        decoding=Decoding(max_new_tokens=NEUTRAL_TOKENS),
-        output=output,
-    )
-    found = {}
+    """Measure each setting's mean KL along the first tokens of answers to neutral prompts."""
+    beginnings = Decoding(max_new_tokens=NEUTRAL_TOKENS)
+    answers = generate(model, neutral, condition="neutral", decoding=beginnings, output=output)
+    kl = {}
     for setting in settings:
         by_category = list(steering(vectors, setting).values())
-        in_turn_ = [by_category[i % len(by_category)] for i in range(len(answers))]
-        found[setting] = answer_kl(model, answers, {NEUTRAL_KL: in_turn_}, transfer=transfer)
-    return found
+        interventions = [by_category[i % len(by_category)] for i in range(len(answers))]
+        kl[setting] = answer_kl(model, answers, {NEUTRAL_KL: interventions}, transfer=transfer)
+    return kl
 
 
 def _order(
     setting: Setting, values: Mapping[str, float], excess: float
 ) -> tuple[float, float, float]:
-    """Sorting key, best first: headline less excess; among equals fewer refusals, then less strength."""
+    """Sort best first: headline less excess; among equals fewer refusals, then less strength."""
     headline, refusal = (
         0.0 if math.isnan(values[name]) else values[name] for name in (HEADLINE, "refusal")
     )
@@ -307,13 +371,19 @@ def _order(
 
 
 def _survivors(ranked: Sequence[Setting], n: int) -> list[Setting]:
-    """The first ``n``, and the best of each construction whatever its place."""
-    best = {s.construction: s for s in reversed(ranked)}
-    return list(dict.fromkeys([*ranked[:n], *best.values()]))
+    """Keep the first ``n``, and the best of each construction whatever its place."""
+    return list(dict.fromkeys([*ranked[:n], *_best_of_each(ranked).values()]))
+
+
+def _best_of_each(ranked: Sequence[Setting]) -> dict[str, Setting]:
+    return {s.construction: s for s in reversed(ranked)}
 
 
 def _front(values: Mapping[Setting, Mapping[str, float]]) -> set[Setting]:
-    """Settings that no other one equals or beats in headline, refusal, degeneration and relevance, and beats in one."""
+    """Find the settings on the front.
+
+    No other one is as good in headline, refusal, degeneration and relevance, and better in one.
+    """
     points = {
         s: (v[HEADLINE], -v["refusal"], -v["degenerate"], v["relevance"]) for s, v in values.items()
     }
@@ -330,7 +400,7 @@ def _front(values: Mapping[Setting, Mapping[str, float]]) -> set[Setting]:
 def _rows(
     setting: Setting | None, metrics: pd.DataFrame, number: int, marks: Mapping[str, Any]
 ) -> pd.DataFrame:
-    """The table's rows of one setting, or of the unsteered model."""
+    """Make the table's rows of one setting, or of the unsteered model."""
     what = {
         "construction": setting.construction if setting else UNSTEERED,
         "sites": " ".join(map(str, setting.sites)) if setting else "",
@@ -340,5 +410,5 @@ def _rows(
         "until": setting.until if setting else None,
         "round": number,
     }
-    own = metrics[["value", "low", "high", "n", "n_unscored"]].reset_index()
-    return own.assign(**what, **marks)[[*what, *own.columns, *marks]]
+    rows = metrics[["value", "low", "high", "n", "n_unscored"]].reset_index()
+    return rows.assign(**what, **marks)[[*what, *rows.columns, *marks]]

@@ -1,36 +1,209 @@
-"""The constructions of steering vectors that a run compares: the paper's, contrasts of answers, and the field's others as baselines."""
+"""Constructions of steering vectors that a run compares, in one table.
+
+The paper's vector contrasts prompts. This project adds contrasts of answers, from written openings
+and from the model's own answers; the field's other constructions are there as baselines.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.sites import Site, sites_of_kind
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, Prompt, categories_of
-from workbench.safesteer.config import CONSTRUCTIONS
 from workbench.safesteer.settings import Vectors, placements
 from workbench.steering.combine import own_part, pooled, summed, without
 from workbench.steering.vectors import SteeringVector, fit_steering_vectors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from workbench.files.store import PathLike
     from workbench.models.load import HookedModel
 
-
-PROMPT, GUIDED, OPENINGS, OWN = (
-    "prompt_contrast",
-    "prompt_guided",
-    "answer_contrast",
-    "self_contrast",
-)
-"""The paper's vector, and with a judge's choice of prompts; written openings of answers; the model's own answers. The latter two also pooled over the categories."""
+Reads = Literal["prompts", "openings", "own answers"]
+"""What a construction is fitted on: prompts, written openings of answers behind questions, or the
+model's own answers behind questions."""
+ByCategory = Mapping[str, SteeringVector]
 
 
-POOLED, BOTH = "_pooled", "answer_and_self_pooled"
+class SiteRows(NamedTuple):
+    """Pooled activations of the fit fold at one site: what a construction can be fitted on."""
+
+    prompts: ActivationSet
+    residual: ActivationSet
+    """The same prompts at the layer's residual stream, to which strength is relative."""
+    openings: ActivationSet
+    own_answers: ActivationSet | None
+    """None where the model gave too few pairs of answers."""
+    went_along: frozenset[str]
+    """Ids of the questions that the model goes along with; empty where no judge was asked."""
+
+    @property
+    def categories(self) -> list[str]:
+        """Risk categories of the fit fold."""
+        return categories_of(self.prompts.prompts)
+
+    def contrast(self, answers: ActivationSet, method: str, **estimator: Any) -> ByCategory:
+        """Fit safe minus unsafe answers to the same question, category by category."""
+        return fit_steering_vectors(
+            answers, residual=self.residual, safe_side="paired", method=method, **estimator
+        )
+
+    def everyone(self, vectors: ByCategory) -> ByCategory:
+        """Give pooled vectors to all categories, those without pairs of their own too."""
+        any_one = next(iter(vectors.values()))
+        return {c: vectors.get(c, replace(any_one, category=c)) for c in self.categories}
+
+
+@dataclass(frozen=True)
+class Construction:
+    """Describe one way to make a steering vector.
+
+    Attributes:
+        summary: What it is, in one line.
+        source: Where it is from.
+        fit: Vectors by category from the activations at one site; none where something it needs
+            is missing.
+        reads: What it is fitted on, and so what its shuffled control is made from.
+        pooled: Whether all categories share one vector.
+        signs: Signs that the calibration tries; +1 points from unsafe to safe.
+        default: Whether a run takes it unless told otherwise.
+    """
+
+    summary: str
+    source: str
+    fit: Callable[[SiteRows], ByCategory]
+    reads: Reads
+    pooled: bool = False
+    signs: tuple[int, ...] = (1,)
+    default: bool = False
+
+
+def _prompt_contrast(rows: SiteRows) -> ByCategory:
+    return fit_steering_vectors(rows.prompts, residual=rows.residual)
+
+
+def _prompt_guided(rows: SiteRows) -> ByCategory:
+    if not rows.went_along:
+        return {}
+    ids = rows.went_along
+    kept = [p for p in rows.prompts.prompts if p.label != "unsafe" or p.id in ids]
+    return fit_steering_vectors(
+        rows.prompts.of(kept), residual=rows.residual.of(kept), method=GUIDED
+    )
+
+
+def _prompt_own_part(rows: SiteRows) -> ByCategory:
+    vectors = _prompt_contrast(rows)
+    return own_part(vectors) if len(vectors) > 1 else {}
+
+
+def _openings(rows: SiteRows) -> ByCategory:
+    return rows.contrast(rows.openings, "answer_contrast")
+
+
+def _openings_pooled(rows: SiteRows) -> ByCategory:
+    return rows.everyone(pooled(_openings(rows)))
+
+
+def _self_pooled(rows: SiteRows) -> ByCategory:
+    if rows.own_answers is None:
+        return {}
+    return rows.everyone(pooled(rows.contrast(rows.own_answers, "self_contrast")))
+
+
+def _openings_and_self_pooled(rows: SiteRows) -> ByCategory:
+    by_self = _self_pooled(rows)
+    if not by_self:
+        return {}
+    by_openings = _openings_pooled(rows)
+    return {c: summed([by_self[c], by_openings[c]]) for c in rows.categories}
+
+
+def _openings_without_refusal(rows: SiteRows) -> ByCategory:
+    # Harmless minus harmful prompts: Arditi et al.'s refusal direction, turned.
+    refusal = pooled(_prompt_contrast(rows))
+    any_one = next(iter(refusal.values()))
+    return {c: without(v, [refusal.get(c, any_one)]) for c, v in _openings(rows).items()}
+
+
+PROMPT, GUIDED = "prompt_contrast", "prompt_guided"
+OPENINGS = "answer_contrast"
+CONSTRUCTIONS: dict[str, Construction] = {
+    PROMPT: Construction(
+        "the paper's: neutral prompts minus the category's unsafe ones",
+        "SafeSteer (Ghosh et al. 2025, arXiv:2506.04250)",
+        _prompt_contrast,
+        reads="prompts",
+        signs=(1, -1),
+        default=True,
+    ),
+    OPENINGS: Construction(
+        "written openings of answers: turning to safety minus going along",
+        "paired differences as in CAA (Rimsky et al. 2023, arXiv:2312.06681); openings are ours",
+        _openings,
+        reads="openings",
+        default=True,
+    ),
+    "answer_contrast_pooled": Construction(
+        "the same, the mean direction of all categories",
+        "ours",
+        _openings_pooled,
+        reads="openings",
+        pooled=True,
+        default=True,
+    ),
+    "self_contrast_pooled": Construction(
+        "the model's own answers under an instruction minus its plain ones, all categories",
+        "ours",
+        _self_pooled,
+        reads="own answers",
+        pooled=True,
+        default=True,
+    ),
+    "answer_and_self_pooled": Construction(
+        "the sum of the two before, direction by direction",
+        "ours",
+        _openings_and_self_pooled,
+        reads="own answers",
+        pooled=True,
+        default=True,
+    ),
+    GUIDED: Construction(
+        "the paper's, from those unsafe prompts that the model goes along with",
+        "guided variant of category-wise steering (arXiv:2410.01174)",
+        _prompt_guided,
+        reads="prompts",
+        signs=(1, -1),
+    ),
+    "prompt_own_part": Construction(
+        "the paper's vector minus the mean of the other categories'",
+        "ours",
+        _prompt_own_part,
+        reads="prompts",
+    ),
+    "answer_principal": Construction(
+        "openings, first principal component of the differences",
+        "RepE (Zou et al. 2023, arXiv:2310.01405)",
+        lambda rows: rows.contrast(rows.openings, "answer_principal", estimator="principal"),
+        reads="openings",
+    ),
+    "answer_probe": Construction(
+        "openings, normal of a logistic probe",
+        "linear probing, as in RepE (arXiv:2310.01405)",
+        lambda rows: rows.contrast(rows.openings, "answer_probe", estimator="probe"),
+        reads="openings",
+    ),
+    "answer_without_refusal": Construction(
+        "openings, orthogonal to the refusal direction",
+        "refusal direction of Arditi et al. 2024 (arXiv:2406.11717)",
+        _openings_without_refusal,
+        reads="openings",
+    ),
+}
+"""Every construction by name, in the order in which a run compares them."""
 
 
 class Measured(NamedTuple):
@@ -38,10 +211,22 @@ class Measured(NamedTuple):
 
     prompts: dict[Site, ActivationSet]
     """Fit and tune prompts, span content."""
-    answers: dict[str, dict[Site, ActivationSet]]
-    """Openings and, where there are enough of them, the model's own answers behind questions of the fit fold, span response."""
+    answers: dict[Reads, dict[Site, ActivationSet]]
+    """Openings and, where there are enough of them, the model's own answers, behind questions of
+    the fit fold, span response."""
     went_along: frozenset[str] = frozenset()
-    """Ids of the fit questions that the model's plain answers go along with, where a judge was asked."""
+    """Ids of the fit questions that the model's plain answers go along with, where a judge was
+    asked."""
+
+    def at(self, site: Site, fit: Sequence[Prompt]) -> SiteRows:
+        """Take what constructions are fitted on at one site."""
+        return SiteRows(
+            prompts=self.prompts[site].of(fit),
+            residual=self.prompts[Site(site.layer, "resid_post")].of(fit),
+            openings=self.answers["openings"][site],
+            own_answers=self.answers.get("own answers", {}).get(site),
+            went_along=self.went_along,
+        )
 
 
 def measure(
@@ -53,26 +238,21 @@ def measure(
     went_along: Sequence[Prompt] = (),
     progress: bool = False,
 ) -> Measured:
-    """Run the fit and tune prompts, and the fit questions with answers behind them, once each for all sites."""
-    everywhere = [
-        s
-        for kind in ("resid_post", "attn_out", "mlp_post", "z")
-        for s in sites_of_kind(model, kind)
-    ]
+    """Run prompts, and fit questions with answers behind them, once for all sites."""
+    kinds = ("resid_post", "attn_out", "mlp_post", "z")
+    everywhere = [Site(0, "resid_pre"), *(s for k in kinds for s in sites_of_kind(model, k))]
     prompts = cache_activations(
-        model,
-        [*folds.fit, *folds.tune],
-        [Site(0, "resid_pre"), *everywhere],
-        store=store,
-        progress=progress,
+        model, [*folds.fit, *folds.tune], everywhere, store=store, progress=progress
     )
     placed = sorted({site for place in placements(model) for site in place})
-    rows = {OPENINGS: answer_prompts(folds.fit)} | ({OWN: list(own_answers)} if own_answers else {})
+    rows: dict[Reads, list[Prompt]] = {"openings": answer_prompts(folds.fit)}
+    if own_answers:
+        rows["own answers"] = list(own_answers)
     answers = {
-        contrast: cache_activations(
-            model, own, placed, span="response", store=store, progress=progress
+        kind: cache_activations(
+            model, kind_rows, placed, span="response", store=store, progress=progress
         )
-        for contrast, own in rows.items()
+        for kind, kind_rows in rows.items()
     }
     return Measured(prompts, answers, frozenset(prompt.id for prompt in went_along))
 
@@ -80,100 +260,39 @@ def measure(
 def fit_all(
     measured: Measured, fit: Sequence[Prompt], names: Sequence[str] | None = None
 ) -> Vectors:
-    """Constructions at every site of the placements.
+    """Fit constructions at every site of the placements.
 
     Args:
         measured: From ``measure``.
         fit: Prompts of the fit fold.
-        names: Of ``run_config.CONSTRUCTIONS``; those without baselines by default. A construction that needs what is not there is left out: the
-            self-contrast without enough answers of the model, openings for each category where a category has none (the pooled vector then
-            stands for it).
+        names: Names of ``CONSTRUCTIONS``; by default those that are no mere baselines. A
+            construction that needs what is not there is left out: the self-contrast without enough
+            answers of the model, openings for each category where a category has none (the pooled
+            vector then stands for it).
     """
-    wanted = list(names or (name for name, (_, default) in CONSTRUCTIONS.items() if default))
-    made: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
-    categories = categories_of(fit)
-    for site in measured.answers[OPENINGS]:
-        on_fit = {s: measured.prompts[s].of(fit) for s in {site, Site(site.layer, "resid_post")}}
-        residual = on_fit[Site(site.layer, "resid_post")]
-        prompt = fit_steering_vectors(on_fit[site], residual=residual)
-        openings = measured.answers[OPENINGS][site]
-        own_answers = measured.answers.get(OWN, {}).get(site)
+    wanted = list(names or (name for name, what in CONSTRUCTIONS.items() if what.default))
+    vectors: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
+    categories = set(categories_of(fit))
+    for site in measured.answers["openings"]:
+        rows = measured.at(site, fit)
         for name in wanted:
-            found: Mapping[str, SteeringVector] = {}
-            if name == PROMPT:
-                found = prompt
-            elif name == "prompt_own_part" and len(prompt) > 1:
-                found = own_part(prompt)
-            elif name == GUIDED and measured.went_along:
-                kept = [p for p in fit if p.label != "unsafe" or p.id in measured.went_along]
-                guided = {s: acts.of(kept) for s, acts in on_fit.items()}
-                found = fit_steering_vectors(
-                    guided[site],
-                    residual=guided[Site(site.layer, "resid_post")],
-                    method="prompt_guided",
-                )
-            elif name == OWN + POOLED and own_answers is not None:
-                found = pooled(_contrast(own_answers, residual, OWN))
-            elif name == BOTH and own_answers is not None:
-                by_self, by_openings = (
-                    _everyone(pooled(_contrast(rows, residual, method)), categories)
-                    for rows, method in ((own_answers, OWN), (openings, OPENINGS))
-                )
-                found = {c: summed([by_self[c], by_openings[c]]) for c in categories}
-            elif name == OPENINGS + POOLED:
-                found = pooled(_contrast(openings, residual, OPENINGS))
-            elif name == "answer_without_refusal":
-                refusal = pooled(
-                    prompt
-                )  # harmless minus harmful: Arditi et al.'s refusal direction, turned
-                own = _contrast(openings, residual, OPENINGS)
-                found = {
-                    c: without(v, [refusal.get(c, next(iter(refusal.values())))])
-                    for c, v in own.items()
-                }
-            elif name == "answer_principal":
-                found = _contrast(openings, residual, name, estimator="principal")
-            elif name == "answer_probe":
-                found = _contrast(openings, residual, name, estimator="probe")
-            elif name == OPENINGS:
-                found = _contrast(openings, residual, OPENINGS)
-            if found and name.endswith(POOLED):
-                found = _everyone(found, categories)
-            if set(found) == set(categories):
-                made[name, site] = dict(found)
-    return made
+            by_category = CONSTRUCTIONS[name].fit(rows)
+            if set(by_category) == categories:
+                vectors[name, site] = dict(by_category)
+    return vectors
 
 
 def constructions_of(vectors: Vectors) -> list[str]:
-    """Names of the constructions there are."""
+    """Name the constructions that have vectors."""
     return list(dict.fromkeys(construction for construction, _ in vectors))
 
 
-def fitted_on(construction: str, measured: Measured) -> Mapping[Site, ActivationSet]:
-    """Activations of the answers that a construction was fitted on; of prompts for constructions of prompts."""
-    if construction.startswith("prompt"):
-        return measured.prompts
-    return measured.answers[
-        OWN if construction.startswith(OWN) or construction == BOTH else OPENINGS
-    ]
+def signs_of(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Say which signs the calibration tries for each construction."""
+    return {name: CONSTRUCTIONS[name].signs for name in names if name in CONSTRUCTIONS}
 
 
-def attributed_site(model: HookedModel) -> Site:
-    """Residual site whose direction a run attributes to neurons: after the last block but one."""
-    return Site(max(0, model.cfg.n_layers - 2), "resid_post")
-
-
-def _everyone(
-    vectors: Mapping[str, SteeringVector], categories: Sequence[str]
-) -> dict[str, SteeringVector]:
-    """Pooled vectors for all categories, those without pairs of their own too."""
-    any_one = next(iter(vectors.values()))
-    return {c: vectors.get(c, replace(any_one, category=c)) for c in categories}
-
-
-def _contrast(
-    answers: ActivationSet, residual: ActivationSet, method: str, **keywords: Any
-) -> dict[str, SteeringVector]:
-    return fit_steering_vectors(
-        answers, residual=residual, safe_side="paired", method=method, **keywords
-    )
+def activations_behind(construction: str, measured: Measured) -> Mapping[Site, ActivationSet]:
+    """Return the activations that a construction was fitted on."""
+    reads = CONSTRUCTIONS[construction].reads
+    return measured.prompts if reads == "prompts" else measured.answers[reads]

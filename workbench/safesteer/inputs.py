@@ -1,55 +1,124 @@
-"""SafeSteer on one page: the recipe that strings the rooms together, from prompts to a folder that holds the whole result.
-
-fit fold   activations -> vectors (prompt contrast, answer contrast), directions for the neurons
-tune fold  separability, neuron scores, sign, place and strength of each construction, the gate's threshold
-test fold  answered once: unsteered, every construction, behind a gate, controls
-
-Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250) for the vectors and where they are added; contrasts of answers, the
-calibration, the gate and the controls are this project's (README.md says why).
-"""
+"""What a run works with: its prompts in folds, its model, its judge and its decoding."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from workbench.evaluation.scoring import HARD_SAFE
-from workbench.models.load import HookedModel, load_model
+from workbench.evaluation.scoring import HARD_SAFE, Evaluation, score_completions
+from workbench.generation.answers import Completion
+from workbench.generation.decoding import Decoding
+from workbench.judges.framing import FramingJudge, framing_judge_for
+from workbench.models.load import load_model, model_info
+from workbench.models.packing import is_packed
 from workbench.prompts.benchmarks import prompts_from
 from workbench.prompts.prompt import (
     Folds,
     Prompt,
     categories_of,
     in_turn,
+    prompts_key,
     select_prompts,
     split_prompts,
 )
 from workbench.safesteer.calibration import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from workbench.models.load import HookedModel
     from workbench.safesteer.config import RunConfig
 
 TEST_NEUTRAL, TEST_SAFE, TUNE_NEUTRAL = 24, 30, 16
-"""Neutral prompts, and safe ones that look risky, answered under every test condition: what steering costs where there is no risk. Neutral
-ones on which the calibration measures KL."""
+"""Neutral prompts, and safe ones that look risky, answered under every test condition: they show
+what steering costs where there is no risk. The last is the number of neutral prompts on which the
+calibration measures KL."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Hold what all stages of a run share.
+
+    Attributes:
+        config: Settings of the run.
+        model: A hooked model.
+        folds: Fit, tune and test prompts, disjoint.
+        judge: Judge of safety; None where there is none for this model.
+        decoding: How answers are decoded.
+        progress: Whether progress bars are shown.
+    """
+
+    config: RunConfig
+    model: HookedModel
+    folds: Folds
+    judge: FramingJudge | None
+    decoding: Decoding
+    progress: bool
+
+    @property
+    def categories(self) -> list[str]:
+        """Risk categories of the test fold."""
+        return categories_of(self.folds.test)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Keyword arguments of every function that answers prompts."""
+        return {"decoding": self.decoding, "progress": self.progress}
+
+    def score(self, completions: Sequence[Completion]) -> Evaluation:
+        """Score answers with the run's judges."""
+        return partial(score_completions, self.model, safety_judge=self.judge)(completions)
+
+    def facts(self) -> dict[str, Any]:
+        """Say what the run works with, for its notes."""
+        return {
+            "model": model_info(self.model).to_dict(),
+            "packed": is_packed(self.model),
+            "categories": self.categories,
+            "folds": {
+                name: dict(Counter(p.label for p in fold))
+                for name, fold in self.folds._asdict().items()
+            },
+            "prompts": {
+                "source": self.config.prompts or "data/prompts.jsonl",
+                "sha256": prompts_key(chain(*self.folds)),
+            },
+        }
+
+
+def load_job(config: RunConfig, *, model: HookedModel | None = None, progress: bool = False) -> Job:
+    """Load and check what a run works with.
+
+    Args:
+        config: Settings of the run.
+        model: A loaded model, instead of loading ``config.model``.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: If prompts or model cannot be had as the settings say.
+    """
+    folds = folds_of(config)
+    model = model if model is not None else load_run_model(config)
+    decoding = Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed)
+    return Job(config, model, folds, framing_judge_for(model), decoding, progress)
 
 
 def folds_of(config: RunConfig) -> Folds:
-    """The prompts of a run, in their folds.
+    """Split the prompts of a run into its folds.
 
     Raises:
-        ValueError: If the data set cannot be read, a category is unknown, or there is nothing unsafe in it.
+        ValueError: If the data set cannot be read, a category is unknown, or nothing in it is
+            unsafe.
     """
     prompts = prompts_from(config.prompts)
-    own = prompts_from(None)
-    if not any(
-        p.label == "neutral" for p in prompts
-    ):  # the generic safe pool of the paper's vectors
-        prompts += select_prompts(own, label="neutral")
+    project_prompts = prompts_from(None)
+    if not any(p.label == "neutral" for p in prompts):  # the generic safe pool of the paper
+        prompts += select_prompts(project_prompts, label="neutral")
     if not any(p.label == "safe" for p in prompts):  # what a gate must not open for
-        prompts += select_prompts(own, category=HARD_SAFE)
+        prompts += select_prompts(project_prompts, category=HARD_SAFE)
     if config.categories is not None:
         risky = select_prompts(prompts, category=config.categories)
         beside = [p for p in prompts if p.label == "neutral" or p.category == HARD_SAFE]
@@ -60,18 +129,19 @@ def folds_of(config: RunConfig) -> Folds:
 
 
 def load_run_model(config: RunConfig) -> HookedModel:
-    """The model of a run."""
-    chosen: Any = config.packing
-    return load_model(config.model, device=config.device, dtype=config.dtype, packing=chosen)
+    """Load the model of a run."""
+    packing: Any = config.packing
+    return load_model(config.model, device=config.device, dtype=config.dtype, packing=packing)
 
 
-def _test_questions(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]:
+def questions_of_test(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]:
+    """Choose the test fold's questions: risky, safe but risky-looking, and neutral ones."""
     risky = select_prompts(test, label="unsafe", limit=config.test_prompts)
     safe = in_turn([p for p in test if p.label == "safe"])[:TEST_SAFE]
     return risky + safe + select_prompts(test, label="neutral", limit=TEST_NEUTRAL)
 
 
 def limits_of(config: RunConfig) -> Limits:
-    """What steering may cost, as a run's settings say."""
+    """Say what steering may cost, as a run's settings have it."""
     most = math.inf if config.neutral_kl is None else config.neutral_kl
     return Limits(config.relevance_loss, config.refusal_rise, config.degenerate_rise, most)

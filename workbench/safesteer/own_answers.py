@@ -1,10 +1,10 @@
-"""Self-contrast: the model's own answers under a safety-minded instruction against its plain ones, as rows of an answer contrast."""
+"""Self-contrast: the model's own answers under an instruction against its plain ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.evaluation.scoring import safety_wording
 from workbench.generation.answers import Completion, generate
@@ -19,28 +19,30 @@ if TYPE_CHECKING:
 
 
 INSTRUCTION = (
-    'Someone asked: "{question}"\n\nAnswer them responsibly: explain why this would hurt people and is wrong, what the law says about it, '
-    "how people can protect themselves from it, and what they could do instead that is safe, legal and kind."
+    'Someone asked: "{question}"\n\nAnswer them responsibly: explain why this would hurt people '
+    "and is wrong, what the law says about it, how people can protect themselves from it, and what "
+    "they could do instead that is safe, legal and kind."
 )
-"""Put in place of the question, in the user's turn: a small model hardly listens to the system turn."""
+"""Put in place of the question, in the user's turn: a small model hardly listens to the system
+turn."""
 
 
 SAMPLED = Decoding(temperature=0.7)
 """How further answers to the same question are decoded; the first is greedy."""
-
-
 _PLAIN = "plain"
-
-
 Kept = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
-"""Which answers to keep: prompts and their answers in, one yes or no each out."""
+"""Which answers to keep: prompts and their answers in, one yes or no per answer out."""
 
 
 def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
-    """Which answers a judge of safety keeps: for the safe side those it calls safe, for the unsafe side those it calls neither safe nor refusal.
+    """Turn a judge of safety into the choice of answers for both sides of the self-contrast.
+
+    For the safe side it keeps those it calls safe, for the unsafe side those it calls neither safe
+    nor refusal (broken and neutral answers are among them).
 
     Args:
-        judge: A judge of safety; without one, refusal patterns and safety wording stand in for it, coarsely.
+        judge: A judge of safety; without one, refusal patterns and safety wording stand in for it,
+            coarsely.
     """
 
     def labels(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
@@ -62,7 +64,7 @@ def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
 
 
 def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> list[Prompt]:
-    """The same prompts with an instruction around the question, in the user's turn.
+    """Put an instruction around the question of each prompt, in the user's turn.
 
     Args:
         prompts: Questions.
@@ -73,7 +75,8 @@ def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> lis
     """
     if instruction.count("{question}") != 1:
         raise ValueError(
-            f"an instruction needs {{question}} once, where the prompt goes, got {instruction[:60]!r}; write it like self_contrast.INSTRUCTION."
+            f"an instruction needs {{question}} once, where the prompt goes, "
+            f"got {instruction[:60]!r}; write it like own_answers.INSTRUCTION."
         )
     return [
         replace(prompt, text=instruction.replace("{question}", prompt.text)) for prompt in prompts
@@ -92,25 +95,27 @@ def self_contrast(
     output: PathLike | None = None,
     progress: bool = False,
 ) -> list[Prompt]:
-    """Pairs of the model's own answers to the same question: no data but the questions is needed.
+    """Pair the model's own answers to the same question; no data but the questions is needed.
 
-    The answers made under the instruction are put behind the plain question, so that both sides of a pair have the same context and differ in
-    the answer alone. A judge keeps what is worth keeping: safe and on topic on one side, not safe on the other.
+    The answers made under the instruction are put behind the plain question, so that both sides of
+    a pair have the same context and differ in the answer alone. A judge keeps what is worth
+    keeping: safe and on topic on one side, not safe on the other.
 
     Args:
         model: A hooked model.
         prompts: Questions; only those labelled unsafe are used.
-        keep_safe: Which of the instructed answers count as safe and on topic (``kept_by``, or any judge).
+        keep_safe: Which of the instructed answers count as safe and on topic (``kept_by``).
         keep_unsafe: Which of the plain answers count as going along.
         instruction: What the safe side is asked with.
-        samples: Answers a question and side: the first is greedy, further ones are sampled.
+        samples: Answers per question and side: the first is greedy, further ones are sampled.
         decoding: Length of the answers, and temperature and seed of the sampled ones.
         output: A jsonl file that keeps the answers, to go on from.
         progress: Show a progress bar.
 
     Returns:
-        Rows for ``cache_activations(span="response")`` and ``fit_steering_vectors(safe_side="paired")``: each kept safe answer with one
-        plain answer of its question, two rows of one ``pair_id``. Empty where the judge kept no pair: give more questions or samples.
+        Rows for ``cache_activations(span="response")`` and
+        ``fit_steering_vectors(safe_side="paired")``: each kept safe answer with one plain answer of
+        its question, two rows of one ``pair_id``. Empty where the judge kept no pair.
 
     Raises:
         ValueError: If there are no unsafe prompts, or samples is below 1.
@@ -120,28 +125,21 @@ def self_contrast(
     questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
     if not questions:
         raise ValueError("no unsafe prompts: self-contrast needs questions of a risk category.")
+    turns = [replace(decoding, temperature=0.0)]
+    turns += [replace(decoding, seed=decoding.seed + turn) for turn in range(1, samples)]
 
     def answers(asked: Sequence[Prompt], side: str) -> list[Completion]:
-        made: list[Completion] = []
-        for turn in range(samples):
-            made += generate(
-                model,
-                asked,
-                condition=f"{side} {turn}",
-                decoding=replace(
-                    decoding,
-                    temperature=decoding.temperature if turn else 0.0,
-                    seed=decoding.seed + turn,
-                ),
-                output=output,
-                progress=progress,
+        keywords: dict[str, Any] = {"output": output, "progress": progress}
+        return [
+            answer
+            for number, turn in enumerate(turns)
+            for answer in generate(
+                model, asked, condition=f"{side} {number}", decoding=turn, **keywords
             )
-        return made
+        ]
 
-    plain, safe = (
-        answers(questions, _PLAIN),
-        answers(instructed(questions, instruction), "instructed"),
-    )
+    plain = answers(questions, _PLAIN)
+    safe = answers(instructed(questions, instruction), "instructed")
     return answer_pairs(
         questions, _kept(questions, safe, keep_safe), _kept(questions, plain, keep_unsafe)
     )
@@ -156,17 +154,18 @@ def went_along(
     output: PathLike | None = None,
     progress: bool = False,
 ) -> list[Prompt]:
-    """The unsafe prompts that the model's own greedy answer goes along with, as a judge sees it.
+    """Find the unsafe prompts that the model's own greedy answer goes along with, by a judge.
 
-    Vectors fitted on these alone are the guided variant of category-wise steering (arXiv:2410.01174), in which a classifier of safety says which
-    activations go with a harmful generation. The harmless side needs none: neutral prompts have harmless answers.
+    Vectors fitted on these alone are the guided variant of category-wise steering
+    (arXiv:2410.01174), in which a classifier of safety says which activations go with a harmful
+    generation. The harmless side needs none: neutral prompts have harmless answers.
 
     Args:
         model: A hooked model.
         prompts: Questions; only those labelled unsafe are used.
         keep_unsafe: Which answers count as going along (``kept_by``).
         decoding: Length of the answers.
-        output: A jsonl file that keeps the answers; one that ``self_contrast`` wrote has them already.
+        output: A jsonl file that keeps the answers; one that ``self_contrast`` wrote has them.
         progress: Show a progress bar.
     """
     questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
@@ -185,20 +184,21 @@ def went_along(
 def _kept(
     questions: Sequence[Prompt], answers: Sequence[Completion], keep: Kept
 ) -> list[Completion]:
-    """Answers that a judge keeps, asked about the plain questions."""
+    """Return the answers that a judge keeps, asked about the plain questions."""
     text_of = {prompt.id: prompt.text for prompt in questions}
-    kept = keep([text_of[c.prompt.id] for c in answers], [c.text for c in answers])
-    return [answer for answer, own in zip(answers, kept, strict=True) if own]
+    verdicts = keep([text_of[c.prompt.id] for c in answers], [c.text for c in answers])
+    return [answer for answer, is_kept in zip(answers, verdicts, strict=True) if is_kept]
 
 
 def answer_pairs(
     prompts: Sequence[Prompt], safe: Sequence[Completion], unsafe: Sequence[Completion]
 ) -> list[Prompt]:
-    """Rows of an answer contrast from answers that are there already, pair by pair of one question.
+    """Make rows of an answer contrast from answers that are there already.
 
     Args:
         prompts: The plain questions, by whose ids answers belong together.
-        safe: Answers for the safe side; whatever they were asked with, they stand behind the plain question here.
+        safe: Answers for the safe side; whatever they were asked with, they stand behind the plain
+            question here.
         unsafe: Answers for the unsafe side, used in turn where there are fewer of them.
     """
     by_side: list[dict[str, list[str]]] = []
@@ -210,12 +210,12 @@ def answer_pairs(
         by_side.append(texts)
     rows = []
     for prompt in prompts:
-        own_safe, own_unsafe = (texts.get(prompt.id, []) for texts in by_side)
-        if not own_unsafe:
+        safe_texts, unsafe_texts = (texts.get(prompt.id, []) for texts in by_side)
+        if not unsafe_texts:
             continue
-        for turn, text in enumerate(own_safe):
+        for turn, text in enumerate(safe_texts):
             pair = f"{prompt.id}/self{turn}"
-            against = own_unsafe[turn % len(own_unsafe)]
+            against = unsafe_texts[turn % len(unsafe_texts)]
             rows.append(
                 replace(prompt, id=f"{pair}/unsafe", response=against, label="unsafe", pair_id=pair)
             )

@@ -1,20 +1,15 @@
-"""SafeSteer on one page: the recipe that strings the rooms together, from prompts to a folder that holds the whole result.
+"""SafeSteer on one page: from prompts to a folder that holds the whole result.
 
-fit fold   activations -> vectors (prompt contrast, answer contrast), directions for the neurons
-tune fold  separability, neuron scores, sign, place and strength of each construction, the gate's threshold
-test fold  answered once: unsteered, every construction, behind a gate, controls
+The stages of ``run`` stand below it in reading order. Those that are the paper's are marked; the
+others are this project's: contrasts of answers, the search for strength and place, the neurons,
+the gate and the controls (docs/concepts.md says why they are there).
 
-Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250) for the vectors and where they are added; contrasts of answers, the
-calibration, the gate and the controls are this project's (README.md says why).
+Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250).
 """
 
 from __future__ import annotations
 
-import datetime
-import itertools
-from collections import Counter
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from workbench.evaluation.comparisons import judge_agreement
@@ -31,16 +26,13 @@ from workbench.evaluation.gating import (
     refusing,
     roc,
 )
-from workbench.evaluation.scoring import HEADLINE, MARGINS, score_completions
-from workbench.files.store import PathLike, write_jsonl
-from workbench.generation.answers import Condition, sweep
-from workbench.generation.decoding import Decoding
-from workbench.judges.framing import FramingJudge, framing_judge_for
+from workbench.evaluation.scoring import HEADLINE, MARGINS, Evaluation
+from workbench.generation.answers import Completion, Condition, sweep
 from workbench.models.activations import cache_activations
-from workbench.models.load import HookedModel, model_info
-from workbench.models.packing import is_packed
-from workbench.prompts.prompt import Folds, Prompt, categories_of, prompts_key, select_prompts
-from workbench.safesteer.calibration import calibrate
+from workbench.models.sites import Site
+from workbench.neurons.ranking import attribute_neurons
+from workbench.prompts.prompt import Prompt, select_prompts
+from workbench.safesteer.calibration import Calibration, calibrate, describe
 from workbench.safesteer.conditions import (
     ALWAYS,
     GATED,
@@ -52,38 +44,32 @@ from workbench.safesteer.conditions import (
     main_setting,
 )
 from workbench.safesteer.constructions import (
+    CONSTRUCTIONS,
     GUIDED,
-    PROMPT,
     Measured,
-    attributed_site,
+    activations_behind,
     constructions_of,
     fit_all,
-    fitted_on,
     measure,
+    signs_of,
 )
+from workbench.safesteer.inputs import TUNE_NEUTRAL, Job, limits_of, load_job, questions_of_test
 from workbench.safesteer.own_answers import kept_by, self_contrast, went_along
+from workbench.safesteer.run_folder import RunFolder
 from workbench.safesteer.settings import Setting, Vectors, grid, placements, steering
-from workbench.steering.gates import fit_gate, save_gate
+from workbench.steering.gates import Gate, fit_gate, save_gate
 from workbench.steering.separability import layer_separability
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from pathlib import Path
 
     import pandas as pd
 
+    from workbench.files.store import PathLike
+    from workbench.models.load import HookedModel
     from workbench.safesteer.config import RunConfig
-from workbench.safesteer.inputs import (
-    TUNE_NEUTRAL,
-    _test_questions,
-    folds_of,
-    limits_of,
-    load_run_model,
-)
-from workbench.safesteer.run_folder import _note, _open_run, _save_vectors, _timed, _write_csv
 
 GATE_CONDITIONS = (GATED, ORACLE, AT_RANDOM, ALWAYS, REFUSING)
-
-
 LEAST_PAIRS = 8
 """Pairs of own answers over all categories, below which there is no self-contrast."""
 
@@ -96,13 +82,13 @@ def run(
     progress: bool = False,
     model: HookedModel | None = None,
 ) -> Path:
-    """Do the whole job and leave everything in a folder; README.md lists the files.
+    """Do the whole job and leave everything in a folder; docs/run_folder.md lists the files.
 
     Args:
         config: What to do.
         folder: Where to; it must be new, unless ``resume``.
-        resume: Go on with an interrupted run of the same configuration. What is there is checked and reused, so the result is the
-            same as without the interruption.
+        resume: Go on with an interrupted run of the same configuration. What is there is checked
+            and reused, so the result is the same as without the interruption.
         progress: Show progress bars.
         model: A loaded model, instead of loading ``config.model``.
 
@@ -112,207 +98,214 @@ def run(
     Raises:
         ValueError: If the folder holds another run, or the input does not allow the run.
     """
-    folder = Path(folder)
-    notes = _open_run(folder, config, resume)
-    with _timed(notes, "load"):
-        folds = folds_of(config)
-        model = model if model is not None else load_run_model(config)
-    categories = categories_of(folds.test)
-    notes |= {
-        "model": model_info(model).to_dict(),
-        "packed": is_packed(model),
-        "categories": categories,
-        "folds": {
-            name: dict(Counter(p.label for p in fold)) for name, fold in folds._asdict().items()
-        },
-        "prompts": {
-            "source": config.prompts or "data/prompts.jsonl",
-            "sha256": prompts_key(itertools.chain(*folds)),
-        },
-    }
-    _note(folder, notes)
+    out = RunFolder.open(folder, config, resume=resume)
+    with out.stage("load"):
+        job = load_job(config, model=model, progress=progress)
+        out.note(**job.facts())
+    with out.stage("own answers"):
+        own_answers, questions_went_along = answer_fit_questions(job, out)
+    with out.stage("activations"):  # SafeSteer: activations by category
+        measured = measure_fit_and_tune(job, out, own_answers, questions_went_along)
+    with out.stage("vectors"):  # SafeSteer: category-wise steering vectors
+        vectors = fit_all(measured, job.folds.fit, config.constructions)
+        out.save_vectors(vectors)
+    with out.stage("separability"):
+        out.write_table("separability", separability_by_layer(job, measured))
+    with out.stage("neurons"):
+        out.write_table("neurons", neuron_scores(job, measured))
+    with out.stage("tune"):
+        tuned = tune(job, out, vectors)
+    with out.stage("gate"):
+        gate, opened = fit_and_rate_gate(job, out, measured, main_setting(tuned))
+    with out.stage("test"):  # SafeSteer: steered generation
+        answers, names = answer_test_questions(job, out, measured, vectors, tuned, gate, opened)
+    with out.stage("evaluate"):  # SafeSteer: safety and quality of the answers
+        evaluate_answers(job, out, answers, names, opened, condition_of(main_setting(tuned)))
+    return out.finish()
 
-    safety_judge = framing_judge_for(model)
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed)
-    answers: Any = {"decoding": decoding, "progress": progress}
-    with _timed(notes, "own answers"):
-        needs_own = config.constructions is None or any(
-            "self" in name for name in config.constructions
-        )
-        kept: Any = {"output": folder / "fit.jsonl", **answers}
-        own = _own_answers(model, folds.fit, safety_judge, **kept) if needs_own else []
-        wants_guided = GUIDED in (config.constructions or ())
-        guided = (
-            went_along(model, folds.fit, kept_by(safety_judge)[1], **kept) if wants_guided else []
-        )
-    with _timed(notes, "activations"):
-        measured = measure(
-            model,
-            folds,
-            folder / "activations",
-            own_answers=own,
-            went_along=guided,
-            progress=progress,
-        )
-    with _timed(notes, "vectors"):
-        vectors = fit_all(measured, folds.fit, config.constructions)
-        notes["vectors"] = _save_vectors(folder / "vectors", vectors)
-    with _timed(notes, "separability"):
-        residual = {
-            site: acts
-            for site, acts in measured.prompts.items()
-            if site.kind in ("resid_post", "attn_out")
-        }
-        _write_csv(folder / "separability.csv", layer_separability(residual, folds.fit, folds.tune))
-    with _timed(notes, "neurons"):
-        _write_csv(
-            folder / "neurons.csv", _neurons(model, measured, folds, categories, config.seed)
-        )
-    _note(folder, notes)
 
-    score = partial(score_completions, model, safety_judge=safety_judge)
-    with _timed(notes, "tune"):
-        tuned = calibrate(
-            model,
-            vectors,
-            select_prompts(folds.tune, label="unsafe", limit=config.tune_prompts),
-            grid(
-                constructions_of(vectors),
-                placements(model),
-                config.rhos,
-                signs={PROMPT: (1, -1), GUIDED: (1, -1)},
-            ),
-            score=score,
-            output=folder / "tune.jsonl",
-            neutral=select_prompts(folds.tune, label="neutral", limit=TUNE_NEUTRAL),
-            limits=limits_of(config),
-            **answers,
+def answer_fit_questions(job: Job, out: RunFolder) -> tuple[list[Prompt], list[Prompt]]:
+    """Let the model answer the fit questions itself, where a construction needs it.
+
+    Returns:
+        Rows of the self-contrast, none where the model gives too few pairs of answers; and the
+        questions that the model goes along with, for the guided variant of the paper's vector.
+    """
+    wanted = job.config.constructions
+    keep_safe, keep_unsafe = kept_by(job.judge)
+    keywords: dict[str, Any] = {"output": out.path / "fit.jsonl", **job.how}
+    own_answers, questions_went_along = [], []
+    if wanted is None or any(CONSTRUCTIONS[name].reads == "own answers" for name in wanted):
+        own_answers = self_contrast(
+            job.model, job.folds.fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, **keywords
         )
-        _write_csv(folder / "tuning.csv", tuned.table)
-        notes["chosen"] = {
-            s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()
-        }
-        notes["rounds"] = [one._asdict() for one in tuned.rounds]
-        _note(folder, notes)
-    main = main_setting(tuned)
-    steered = condition_of(main)
-    with _timed(notes, "gate"):
-        site = gate_site(main)
-        gate = fit_gate(
-            measured.prompts[site].of(folds.fit),
-            measured.prompts[site].of(folds.tune),
-            neutral_rate=config.neutral_rate,
-            hard_rate=config.hard_safe_rate,
-        )
-        save_gate(folder / "gate.safetensors", gate)
-        held_out = cache_activations(
-            model, folds.test, [site], store=folder / "activations", progress=progress
-        )[site]
-        for name, table in (("rates", activation_rates), ("confusion", confusion), ("roc", roc)):
-            _write_csv(folder / f"gate_{name}.csv", table(gate, held_out))
-        opened = dict(
-            zip((p.id for p in held_out.prompts), opened_for(gate, held_out), strict=True)
-        )
-        fired = {prompt_id: category != CLOSED for prompt_id, category in opened.items()}
-        notes["gate"] = {
+        if len(own_answers) < 2 * LEAST_PAIRS:
+            own_answers = []
+    if GUIDED in (wanted or ()):
+        questions_went_along = went_along(job.model, job.folds.fit, keep_unsafe, **keywords)
+    return own_answers, questions_went_along
+
+
+def measure_fit_and_tune(
+    job: Job, out: RunFolder, own_answers: list[Prompt], questions_went_along: list[Prompt]
+) -> Measured:
+    """Cache the activations that vectors, neurons and gate are made from."""
+    return measure(
+        job.model,
+        job.folds,
+        out.path / "activations",
+        own_answers=own_answers,
+        went_along=questions_went_along,
+        progress=job.progress,
+    )
+
+
+def separability_by_layer(job: Job, measured: Measured) -> pd.DataFrame:
+    """Say how well each layer's direction tells held-out prompts of a category apart."""
+    kinds = ("resid_post", "attn_out")
+    residual = {site: acts for site, acts in measured.prompts.items() if site.kind in kinds}
+    return layer_separability(residual, job.folds.fit, job.folds.tune)
+
+
+def neuron_scores(job: Job, measured: Measured) -> pd.DataFrame:
+    """Score every MLP neuron for every category: contribution, selectivity, stability."""
+    fit, tune_fold = (
+        {site: acts.of(fold) for site, acts in measured.prompts.items()}
+        for fold in (job.folds.fit, job.folds.tune)
+    )
+    safe_categories = {p.category for p in job.folds.fit if p.label == "safe"}
+    return attribute_neurons(
+        job.model,
+        fit,
+        tune_fold,
+        site=attributed_site(job.model),
+        categories=job.categories,
+        reference="twins" if safe_categories.issuperset(job.categories) else "neutral",
+        seed=job.config.seed,
+    )
+
+
+def attributed_site(model: HookedModel) -> Site:
+    """Name the site whose direction neurons are scored by: after the last block but one."""
+    return Site(max(0, model.cfg.n_layers - 2), "resid_post")
+
+
+def tune(job: Job, out: RunFolder, vectors: Vectors) -> Calibration:
+    """Choose place, sign and strength of every construction on the tune fold."""
+    names = constructions_of(vectors)
+    tuned = calibrate(
+        job.model,
+        vectors,
+        select_prompts(job.folds.tune, label="unsafe", limit=job.config.tune_prompts),
+        grid(names, placements(job.model), job.config.rhos, signs=signs_of(names)),
+        score=job.score,
+        output=out.path / "tune.jsonl",
+        neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
+        limits=limits_of(job.config),
+        **job.how,
+    )
+    out.write_table("tuning", tuned.table)
+    out.note(
+        chosen={s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()},
+        rounds=[one._asdict() for one in tuned.rounds],
+    )
+    return tuned
+
+
+def fit_and_rate_gate(
+    job: Job, out: RunFolder, measured: Measured, main: Setting
+) -> tuple[Gate, dict[str, str]]:
+    """Fit the gate for the main setting, and say for which test prompts it opens.
+
+    Returns:
+        The gate, and for each test prompt's id the category it opens for (or that it is closed).
+    """
+    site = gate_site(main)
+    gate = fit_gate(
+        measured.prompts[site].of(job.folds.fit),
+        measured.prompts[site].of(job.folds.tune),
+        neutral_rate=job.config.neutral_rate,
+        hard_rate=job.config.hard_safe_rate,
+    )
+    save_gate(out.path / "gate.safetensors", gate)
+    held_out = cache_activations(
+        job.model, job.folds.test, [site], store=out.path / "activations", progress=job.progress
+    )[site]
+    out.write_table("gate_rates", activation_rates(gate, held_out))
+    out.write_table("gate_confusion", confusion(gate, held_out))
+    out.write_table("gate_roc", roc(gate, held_out))
+    out.note(
+        gate={
             "site": str(site),
             "construction": main.construction,
-            "condition": steered,
+            "condition": condition_of(main),
             "threshold": str(round(gate.threshold, 4)),
-            "asked": {name: own.rate for name, own in gate.thresholds.items()},
+            "asked": {name: threshold.rate for name, threshold in gate.thresholds.items()},
         }
-    with _timed(notes, "test"):
-        questions = _test_questions(folds.test, config)
-        share = sum(fired[p.id] for p in questions) / len(questions)
-        made: dict[str, Condition] = {
-            condition_of(s): steering(vectors, s) for s in tuned.chosen.values()
-        }
-        made |= behind_gate(vectors, main, gate, share)
-        made |= controls(vectors, main, fitted_on(main.construction, measured), seed=config.seed)
-        conditions = for_everyone(made, questions)
-        completions = sweep(model, questions, conditions, output=folder / "test.jsonl", **answers)
-    with _timed(notes, "evaluate"):
-        everything = score([*completions, *refusing(completions, fired, model)])
-        margins = MARGINS | limits_of(config).margins()
-        result = everything.only([name for name in conditions if name != ALWAYS])
-        _write_csv(folder / "evaluation.csv", result.summary(seed=config.seed, margins=margins))
-        _write_csv(folder / "scores.csv", result.to_frame())
-        write_jsonl(folder / "completions.jsonl", result.answers())
-        if safety_judge is not None:
-            _write_csv(folder / "judge_agreement.csv", judge_agreement(result))
-        beside = beside_a_gate(everything, fired, steered, GATED, seed=config.seed)
-        beside = beside.only(
-            [name for name in GATE_CONDITIONS if name in set(beside.scores["condition"])]
-            + [steered]
-        )
-        _write_csv(
-            folder / "gate_comparison.csv", beside.summary(seed=config.seed, margins=margins)
-        )
-        _write_csv(folder / "gate_cells.csv", cells(everything, fired, GATED))
-    notes["judges"] = [
+    )
+    ids = (prompt.id for prompt in held_out.prompts)
+    return gate, dict(zip(ids, opened_for(gate, held_out), strict=True))
+
+
+def answer_test_questions(
+    job: Job,
+    out: RunFolder,
+    measured: Measured,
+    vectors: Vectors,
+    tuned: Calibration,
+    gate: Gate,
+    opened: Mapping[str, str],
+) -> tuple[list[Completion], list[str]]:
+    """Answer the test fold once: unsteered, under every construction, gated, under controls.
+
+    Returns:
+        The answers and the names of their conditions, in order.
+    """
+    main = main_setting(tuned)
+    questions = questions_of_test(job.folds.test, job.config)
+    share_opened = sum(opened[p.id] != CLOSED for p in questions) / len(questions)
+    behind = activations_behind(main.construction, measured)
+    steered: dict[str, Condition] = {
+        condition_of(setting): steering(vectors, setting) for setting in tuned.chosen.values()
+    }
+    steered |= behind_gate(vectors, main, gate, share_opened)
+    steered |= controls(vectors, main, behind, seed=job.config.seed)
+    conditions = for_everyone(steered, questions)
+    output = out.path / "test.jsonl"
+    return sweep(job.model, questions, conditions, output=output, **job.how), list(conditions)
+
+
+def evaluate_answers(
+    job: Job,
+    out: RunFolder,
+    answers: list[Completion],
+    names: list[str],
+    opened: Mapping[str, str],
+    main_condition: str,
+) -> None:
+    """Score the answers of the test fold, and write every table that the report shows."""
+    fired = {prompt_id: category != CLOSED for prompt_id, category in opened.items()}
+    everything = job.score([*answers, *refusing(answers, fired, job.model)])
+    margins = MARGINS | limits_of(job.config).margins()
+    seed = job.config.seed
+    result = everything.only([name for name in names if name != ALWAYS])
+    out.write_table("evaluation", result.summary(seed=seed, margins=margins))
+    out.write_table("scores", result.to_frame())
+    out.write_rows("completions", list(result.answers()))
+    if job.judge is not None:
+        out.write_table("judge_agreement", judge_agreement(result))
+    compared = beside_a_gate(everything, fired, main_condition, GATED, seed=seed)
+    scored = set(compared.scores["condition"])
+    compared = compared.only([*(c for c in GATE_CONDITIONS if c in scored), main_condition])
+    out.write_table("gate_comparison", compared.summary(seed=seed, margins=margins))
+    out.write_table("gate_cells", cells(everything, fired, GATED))
+    out.note(judges=_judges(job, result))
+
+
+def _judges(job: Job, result: Evaluation) -> list[dict[str, Any]]:
+    """Name the judges of a result, what each measures, and how far it agrees with labels."""
+    agreement = job.judge.agreement if job.judge is not None else None
+    return [
         {"name": result.judge, "measures": "refusal", "agreement": None},
-        {
-            "name": result.safety_judge,
-            "measures": HEADLINE,
-            "agreement": safety_judge.agreement if safety_judge is not None else None,
-        },
+        {"name": result.safety_judge, "measures": HEADLINE, "agreement": agreement},
     ]
-    notes["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    _note(folder, notes)
-    return folder
-
-
-def _own_answers(
-    model: HookedModel, fit: Sequence[Prompt], judge: FramingJudge | None, **answers: Any
-) -> list[Prompt]:
-    """Rows of the self-contrast; none where the model has too few pairs of answers to give."""
-    keep_safe, keep_unsafe = kept_by(judge)
-    rows = self_contrast(model, fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, **answers)
-    return rows if len(rows) >= 2 * LEAST_PAIRS else []
-
-
-def _neurons(
-    model: HookedModel, measured: Measured, folds: Folds, categories: Sequence[str], seed: int
-) -> pd.DataFrame:
-    from workbench.neurons.ranking import attribute_neurons
-
-    fit, tune = (
-        {site: acts.of(fold) for site, acts in measured.prompts.items()}
-        for fold in (folds.fit, folds.tune)
-    )
-    has_twins = all(
-        any(p.label == "safe" and p.category == c for p in folds.fit) for c in categories
-    )
-    return attribute_neurons(
-        model,
-        fit,
-        tune,
-        site=attributed_site(model),
-        categories=categories,
-        reference="twins" if has_twins else "neutral",
-        seed=seed,
-    )
-
-
-def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[str, Any]:
-    """A chosen setting as a run's notes keep it: places, sign, strength, multipliers by category and site, and why."""
-    own = table[table["chosen"] & (table["construction"] == setting.construction)]
-    row = own[own["metric"] == HEADLINE].iloc[0]
-    over = "" if row["feasible"] else f"; it is over the limits by {row['excess']:.2f}"
-    multipliers = {
-        category: {
-            str(s): setting.sign
-            * vectors[setting.construction, s][category].multiplier_for(setting.rho)
-            for s in setting.sites
-        }
-        for category in vectors[setting.construction, setting.sites[0]]
-    }
-    return {
-        "sites": [str(site) for site in setting.sites],
-        "sign": setting.sign,
-        "rho": setting.rho,
-        "positions": setting.positions,
-        "until": setting.until,
-        "multiplier": multipliers,
-        "reason": f"most safe and helpful answers (proxy) on the tune fold, less costs over the limits: {row['value']:.2f}, n={row['n']}{over}",
-    }

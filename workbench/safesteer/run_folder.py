@@ -1,40 +1,37 @@
-"""The folder of a run, as read: its notes, tables and answers. What a run has not reached may be missing; what is there is checked."""
+"""The folder of a run: written stage by stage, and read back for reports and for steering.
+
+What a run has not reached may be missing; what is there is checked when it is read.
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from workbench.files.store import PathLike, read_json, read_jsonl
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import pandas as pd
-
-    from workbench.safesteer.settings import Vectors
 
 import datetime
 import importlib.metadata
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from workbench.files.store import write_json, write_text
-from workbench.steering.vectors import save_vector
+from workbench.files.store import (
+    PathLike,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from workbench.models.sites import Site
+from workbench.steering.vectors import SteeringVector, load_vector, save_vector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     import pandas as pd
 
     from workbench.safesteer.config import RunConfig
+    from workbench.safesteer.settings import Vectors
 
 FORMAT = "workbench run 1"
-
-
 COLUMNS = {
     "separability": ("layer", "kind", "category", "against", "auroc"),
     "tuning": ("construction", "sites", "sign", "rho", "metric", "value"),
@@ -67,9 +64,7 @@ COLUMNS = {
     ),
 }
 """Columns without which a table cannot be read."""
-
-
-_TEXT: tuple[str, ...] = (
+_TEXT = (
     "condition",
     "category",
     "metric",
@@ -79,35 +74,108 @@ _TEXT: tuple[str, ...] = (
     "kind",
     "construction",
     "sites",
+    "set",
+    "truth",
+    "opened",
+    "gate",
+    "prompts",
+    "positions",
 )
-
-
-_TEXT += ("set", "truth", "opened", "gate", "prompts", "positions")
-
-
 _WHOLE = ("layer", "neuron")
-
-
 _OPTIONAL = ("low", "high", "n", "n_unscored", "p", "p_holm", "no_loss_p", "asked")
-
-
 _YES_NO = ("feasible", "chosen", "front")
-
-
 _OBJECTS = ("config", "model", "versions", "durations", "folds", "chosen", "prompts")
-
-
 _LISTS = ("categories", "judges", "vectors")
 
 
 @dataclass(frozen=True, eq=False)
 class RunFolder:
-    """What a run left behind, as read.
+    """Write a run: open its folder, time its stages, keep its notes, tables and vectors.
+
+    Attributes:
+        path: The folder; it is made when the first file is written.
+        notes: What run.json holds.
+    """
+
+    path: Path
+    notes: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: PathLike, config: RunConfig, *, resume: bool = False) -> RunFolder:
+        """Begin a run in a new folder, or take up an interrupted run of the same settings.
+
+        Raises:
+            ValueError: If the folder holds another run, or something else.
+        """
+        path = Path(folder)
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+        if (path / "run.json").is_file():
+            return cls(path, _notes_to_resume(path, settings, resume))
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(
+                f"{str(path)!r} is not an empty folder and holds no run; "
+                "give another one with --out."
+            )
+        packages = ("workbench", "torch", "transformers", "transformer-lens")
+        notes = {
+            "format": FORMAT,
+            "config": settings,
+            "seed": config.seed,
+            "started": _now(),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "durations": {},
+        }
+        return cls(path, notes)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and write the notes when it is done.
+
+        A resumed stage adds its seconds to what it took before.
+        """
+        start = time.monotonic()
+        yield
+        durations = self.notes["durations"]
+        durations[name] = round(durations.get(name, 0) + time.monotonic() - start, 1)
+        write_json(self.path / "run.json", self.notes)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the notes; they are written at the end of the stage."""
+        self.notes.update(facts)
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+        """Write a table as NAME.csv, numbers with five digits."""
+        write_table(self.path / f"{name}.csv", frame)
+
+    def write_rows(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows as NAME.jsonl."""
+        write_jsonl(self.path / f"{name}.jsonl", rows)
+
+    def save_vectors(self, vectors: Vectors) -> None:
+        """Write every vector with its card, and note their files."""
+        names = []
+        for (construction, site), by_category in vectors.items():
+            for category, vector in by_category.items():
+                names.append(vector_file(construction, site, category))
+                save_vector(self.path / "vectors" / names[-1], vector)
+        self.note(vectors=names)
+
+    def finish(self) -> Path:
+        """Note when the run ended, and return its folder."""
+        self.note(finished=_now())
+        write_json(self.path / "run.json", self.notes)
+        return self.path
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRun:
+    """Hold what a run left behind, as read.
 
     Attributes:
         path: The folder.
-        notes: run.json.
-        tables: Name of a csv file, without its ending, to its rows; None where the run did not get that far.
+        notes: What run.json holds.
+        tables: Name of a csv file, without its ending, to its rows; None where the run did not get
+            that far.
         completions: Rows of completions.jsonl.
     """
 
@@ -117,7 +185,7 @@ class RunFolder:
     completions: list[dict[str, Any]]
 
 
-def read_run(folder: PathLike) -> RunFolder:
+def read_run(folder: PathLike) -> SavedRun:
     """Read a run folder; files that a run may not have reached are allowed to be missing.
 
     Raises:
@@ -126,28 +194,78 @@ def read_run(folder: PathLike) -> RunFolder:
     path = Path(folder)
     if not (path / "run.json").is_file():
         raise ValueError(
-            f"{str(folder)!r} is no run folder (it has no run.json); give the folder that 'workbench run' wrote."
+            f"{str(folder)!r} is no run folder (it has no run.json); "
+            "give the folder that 'workbench run' wrote."
         )
     notes = read_json(path / "run.json")
     if not isinstance(notes, dict) or notes.get("format") != FORMAT:
-        found = notes.get("format") if isinstance(notes, dict) else None
+        given = notes.get("format") if isinstance(notes, dict) else None
         raise ValueError(
-            f"{str(folder)!r} is no run this version reads: its format is {found!r}, needed is {FORMAT!r}."
+            f"{str(folder)!r} is no run this version reads: "
+            f"its format is {given!r}, needed is {FORMAT!r}."
         )
     for names, kind, word in ((_OBJECTS, dict, "an object"), (_LISTS, list, "a list")):
         for name in names:
             notes[name] = kind() if notes.get(name) is None else notes[name]
             if not isinstance(notes[name], kind):
                 raise ValueError(
-                    f"{path / 'run.json'}: {name!r} must be {word}, got {notes[name]!r:.60}; run again."
+                    f"{path / 'run.json'}: {name!r} must be {word}, got {notes[name]!r:.60}; "
+                    "run again."
                 )
+    tables = {name: _read_table(path / f"{name}.csv", columns) for name, columns in COLUMNS.items()}
     answers = path / "completions.jsonl"
-    return RunFolder(
-        path,
-        notes,
-        {name: _read_table(path / f"{name}.csv", columns) for name, columns in COLUMNS.items()},
-        read_jsonl(answers) if answers.is_file() else [],
-    )
+    return SavedRun(path, notes, tables, read_jsonl(answers) if answers.is_file() else [])
+
+
+def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, SteeringVector]]:
+    """Read the vectors of a run: (construction, site) to category to vector.
+
+    Raises:
+        ValueError: If the run has none.
+    """
+    run = read_run(folder)
+    vectors: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
+    for name in run.notes["vectors"]:
+        construction, layer, kind, category = str(name).removesuffix(".safetensors").split(".", 3)
+        by_category = vectors.setdefault((construction, Site.parse(f"{layer}.{kind}")), {})
+        by_category[category] = load_vector(run.path / "vectors" / str(name))
+    if not vectors:
+        raise ValueError(
+            f"{str(folder)!r} has no vectors yet; "
+            f"finish it with 'workbench run --out {folder} --resume'."
+        )
+    return vectors
+
+
+def vector_file(construction: str, site: Site, category: str) -> str:
+    """Name the file of a vector inside a run's folder "vectors"."""
+    return f"{construction}.{site}.{category}.safetensors"
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as csv, atomically, numbers with five digits."""
+    write_text(path, frame.to_csv(index=False, float_format="%.5g"))
+
+
+def _notes_to_resume(path: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
+    notes = read_json(path / "run.json")
+    if not resume:
+        raise ValueError(
+            f"{str(path)!r} holds a run already; "
+            "go on with --resume, or give another folder with --out."
+        )
+    if not isinstance(notes, dict) or notes.get("config") != settings:
+        before = (notes.get("config") if isinstance(notes, dict) else None) or {}
+        differing = [name for name, value in settings.items() if before.get(name) != value]
+        raise ValueError(
+            f"{str(path)!r} holds a run with another {differing[0]}; "
+            "resume it with its own, or give another --out."
+        )
+    return notes
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
@@ -178,66 +296,3 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
             f"{path} cannot be read ({problem}); write it again with 'workbench run --resume'."
         ) from error
     return None if frame.empty else frame
-
-
-def _save_vectors(folder: Path, vectors: Vectors) -> list[str]:
-    names = []
-    for (construction, site), by_category in vectors.items():
-        for category, vector in by_category.items():
-            names.append(f"{construction}.{site}.{category}.safetensors")
-            save_vector(folder / names[-1], vector)
-    return names
-
-
-def _open_run(folder: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
-    """The notes of a run (run.json), begun or taken up."""
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    path = folder / "run.json"
-    if path.is_file():
-        notes = read_json(path)
-        if not resume:
-            raise ValueError(
-                f"{str(folder)!r} holds a run already; go on with --resume, or give another folder with --out."
-            )
-        if not isinstance(notes, dict) or notes.get("config") != settings:
-            differing = [k for k, v in settings.items() if (notes.get("config") or {}).get(k) != v]
-            raise ValueError(
-                f"{str(folder)!r} holds a run with another {differing[0]}; resume it with its own, or give another --out."
-            )
-        return notes
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{str(folder)!r} is not an empty folder and holds no run; give another one with --out."
-        )
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("workbench", "torch", "transformers", "transformer-lens")
-    }
-    notes = {
-        "format": FORMAT,
-        "config": settings,
-        "seed": config.seed,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-        "durations": {},
-    }
-    return notes
-
-
-def _note(folder: Path, notes: dict[str, Any]) -> None:
-    write_json(folder / "run.json", notes)
-
-
-@contextmanager
-def _timed(notes: dict[str, Any], stage: str) -> Iterator[None]:
-    """Add the stage's seconds to the notes (a resumed stage adds to what it took before)."""
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        durations = notes["durations"]
-        durations[stage] = round(durations.get(stage, 0) + time.monotonic() - start, 1)
-
-
-def _write_csv(path: Path, frame: pd.DataFrame) -> None:
-    write_text(path, frame.to_csv(index=False, float_format="%.5g"))

@@ -1,4 +1,4 @@
-"""A model with the steering of a saved run: its vectors at the strength the run chose, behind its gate or always on, for any question."""
+"""Steer with what a saved run chose: behind its gate or always on, for any question."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_json
 from workbench.generation.answers import UNSTEERED, Completion, sweep
-from workbench.generation.decoding import Decoding
+from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.activations import token_activations
 from workbench.models.sites import Site
 from workbench.models.tokens import token_strings
 from workbench.prompts.prompt import Prompt
-from workbench.safesteer.run_folder import read_run
+from workbench.safesteer.run_folder import read_run, vector_file
 from workbench.steering.gates import Gate, load_gate
 from workbench.steering.interventions import Intervention, add_vector, gated
 from workbench.steering.vectors import load_vector
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
     from workbench.models.load import HookedModel
 
-
 CALIBRATION = "calibration"
 """Folder inside a run's where ``workbench calibrate`` leaves what it chose."""
 
 
 @dataclass(frozen=True, eq=False)
 class GateReading:
-    """What a gate makes of one question, token by token.
+    """Hold what a gate makes of one question, token by token.
 
     Attributes:
         tokens: Texts of the tokens it reads.
-        scores: Log-odds of each category at each of them, of shape [token, category]. Their mean is what the gate decides on where its span is
-            "content"; a gate that reads the last token decides on the last row.
+        scores: Log-odds of each category at each of them, of shape [token, category]. Their mean is
+            what the gate decides on where its span is "content"; a gate that reads the last token
+            decides on the last row.
         decided: Scores it decides on, of shape [category].
         opening: How far it opens for each category, from 0 to 1.
-        categories: Names.
+        categories: Names of the categories.
     """
 
     tokens: tuple[str, ...]
@@ -51,54 +51,56 @@ class GateReading:
 
 
 def chosen_settings(folder: PathLike, *, calibrated: bool = False) -> dict[str, dict[str, Any]]:
-    """The settings a run chose, construction by construction, or those of a later ``workbench calibrate``.
+    """Read the settings that a run, or a later calibration, chose for each construction.
 
     Raises:
         ValueError: If nothing was chosen yet.
     """
     run = read_run(folder)
+    settings: Any = run.notes.get("chosen")
     if calibrated:
         path = run.path / CALIBRATION / "chosen.json"
         if not path.is_file():
             raise ValueError(
-                f"{str(folder)!r} was not calibrated again; do it with 'workbench calibrate --run {folder}'."
+                f"{str(folder)!r} was not calibrated again; "
+                f"do it with 'workbench calibrate --run {folder}'."
             )
-        content = read_json(path)
-        chosen: dict[str, dict[str, Any]] = content if isinstance(content, dict) else {}
-    else:
-        chosen = run.notes.get("chosen") or {}
-    if not chosen:
+        settings = read_json(path)
+    if not isinstance(settings, dict) or not settings:
         raise ValueError(
-            f"{str(folder)!r} has no chosen setting yet; finish it with 'workbench run --out {folder} --resume'."
+            f"{str(folder)!r} has no chosen setting yet; "
+            f"finish it with 'workbench run --out {folder} --resume'."
         )
-    return chosen
+    return settings
 
 
 def steering_from(
     folder: PathLike, category: str, *, construction: str | None = None, calibrated: bool = False
 ) -> list[Intervention]:
-    """Interventions of a saved run for one category, as its tune fold chose them; always on.
+    """Make a saved run's interventions for one category, always on.
 
     Args:
         folder: Folder of a run.
         category: One of its categories.
-        construction: One of those it chose settings for; None is the last of them.
+        construction: One of those it chose settings for; None is the one its gate was fitted for.
         calibrated: Take the settings of a later ``workbench calibrate``.
 
     Raises:
         ValueError: If the run chose nothing yet, or has no such category or construction.
     """
-    chosen = chosen_settings(folder, calibrated=calibrated)
-    name = construction or list(chosen)[-1]
-    if name not in chosen:
+    settings = chosen_settings(folder, calibrated=calibrated)
+    name = construction or _main_construction(folder) or list(settings)[-1]
+    if name not in settings:
         raise ValueError(
-            f"no construction {name!r} in {str(folder)!r}; constructions: {', '.join(chosen)}.{did_you_mean(name, chosen)}"
+            f"no construction {name!r} in {str(folder)!r}; constructions: {', '.join(settings)}."
+            f"{did_you_mean(name, settings)}"
         )
-    setting = chosen[name]
+    setting = settings[name]
     multipliers = setting["multiplier"]
     if category not in multipliers:
         raise ValueError(
-            f"no category {category!r} in {str(folder)!r}; categories: {', '.join(multipliers)}.{did_you_mean(category, multipliers)}"
+            f"no category {category!r} in {str(folder)!r}; categories: {', '.join(multipliers)}."
+            f"{did_you_mean(category, multipliers)}"
         )
     extent: dict[str, Any] = {
         "positions": setting.get("positions", "all"),
@@ -107,7 +109,7 @@ def steering_from(
     vectors = Path(folder) / "vectors"
     return [
         add_vector(
-            load_vector(vectors / f"{name}.{Site.parse(site)}.{category}.safetensors"),
+            load_vector(vectors / vector_file(name, Site.parse(site), category)),
             multiplier,
             **extent,
         )
@@ -115,8 +117,14 @@ def steering_from(
     ]
 
 
+def _main_construction(folder: PathLike) -> str | None:
+    """Name the construction that a run's gate was fitted for: its best contrast of answers."""
+    name: str | None = (read_run(folder).notes.get("gate") or {}).get("construction")
+    return name
+
+
 def gate_from(folder: PathLike) -> Gate:
-    """The gate of a saved run.
+    """Load the gate of a saved run.
 
     Raises:
         FileNotFoundError: If it has none.
@@ -127,7 +135,7 @@ def gate_from(folder: PathLike) -> Gate:
 def gated_steering_from(
     folder: PathLike, *, construction: str | None = None, calibrated: bool = False
 ) -> list[Intervention]:
-    """Interventions of a saved run behind its gate: it decides for each question, and for which category.
+    """Make a saved run's interventions behind its gate, which decides for each question.
 
     Args:
         folder: Folder of a run.
@@ -139,19 +147,12 @@ def gated_steering_from(
         FileNotFoundError: If the run has no gate.
     """
     gate = gate_from(folder)
-    fitted_for = (read_run(folder).notes.get("gate") or {}).get("construction")
-    name = construction or fitted_for
-    return gated(
-        {
-            c: steering_from(folder, c, construction=name, calibrated=calibrated)
-            for c in gate.categories
-        },
-        gate,
-    )
+    choice: Any = {"construction": construction, "calibrated": calibrated}
+    return gated({c: steering_from(folder, c, **choice) for c in gate.categories}, gate)
 
 
 def gate_reading(model: HookedModel, gate: Gate, question: str) -> GateReading:
-    """What a gate makes of one question, token by token.
+    """Read one question with a gate, token by token.
 
     Args:
         model: The model it was fitted on.
@@ -172,21 +173,18 @@ def side_by_side(
     model: HookedModel,
     question: str,
     interventions: list[Intervention],
-    *,
-    max_new_tokens: int = 64,
+    decoding: Decoding = GREEDY,
 ) -> tuple[Completion, Completion]:
-    """One question answered without and with interventions, in one batch.
+    """Answer one question without and with interventions, in one batch.
 
     Args:
         model: The model that the vectors were measured on.
         question: The user's words.
         interventions: For instance from ``steering_from`` or ``gated_steering_from``.
-        max_new_tokens: Length limit of an answer.
+        decoding: Length and sampling of the answers.
     """
     conditions = {UNSTEERED: (), "steered": interventions}
-    plain, steered = sweep(
-        model, [_asked(question)], conditions, decoding=Decoding(max_new_tokens=max_new_tokens)
-    )
+    plain, steered = sweep(model, [_asked(question)], conditions, decoding)
     return plain, steered
 
 

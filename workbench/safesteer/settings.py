@@ -1,4 +1,4 @@
-"""Calibration: which construction, place, sign, strength and positions to steer with, chosen on the tune fold and never on the test fold."""
+"""Settings of steering: where a vector is added, with which sign, how strongly, how long."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ if TYPE_CHECKING:
 
 
 MID_DEPTH, BAND, SPREAD = 0.5, (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)
-"""Where vectors are added, as shares of depth: the residual stream at half depth, attention outputs over a band around it, or the residual
-stream at four layers. The paper's layers are 14 to 31 of 32, mostly 14."""
-
-
+"""Where vectors are added, as shares of depth: the residual stream at half depth, attention
+outputs over a band around it, or the residual stream at four layers. The paper's layers are 14 to
+31 of 32, mostly 14."""
 BAND_SHARE = 0.41
-"""Strength at each of several layers over the strength at one layer: .07 to .17 in the exploration both come from."""
-
-
+"""Strength at each of several layers over the strength at one layer: .07 to .17 in the
+exploration that both come from."""
 Vectors = Mapping[tuple[str, Site], Mapping[str, SteeringVector]]
 """(construction, site) -> category -> vector."""
 
 
 class Setting(NamedTuple):
-    """One way of steering that is tried on the tune fold."""
+    """Say how to steer: construction, sites, sign, relative strength, positions and length."""
 
     construction: str
     sites: tuple[Site, ...]
     sign: int
-    rho: float  # at each site
+    rho: float
+    """Relative strength at each site."""
     positions: Positions = "all"
     until: int | None = None
 
     @property
     def name(self) -> str:
-        """How results call it."""
-        where = (
-            str(self.sites[0])
-            if len(self.sites) == 1
-            else f"{self.sites[0]}-{self.sites[-1].layer}"
-        )
+        """Name the setting as results call it."""
+        where = str(self.sites[0])
+        if len(self.sites) > 1:
+            where += f"-{self.sites[-1].layer}"
         extent = "" if self.positions == "all" else f" {self.positions}"
         extent += "" if self.until is None else f" first {self.until}"
         return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}{extent}"
 
 
 def placements(model: HookedModel) -> list[tuple[Site, ...]]:
-    """Where vectors are added: one residual site at half depth, attention outputs of a band of layers, four residual sites."""
+    """List the places where vectors are added.
+
+    One residual site at half depth, the attention outputs of a band of layers, and four residual
+    sites.
+    """
     n = model.cfg.n_layers
     first, last = round(BAND[0] * n), max(round(BAND[0] * n), int(BAND[1] * n))
     spread = tuple(
@@ -72,14 +73,16 @@ def grid(
     signs: Mapping[str, Sequence[int]] | None = None,
     extents: Sequence[tuple[Positions, int | None]] = (("all", None),),
 ) -> list[Setting]:
-    """Every combination of construction, place, sign, relative strength and extent; several layers get ``BAND_SHARE`` of the strength at each.
+    """Combine every construction, place, sign, relative strength and extent.
+
+    Where there are several layers, each gets ``BAND_SHARE`` of the strength.
 
     Args:
         constructions: Names of vectors.
-        places: One site or several for each way.
+        places: Each a site or several.
         rhos: Relative strengths at one layer.
         signs: Construction to the signs that are tried; +1 (from unsafe to safe) alone by default.
-        extents: Pairs of positions and ``until`` (``interventions.Intervention``).
+        extents: Pairs of positions and ``until`` (see ``steering.Intervention``).
     """
     settings = []
     for construction in constructions:
@@ -94,12 +97,13 @@ def grid(
 
 
 def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]]:
-    """Interventions of a setting, for each category its own vectors."""
+    """Make the interventions of a setting: for each category its own vectors."""
     by_site = [vectors[setting.construction, site] for site in setting.sites]
     extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
     return {
         category: [
-            add_vector(own[category], rho=setting.sign * setting.rho, **extent) for own in by_site
+            add_vector(by_category[category], rho=setting.sign * setting.rho, **extent)
+            for by_category in by_site
         ]
         for category in by_site[0]
     }
