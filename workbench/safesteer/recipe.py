@@ -39,6 +39,7 @@ from workbench.judges.framing import FramingJudge, framing_judge_for
 from workbench.models.activations import cache_activations
 from workbench.models.load import HookedModel, model_info
 from workbench.models.packing import is_packed
+from workbench.prompts.contrasts import has_twins
 from workbench.prompts.prompt import Folds, Prompt, categories_of, prompts_key, select_prompts
 from workbench.safesteer.calibration import calibrate
 from workbench.safesteer.conditions import (
@@ -280,16 +281,13 @@ def _neurons(
         {site: acts.of(fold) for site, acts in measured.prompts.items()}
         for fold in (folds.fit, folds.tune)
     )
-    has_twins = all(
-        any(p.label == "safe" and p.category == c for p in folds.fit) for c in categories
-    )
     return attribute_neurons(
         model,
         fit,
         tune,
         site=attributed_site(model),
         categories=categories,
-        reference="twins" if has_twins else "neutral",
+        reference="twins" if has_twins(folds.fit, categories) else "neutral",
         seed=seed,
     )
 

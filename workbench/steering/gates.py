@@ -16,6 +16,7 @@ from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, tensor_digest, write_tensors
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
+from workbench.prompts.contrasts import rows_that_must_not_open, unsafe_rows
 from workbench.stats.linear_probe import fit_linear_probe
 from workbench.stats.selectivity import Threshold, conformal_threshold
 
@@ -38,10 +39,6 @@ Several = Literal["argmax", "whitened"]
 
 
 SEVERAL = ("argmax", "whitened")
-
-
-SAFE_SETS = {"neutral": "neutral", "hard_safe": "safe"}
-"""Sets that must not open a gate, and the label of their prompts: unrelated ones; twins of risky prompts and other look-alikes."""
 
 
 FORMAT = "workbench gate 1"
@@ -218,23 +215,31 @@ def fit_gate(
         weights = probe.weights[own] - probe.weights[safe]
         bias = probe.bias[own] - probe.bias[safe]
     highest = (tune.values.double() @ weights.T + bias).amax(dim=1).numpy()
-    label = np.array([p.label for p in tune.prompts])
     thresholds = {}
-    for name, rate in (("neutral", neutral_rate), ("hard_safe", hard_rate)):
-        own_scores = highest[label == SAFE_SETS[name]]
-        if len(own_scores):
-            thresholds[name] = conformal_threshold(own_scores, rate)
+    rates = {"neutral": neutral_rate, "hard_safe": hard_rate}
+    for name, rows in rows_that_must_not_open(tune.prompts).items():
+        if rows:
+            thresholds[name] = conformal_threshold(highest[rows], rates[name])
     if not thresholds:
         raise ValueError(
             "no safe or neutral prompts in the tune fold: nothing to set a threshold on."
         )
     threshold = max(own.value for own in thresholds.values())
-    passing = highest[(label == "unsafe") & (highest > threshold)] - threshold
+    risky = highest[unsafe_rows(tune.prompts)]
+    passing = risky[risky > threshold] - threshold
     scale = float(np.median(passing)) if len(passing) else 1.0
     span: Any = fit.span
-    rows, offsets = weights.float(), bias.float()
     return Gate(
-        fit.site, span, categories, rows, offsets, thresholds, scale, fit.model, form, several
+        fit.site,
+        span,
+        categories,
+        weights.float(),
+        bias.float(),
+        thresholds,
+        scale,
+        fit.model,
+        form,
+        several,
     )
 
 

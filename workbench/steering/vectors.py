@@ -12,7 +12,8 @@ from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, write_tensors
 from workbench.models.load import ModelInfo
 from workbench.models.sites import RESIDUAL_KINDS, Site
-from workbench.prompts.prompt import HARMLESS, Prompt, categories_of, text_key
+from workbench.prompts.contrasts import SafeSide, sides_to_fit
+from workbench.prompts.prompt import Prompt, categories_of, text_key
 from workbench.steering.estimators import (
     Pruning,
     mean_difference,
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.activations import ActivationSet
-
-
-SafeSide = Literal["paired", "generic"]
 
 
 Estimator = Literal["mean_difference", "principal", "probe"]
@@ -185,7 +183,7 @@ def fit_steering_vectors(
     norm = _site_norm(activations, residual)
     vectors = {}
     for category in chosen:
-        unsafe_rows, safe_rows = _sides(activations.prompts, category, safe_side)
+        unsafe_rows, safe_rows = sides_to_fit(activations.prompts, category, safe_side)
         if refusal_filter != "none":
             unsafe_rows, safe_rows = _filter_refusals(
                 activations.prompts,
@@ -263,7 +261,7 @@ def shuffled_vector(
         raise ValueError(
             f"a control at {like.site} of {like.model.name!r} needs activations from there, got {activations!r}."
         )
-    unsafe_rows, safe_rows = _sides(activations.prompts, like.category, safe_side)
+    unsafe_rows, safe_rows = sides_to_fit(activations.prompts, like.category, safe_side)
     if not unsafe_rows or not safe_rows:
         raise ValueError(
             f"no rows to shuffle for category {like.category!r} with safe_side={safe_side!r}."
@@ -343,25 +341,6 @@ def load_vector(path: PathLike) -> SteeringVector:
             f"{path} is damaged: its vector of shape {tuple(vector.vector.shape)} is not the one of its card; delete and rebuild it."
         )
     return vector
-
-
-def _sides(prompts: Sequence[Prompt], category: str, safe_side: str) -> tuple[list[int], list[int]]:
-    """Row numbers of the unsafe and the safe side; for pairs in the same order."""
-    unsafe = [i for i, p in enumerate(prompts) if p.category == category and p.label == "unsafe"]
-    if safe_side == "paired":
-        safe_of = {
-            p.pair_id: i
-            for i, p in enumerate(prompts)
-            if p.label == "safe" and p.pair_id is not None
-        }
-        pairs = [(i, j) for i in unsafe if (j := safe_of.get(prompts[i].pair_id or "")) is not None]
-        return [i for i, _ in pairs], [j for _, j in pairs]
-    if safe_side == "generic":
-        neutral = [
-            i for i, p in enumerate(prompts) if p.category == HARMLESS or p.label == "neutral"
-        ]
-        return unsafe, neutral or [i for i, p in enumerate(prompts) if p.label == "safe"]
-    raise ValueError(f"unknown safe_side {safe_side!r}; allowed: paired, generic.")
 
 
 def _filter_refusals(
