@@ -1,12 +1,12 @@
-"""Say who is compared with whom: which prompts are a category's unsafe side, and which its safe one.
+"""Say who is compared with whom: a category's unsafe prompts, and their counterparts.
 
 Steering vectors, tables of neurons, layers and gates all set a category's unsafe prompts against
 others. Who these others are is decided here, from labels, categories and pairs alone. Row numbers
 are places in the given prompts, in their order.
 
-Two readings of "twins" are kept apart. Pairs (``paired_rows``) are an unsafe prompt and the safe one
-with the same ``pair_id``: what a paired difference needs. Where only two groups are compared, the
-twins are all safe prompts of the category (``safe_rows``), paired or not.
+Two readings of "twins" are kept apart. Pairs (``paired_rows``) are an unsafe prompt and the safe
+one with the same ``pair_id``: what a paired difference needs. Where only two groups are compared,
+the twins are all safe prompts of the category (``safe_rows``), paired or not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ those; other safe ones that sound risky; everyday ones."""
 
 
 CLOSED_FOR = {NEUTRAL: "neutral", TWINS: "hard_safe", LOOK_ALIKES: "hard_safe"}
-"""Kind of prompts that must not open a steering gate, to the name of the threshold that sees to it."""
+"""Kind of prompts that must not open a steering gate, to the name of the threshold against it."""
 
 
 @dataclass(frozen=True, eq=False)

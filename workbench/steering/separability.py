@@ -1,4 +1,4 @@
-"""How well a category's direction tells held-out prompts apart, layer by layer, and against what."""
+"""Measure how well a category's direction tells held-out prompts apart, layer by layer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 def layer_separability(
     activations: Mapping[Site, ActivationSet], fit: Sequence[Prompt], held_out: Sequence[Prompt]
 ) -> pd.DataFrame:
-    """Held-out AUROC of the projection on each category's mean-difference direction, layer by layer.
+    """Compute held-out AUROCs of the projection on each category's direction, layer by layer.
 
-    Against neutral prompts a high value mostly measures style and topic; against the safe twins it measures risk.
+    The direction is the mean difference. Against neutral prompts a high value mostly measures style
+    and topic; against the safe twins it measures risk.
 
     Args:
         activations: Residual-stream sites to look at, with the prompts of both folds.
@@ -33,15 +34,15 @@ def layer_separability(
         held_out: Prompts that are projected.
 
     Returns:
-        Columns layer, kind, category, against (twins, neutral, other), auroc, low, high, n. A comparison without prompts is left out.
+        One row per site, category and comparison: columns layer, kind, category, against (see
+        ``contrasts.rows_against``), auroc, low, high, n. A comparison without prompts is left out.
     """
     import pandas as pd
 
     rows = []
     for site, acts in activations.items():
-        fitted = fit_steering_vectors(acts.of(fit))
         projected = acts.of(held_out)
-        for category, vector in fitted.items():
+        for category, vector in fit_steering_vectors(acts.of(fit)).items():
             scores = (projected.values.double() @ -vector.direction.double()).numpy()
             unsafe = unsafe_rows(projected.prompts, category)
             for against in get_args(Against):

@@ -1,8 +1,8 @@
 """Fit steering vectors, their controls, and keep them in files.
 
 A steering vector is a measured difference between activations of unsafe and of safe text; no
-gradient is taken. It points from unsafe to safe, always: a multiplier above 0 means safer. Which rows
-are the two sides is decided in ``prompts.contrasts``, what is made of them in ``estimators``.
+gradient is taken. It points from unsafe to safe, always: a multiplier above 0 means safer. Which
+rows are the two sides is decided in ``prompts.contrasts``, what is made of them in ``estimators``.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class SteeringVector:
         site_norm: Mean L2 norm of the residual stream at this layer (pooled rows); nan where it was
             not measured.
         model: What it was measured on.
-        fitted_on: ``prompts.text_key`` of the prompts it was fitted on, so that an evaluation on one
-            of them is noticed.
+        fitted_on: ``prompts.text_key`` of the prompts it was fitted on, so that an evaluation on
+            one of them is noticed.
     """
 
     site: Site
@@ -172,6 +172,9 @@ def fit_steering_vectors(
         refusal_filter: "keep" only those safe rows, or "drop" them.
         method: Name of the construction, for the card.
         seed: Seed of random pruning, and of the signs of "principal".
+
+    Returns:
+        Category to vector.
 
     Raises:
         ValueError: If the site is not in the residual stream, a category or an option is unknown,
@@ -296,8 +299,8 @@ def load_vector(path: PathLike) -> SteeringVector:
         vector.norm, norm, rel_tol=1e-5
     ):
         raise ValueError(
-            f"{path} is damaged: its vector of shape {tuple(vector.vector.shape)} is not the one of "
-            "its card; delete and rebuild it."
+            f"{path} is damaged: its vector of shape {tuple(vector.vector.shape)} is not the one "
+            "of its card; delete and rebuild it."
         )
     return vector
 
@@ -427,7 +430,7 @@ def _estimate(
 
 
 def _site_norm(activations: ActivationSet, residual: ActivationSet | None) -> float:
-    """Measure the mean L2 norm of the residual stream; nan where its activations are not given."""
+    """Measure the mean L2 norm of the residual stream; nan where it is not given."""
     if residual is None and not activations.site.kind.startswith("resid"):
         return math.nan
     stream = activations if residual is None else residual
