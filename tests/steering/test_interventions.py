@@ -576,7 +576,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_runs(tiny):
         add_vector(steering_vector(tiny, Site(1, "resid_post")), 1.0, positions="answer")
     with pytest.raises(ValueError, match="either multiplier or rho"):
         add_vector(steering_vector(tiny, Site(1, "resid_post")))
-    with pytest.raises(ValueError, match="one value a neuron, got 1 for 2"):
+    with pytest.raises(ValueError, match="one value per neuron, got 1 for 2"):
         clamp_neurons([(1, 1), (1, 2)], [0.0])
     with pytest.raises(ValueError, match="neuron must be a whole number from 0, got -1"):
         scale_neurons([(1, -1)], 0.0)

@@ -1,4 +1,4 @@
-"""Make steering vectors out of others: sums, pools, own parts, and what is left without others."""
+"""Make steering vectors out of others: sums, pools, own parts and what others leave."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
 
 
 def pooled(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
-    """Replace each category's vector by the mean of all unit directions, at the category's norm.
+    """Replace each category's direction by the mean of all unit directions, at its norm.
 
     Such a vector has less noise, and nothing of the category's own.
 

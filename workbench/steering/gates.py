@@ -1,9 +1,10 @@
-"""Fit, read and keep steering gates, which let steering through only where a prompt is risky.
+"""Fit, read and keep steering gates, which let steering through only on risky prompts.
 
-A gate reads an activation below the layer that is steered, row by row, and scores each risk category;
-above its threshold it opens. It is fitted against style-matched safe prompts as well as neutral ones,
-so that it sees risk and not the style of a question, and its threshold is set on prompts it was not
-fitted on. In this folder "gate" always means a steering gate, never the gate of a gated MLP.
+A gate reads an activation below the layer that is steered, row by row, and scores each risk
+category; above its threshold it opens. It is fitted against style-matched safe prompts as well as
+neutral ones, so that it sees risk and not the style of a question, and its threshold is set on
+prompts it was not fitted on. In this folder "gate" always means a steering gate, never the gate of
+a gated MLP.
 """
 
 from __future__ import annotations
