@@ -9,7 +9,7 @@ a gated MLP.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
@@ -24,7 +24,7 @@ from workbench.stats.linear_probe import fit_linear_probe
 from workbench.stats.selectivity import Threshold, conformal_threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from jaxtyping import Float
     from torch import Tensor
@@ -259,18 +259,6 @@ def combined(
     total = torch.einsum("bc,bcd->bd", coefficients, units)
     cap = lengths.amax(dim=1) / total.norm(dim=-1).clamp(min=1e-12)
     return total * cap.clamp(max=1.0)[:, None]
-
-
-def only(gate: Gate, categories: Sequence[str]) -> Gate:
-    """Restrict a gate to some of its categories.
-
-    Raises:
-        ValueError: If one is unknown.
-    """
-    places = [gate.index(category) for category in categories]
-    return replace(
-        gate, categories=tuple(categories), weights=gate.weights[places], bias=gate.bias[places]
-    )
 
 
 def save_gate(path: PathLike, gate: Gate) -> None:
