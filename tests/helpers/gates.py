@@ -1,4 +1,4 @@
-"""Make steering gates on a tiny model: never open, always open, open for half of some prompts."""
+"""Make steering gates on a tiny model: never, always, or half of the time open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contrasts: the same rows, in the order of the prompts, for every comparison of the project."""
+"""Contrasts: the rows of every comparison, in the order of the prompts."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ CLOSED_FOR = {NEUTRAL: "neutral", TWINS: "hard_safe", LOOK_ALIKES: "hard_safe"}
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """Row numbers of a contrast in its fold; pairs stand at the same place on both sides."""
+    """Hold the row numbers of a contrast in its fold; pairs stand at one place on both sides."""
 
     unsafe: Int[np.ndarray, " unsafe"]
     reference: Int[np.ndarray, " reference"]
@@ -139,7 +139,7 @@ def sides_to_fit(
 
 
 def rows_against(prompts: Sequence[Prompt], category: str, against: Against) -> list[int]:
-    """List what a category's unsafe prompts are compared with as a group, without pairs.
+    """List what a category's unsafe prompts are compared with as a group, not in pairs.
 
     Args:
         prompts: Prompts of the fold.
@@ -160,9 +160,9 @@ def rows_against(prompts: Sequence[Prompt], category: str, against: Against) -> 
 
 
 def sides_of(prompts: Sequence[Prompt], category: str, against: Against) -> Sides:
-    """Collect both sides of a contrast: against "twins" pair by pair, else as ``rows_against``.
+    """Collect both sides of a contrast, pair by pair where it is against twins.
 
-    A side is empty where the fold holds none of its prompts.
+    Other comparisons are those of ``rows_against``. A side is empty where the fold holds none of its prompts.
     """
     if against == "twins":
         unsafe, reference = paired_rows(prompts, category)
