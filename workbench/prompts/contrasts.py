@@ -162,7 +162,8 @@ def rows_against(prompts: Sequence[Prompt], category: str, against: Against) -> 
 def sides_of(prompts: Sequence[Prompt], category: str, against: Against) -> Sides:
     """Collect both sides of a contrast, pair by pair where it is against twins.
 
-    Other comparisons are those of ``rows_against``. A side is empty where the fold holds none of its prompts.
+    Other comparisons are those of ``rows_against``. A side is empty where the fold holds none
+    of its prompts.
     """
     if against == "twins":
         unsafe, reference = paired_rows(prompts, category)
