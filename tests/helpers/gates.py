@@ -1,4 +1,4 @@
-"""Gates on a tiny model: one that never opens, one that always does, one that opens for half of some prompts."""
+"""Make steering gates on a tiny model: never, always, or half of the time open."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def vector(model, seed=0, category="fraud", size=6.0):
 
 def gate(model, threshold=None, **fields):
     torch.manual_seed(7)
-    made = Gate(
+    base = Gate(
         READ, "content", ("fraud", "malware"), torch.randn(2, D_MODEL), torch.zeros(2),
         {"neutral": threshold or Threshold(0.0, 0.02, 0.0, 0.1, 50)}, 1.0, model_info(model),
     )  # fmt: skip
-    return dataclasses.replace(made, **fields)
+    return dataclasses.replace(base, **fields)
 
 
 def through(model, own_gate, rho=0.4):
@@ -53,8 +53,8 @@ def through(model, own_gate, rho=0.4):
 
 
 def half_open(model, prompts):
-    """A gate whose threshold lies in the middle of these prompts' scores."""
-    own = gate(model)
-    scores = own.scores(cache_activations(model, prompts, READ)[READ].values).amax(dim=1)
+    """Make a gate whose threshold lies in the middle of these prompts' scores."""
+    activations = cache_activations(model, prompts, READ)[READ]
+    scores = gate(model).scores(activations.values).amax(dim=1)
     middle = float(scores.sort().values[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean())
     return gate(model, Threshold(middle, 0.02, 0.0, 1.0, 3)), scores > middle

@@ -1,4 +1,4 @@
-"""Calibration: rounds keep their budget, constructions stay to the end, and costs beyond the limits are taken off."""
+"""Calibration: rounds keep their budget, constructions stay to the end, costs are taken off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""On the real model: vectors that must work do, and in the direction that theory and earlier measurements say. If not, the hooks are wrong."""
+"""On the real model, vectors that must work do, in the direction that earlier measurements say.
+
+If they do not, the hooks are wrong.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Self-contrast: both sides of a pair stand behind the plain question, and a judge says which answers are kept."""
+"""Self-contrast: both sides of a pair stand behind the plain question; a judge keeps answers."""
 
 from __future__ import annotations
 

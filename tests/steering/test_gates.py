@@ -1,4 +1,7 @@
-"""Gates: planted truth for the scores, bit-identical where closed, row by row where open, the same under any batching."""
+"""Steering gates: planted truths for their scores, and steering behind them, row by row.
+
+Where a gate is closed nothing changes, bit for bit; batches do not matter.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from workbench.models.tokens import encode, pad, pad_id, span_mask
 from workbench.prompts.prompt import Prompt
 from workbench.stats.selectivity import Threshold
 from workbench.steering.apply import intervene
-from workbench.steering.gates import combined, fit_gate, load_gate, only, save_gate
+from workbench.steering.gates import combined, fit_gate, load_gate, save_gate
 from workbench.steering.interventions import (
     RaiseTo,
     activate,
@@ -47,37 +50,42 @@ def test_a_closed_gate_leaves_logits_and_tokens_bit_for_bit(tiny):
 
 @pytest.mark.parametrize("form", ["hard", "soft", "stepwise"])
 def test_rows_whose_gate_is_closed_stay_and_the_others_are_steered(tiny, form):
-    own, expected = half_open(tiny, questions())
-    own = dataclasses.replace(own, form=form)
+    half_open_gate, expected = half_open(tiny, questions())
+    half_open_gate = dataclasses.replace(half_open_gate, form=form)
     rows = encode(tiny, questions())
     batch = pad(rows, pad_id=pad_id(tiny), side="left")
     keywords = {"attention_mask": batch.mask.long()}
     plain = tiny(batch.tokens, **keywords)
-    with intervene(tiny, through(tiny, own), content=span_mask(rows, batch, "content")) as steering:
+    with intervene(
+        tiny, through(tiny, half_open_gate), content=span_mask(rows, batch, "content")
+    ) as steering:
         changed = (tiny(batch.tokens, **keywords) != plain).flatten(1).any(dim=1)
     assert changed.tolist() == expected.tolist()
-    assert torch.equal((steering.gates[own].opening > 0).any(dim=1), expected)
+    assert torch.equal((steering.gates[half_open_gate].opening > 0).any(dim=1), expected)
 
 
 def test_an_open_gate_steers_like_no_gate_from_the_users_words_on(chatless):
-    # This template-free model has nothing before the user's words but BOS, which padding-free rows keep out with "generated".
+    # This template-free model has nothing before the user's words but BOS, which padding-free rows
+    # keep out with "generated".
     model = chatless
     prompts = questions(4)
-    own = dataclasses.replace(gate(model, ALWAYS), categories=("fraud",))
-    own = dataclasses.replace(own, weights=own.weights[:1], bias=own.bias[:1])
+    open_gate = dataclasses.replace(gate(model, ALWAYS), categories=("fraud",))
+    open_gate = dataclasses.replace(
+        open_gate, weights=open_gate.weights[:1], bias=open_gate.bias[:1]
+    )
     plain = [add_vector(vector(model), rho=0.4, positions="generated")]
     answers = sweep(
         model,
         prompts,
-        {"always": plain, "gated": gated({"fraud": plain}, own)},
+        {"always": plain, "gated": gated({"fraud": plain}, open_gate)},
         decoding=Decoding(max_new_tokens=8),
     )
     assert [a.tokens for a in answers[:4]] == [a.tokens for a in answers[4:]]
 
 
 def test_answers_behind_a_gate_are_the_same_in_any_batch(tiny):
-    own, _ = half_open(tiny, questions())
-    conditions = {UNSTEERED: (), "gated": through(tiny, own)}
+    half_open_gate, _ = half_open(tiny, questions())
+    conditions = {UNSTEERED: (), "gated": through(tiny, half_open_gate)}
     together = sweep(tiny, questions(), conditions, decoding=Decoding(max_new_tokens=8))
     alone = sweep(tiny, questions(), conditions, decoding=Decoding(max_new_tokens=8, batch_size=1))
     assert [a.tokens for a in together] == [a.tokens for a in alone]
@@ -87,19 +95,19 @@ def test_answers_behind_a_gate_are_the_same_in_any_batch(tiny):
 
 
 def test_a_stepwise_gate_closes_below_its_hysteresis_and_a_hard_one_keeps_its_mind(tiny):
-    own = gate(tiny, Threshold(1.0, 0.02, 0.0, 0.1, 50), form="stepwise", hysteresis=0.5)
-    opened = own.opening(torch.tensor([[1.2, 0.0]]))
+    stepwise = gate(tiny, Threshold(1.0, 0.02, 0.0, 0.1, 50), form="stepwise", hysteresis=0.5)
+    opened = stepwise.opening(torch.tensor([[1.2, 0.0]]))
     assert opened.tolist() == [[1.0, 0.0]]
-    assert own.opening(torch.tensor([[0.6, 0.0]]), opened).tolist() == [[1.0, 0.0]]
-    assert own.opening(torch.tensor([[0.4, 0.0]]), opened).tolist() == [[0.0, 0.0]]
-    assert own.opening(torch.tensor([[0.6, 0.0]])).tolist() == [[0.0, 0.0]]
-    hard = dataclasses.replace(own, form="hard")
+    assert stepwise.opening(torch.tensor([[0.6, 0.0]]), opened).tolist() == [[1.0, 0.0]]
+    assert stepwise.opening(torch.tensor([[0.4, 0.0]]), opened).tolist() == [[0.0, 0.0]]
+    assert stepwise.opening(torch.tensor([[0.6, 0.0]])).tolist() == [[0.0, 0.0]]
+    hard = dataclasses.replace(stepwise, form="hard")
     assert hard.opening(torch.tensor([[0.6, 0.0]]), opened).tolist() == [[0.0, 0.0]]
 
 
 def test_a_soft_gate_opens_in_proportion(tiny):
-    own = gate(tiny, Threshold(1.0, 0.02, 0.0, 0.1, 50), form="soft", scale=2.0)
-    assert own.opening(torch.tensor([[0.9, 0.0], [2.0, 0.0], [9.0, 0.0]]))[:, 0].tolist() == [
+    soft = gate(tiny, Threshold(1.0, 0.02, 0.0, 0.1, 50), form="soft", scale=2.0)
+    assert soft.opening(torch.tensor([[0.9, 0.0], [2.0, 0.0], [9.0, 0.0]]))[:, 0].tolist() == [
         0.0,
         0.5,
         1.0,
@@ -149,7 +157,7 @@ def acts(values, prompts, model):
 
 
 def planted(model, n, fold, seed):
-    """Two risk categories and safe prompts of the same style, told apart by one dimension each; others are noise."""
+    """Plant two risk categories, each told from safe prompts by one dimension."""
     generator = torch.Generator().manual_seed(seed)
     prompts, rows = [], []
     for label, category, place in (
@@ -170,16 +178,16 @@ def planted(model, n, fold, seed):
 
 
 def test_a_planted_category_is_found_and_the_threshold_keeps_its_rate(tiny):
-    own = fit_gate(planted(tiny, 60, "fit", 0), planted(tiny, 100, "tune", 1), penalty=1.0)
+    fitted = fit_gate(planted(tiny, 60, "fit", 0), planted(tiny, 100, "tune", 1), penalty=1.0)
     new = planted(tiny, 100, "test", 2)
-    opening = own.opening(own.scores(new.values))
+    opening = fitted.opening(fitted.scores(new.values))
     label = [(p.label, p.category) for p in new.prompts]
-    for place, category in enumerate(own.categories):
+    for place, category in enumerate(fitted.categories):
         mine = torch.tensor([pair == ("unsafe", category) for pair in label])
         assert opening[mine, place].mean() > 0.95
     safe = torch.tensor([pair[0] != "unsafe" for pair in label])
     assert (opening[safe] > 0).any(dim=1).float().mean() < 0.06
-    assert set(own.thresholds) == {"neutral", "hard_safe"}
+    assert set(fitted.thresholds) == {"neutral", "hard_safe"}
 
 
 def test_one_category_alone_makes_a_gate_too(tiny):
@@ -188,18 +196,18 @@ def test_one_category_alone_makes_a_gate_too(tiny):
             [p for p in acts_.prompts if (p.label, p.category) != ("unsafe", "malware")]
         )
 
-    own = fit_gate(
+    fitted = fit_gate(
         one(planted(tiny, 60, "fit", 0)), one(planted(tiny, 100, "tune", 1)), penalty=1.0
     )
-    scores = own.scores(planted(tiny, 50, "test", 2).values)[:, 0]
+    scores = fitted.scores(planted(tiny, 50, "test", 2).values)[:, 0]
     assert scores[:50].min() > scores[100:].max() - 3
-    assert (own.opening(scores[:50, None]) > 0).float().mean() > 0.95
+    assert (fitted.opening(scores[:50, None]) > 0).float().mean() > 0.95
 
 
 def test_too_few_prompts_for_the_rate_leave_the_gate_closed(tiny):
-    own = fit_gate(planted(tiny, 20, "fit", 0), planted(tiny, 5, "tune", 1), neutral_rate=0.01)
-    assert own.threshold == math.inf
-    assert not own.opening(own.scores(planted(tiny, 5, "test", 2).values)).any()
+    fitted = fit_gate(planted(tiny, 20, "fit", 0), planted(tiny, 5, "tune", 1), neutral_rate=0.01)
+    assert fitted.threshold == math.inf
+    assert not fitted.opening(fitted.scores(planted(tiny, 5, "test", 2).values)).any()
 
 
 def test_folds_that_share_prompts_are_refused(tiny):
@@ -209,26 +217,20 @@ def test_folds_that_share_prompts_are_refused(tiny):
 
 
 def test_a_saved_gate_comes_back_the_same(tiny, tmp_path):
-    own = fit_gate(
+    fitted = fit_gate(
         planted(tiny, 20, "fit", 0), planted(tiny, 5, "tune", 1), neutral_rate=0.01, form="soft"
     )
-    save_gate(tmp_path / "gate.safetensors", own)
+    save_gate(tmp_path / "gate.safetensors", fitted)
     back = load_gate(tmp_path / "gate.safetensors")
-    assert back.key == own.key
+    assert back.key == fitted.key
     assert (back.categories, back.thresholds, back.model) == (
-        own.categories,
-        own.thresholds,
-        own.model,
+        fitted.categories,
+        fitted.thresholds,
+        fitted.model,
     )
     (tmp_path / "gate.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"damaged"):
         load_gate(tmp_path / "gate.safetensors")
-
-
-def test_part_of_a_gate_scores_as_the_whole(tiny):
-    whole = gate(tiny)
-    rows = torch.randn(5, D_MODEL)
-    assert torch.allclose(only(whole, ["malware"]).scores(rows)[:, 0], whole.scores(rows)[:, 1])
 
 
 @settings(max_examples=50, deadline=None)
@@ -267,16 +269,18 @@ def test_raising_to_a_target_reaches_it_and_never_overshoots(seed, target):
 
 
 def test_raising_to_a_target_works_behind_a_gate(tiny):
-    own, expected = half_open(tiny, questions())
+    half_open_gate, expected = half_open(tiny, questions())
     steering = {c: [raise_to(vector(tiny, i, c), 50.0)] for i, c in enumerate(("fraud", "malware"))}
     answers = sweep(
         tiny,
         questions(),
-        {UNSTEERED: (), "gated": gated(steering, own)},
+        {UNSTEERED: (), "gated": gated(steering, half_open_gate)},
         decoding=Decoding(max_new_tokens=6),
     )
     same = [a.tokens == b.tokens for a, b in zip(answers[:6], answers[6:], strict=True)]
-    assert all(kept for kept, is_open in zip(same, expected.tolist(), strict=True) if not is_open)
+    assert all(
+        is_same for is_same, is_open in zip(same, expected.tolist(), strict=True) if not is_open
+    )
     assert not all(same)
 
 

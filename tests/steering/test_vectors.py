@@ -1,4 +1,7 @@
-"""Steering vectors: planted truths come back, every switch of the method does what it says, and cards keep what was measured."""
+"""Steering vectors: planted truths come back, and every switch does what it says.
+
+Controls have what they control for, and cards keep what was measured.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.numpy_vectors import by_numpy
+from helpers.openings import CATEGORIES, OPENINGS, prompts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +21,8 @@ from workbench.files.store import write_tensors
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
-from workbench.prompts.openings import OPENING_KINDS, answer_prompts, read_openings
-from workbench.prompts.prompt import Prompt, load_prompts, select_prompts, split_prompts
+from workbench.prompts.openings import answer_prompts
+from workbench.prompts.prompt import Prompt
 from workbench.steering.apply import intervene
 from workbench.steering.estimators import mean_difference, pruned_mean_difference
 from workbench.steering.interventions import AddVector, Intervention, add_vector
@@ -34,25 +39,7 @@ from workbench.steering.vectors import (
 D = 24
 SITE = Site(1, "resid_post")
 INFO = ModelInfo("made-up", None, 4, D, 48, 4, "float32", "raw", "0123456789abcdef")
-CATEGORIES = ("fraud", "malware")
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def prompts_of(n=40):
-    """n unsafe questions a category, each with its twin, and 2 n neutral ones."""
-    rows = [
-        Prompt(f"{c}-{i}-{label}", f"{label} question {i}", None, c, label, "test", f"{c}-{i}")
-        for c in CATEGORIES
-        for i in range(n)
-        for label in ("unsafe", "safe")
-    ]
-    return (
-        *rows,
-        *(
-            Prompt(f"n-{i}", f"neutral {i}", None, "harmless", "neutral", "test")
-            for i in range(2 * n)
-        ),
-    )
 
 
 def direction_of(category, seed=0):
@@ -63,7 +50,7 @@ def direction_of(category, seed=0):
 
 
 def planted(n=40, strength=6.0, noise=1.0, seed=0, site=SITE, prompts=None):
-    """Activations where unsafe rows of a category lie ``strength`` away from all others, against its direction."""
+    """Move a category's unsafe rows ``strength`` away from all others, against its direction."""
     prompts = prompts or prompts_of(n)
     generator = torch.Generator().manual_seed(seed)
     topic = {p.pair_id: 3 * torch.randn(D, generator=generator) for p in prompts}
@@ -121,7 +108,7 @@ def test_vectors_point_from_unsafe_to_safe():
 
 
 def test_a_direction_planted_in_a_model_is_found_by_both_constructions(tiny):
-    """The same texts, read once with and once without a vector added inside the model: their difference is that vector."""
+    """Texts read with and without a vector added inside the model differ by that vector."""
     site = Site(2, "resid_post")
     u = 5 * torch.randn(32, generator=torch.Generator().manual_seed(3))
     prompts = {
@@ -149,9 +136,9 @@ def test_a_direction_planted_in_a_model_is_found_by_both_constructions(tiny):
             prompts=safe.prompts + unsafe.prompts,
         )
         for safe_side in ("paired", "generic"):
-            found = fit_steering_vectors(both, safe_side=safe_side, method=method)["fraud"]
-            torch.testing.assert_close(found.vector, u, atol=1e-4, rtol=1e-4)
-            assert (found.method, found.span, found.n_unsafe, found.n_safe) == (
+            vector = fit_steering_vectors(both, safe_side=safe_side, method=method)["fraud"]
+            torch.testing.assert_close(vector.vector, u, atol=1e-4, rtol=1e-4)
+            assert (vector.method, vector.span, vector.n_unsafe, vector.n_safe) == (
                 method,
                 span,
                 12,
@@ -181,81 +168,6 @@ def test_answer_contrast_reads_the_same_vector_from_teacher_forced_openings(tiny
     expected = torch.stack(sums["safe"]).mean(dim=0) - torch.stack(sums["unsafe"]).mean(dim=0)
     torch.testing.assert_close(vector.vector.double(), expected, atol=1e-5, rtol=1e-5)
     assert (vector.n_unsafe, vector.n_safe) == (6, 6)
-
-
-# Against numpy.
-
-
-def by_numpy(unsafe, safe, keep, which, paired):
-    unsafe, safe = unsafe.double().numpy(), safe.double().numpy()
-    differences = (safe if paired else safe.mean(axis=0, keepdims=True)) - unsafe
-    if which == "none":
-        return differences.mean(axis=0)
-    norms = np.linalg.norm(differences, axis=1)
-    n_kept = max(1, int(np.floor(keep * len(norms) + 1e-9)))
-    order = np.argsort(-norms if which == "top" else norms, kind="stable")
-    return differences[order[:n_kept]].mean(axis=0)
-
-
-@EXAMPLES
-@given(
-    n=st.integers(1, 30),
-    n_safe=st.integers(1, 30),
-    keep=st.floats(0.01, 1.0),
-    which=st.sampled_from(["none", "top", "bottom"]),
-    paired=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_pruned_differences_are_those_of_numpy(n, n_safe, keep, which, paired, seed):
-    generator = torch.Generator().manual_seed(seed)
-    unsafe, safe = (
-        torch.randn(n, D, generator=generator),
-        torch.randn(n if paired else n_safe, D, generator=generator),
-    )
-    found = pruned_mean_difference(unsafe, safe, keep=keep, which=which, paired=paired)
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(
-        found.numpy(), by_numpy(unsafe, safe, keep, which, paired), atol=1e-6
-    )
-
-
-@EXAMPLES
-@given(n=st.integers(2, 25), seed=st.integers(0, 1000))
-def test_half_of_the_differences_is_those_above_the_median(n, seed):
-    unsafe = torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
-    safe = torch.zeros(n, D)
-    norms = unsafe.norm(dim=1)
-    above = -unsafe[norms > np.median(norms.numpy())].double().mean(dim=0)
-    found = pruned_mean_difference(unsafe, safe, keep=0.5, which="top", paired=True)
-    torch.testing.assert_close(found.double(), above, atol=1e-6, rtol=1e-6)
-
-
-def test_random_pruning_keeps_as_many_rows_and_is_seeded():
-    unsafe, safe = torch.randn(20, D), torch.zeros(20, D)
-    one, again, other = (
-        pruned_mean_difference(unsafe, safe, which="random", seed=seed) for seed in (1, 1, 2)
-    )
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
-    eye = torch.eye(20)
-    kept = pruned_mean_difference(eye, torch.zeros(20, 20), keep=0.25, which="random", paired=True)
-    assert sorted(kept.tolist()) == pytest.approx([-0.2] * 5 + [0.0] * 15)
-
-
-@EXAMPLES
-@given(n=st.integers(1, 20), m=st.integers(1, 20), seed=st.integers(0, 1000))
-def test_without_pruning_it_is_the_difference_of_means(n, m, seed):
-    generator = torch.Generator().manual_seed(seed)
-    unsafe, safe = torch.randn(n, D, generator=generator), torch.randn(m, D, generator=generator)
-    expected = safe.double().mean(dim=0) - unsafe.double().mean(dim=0)
-    torch.testing.assert_close(mean_difference(unsafe, safe), expected.float())
-    torch.testing.assert_close(pruned_mean_difference(unsafe, safe, which="none"), expected.float())
-    torch.testing.assert_close(mean_difference(safe, unsafe), -mean_difference(unsafe, safe))
-
-
-def test_means_are_taken_in_float64():
-    big = torch.full((1001, 1), 1e8)
-    assert mean_difference(big, big + 16) == 16
 
 
 def test_fitted_vectors_are_the_pruned_difference_of_their_rows():
@@ -318,22 +230,22 @@ def test_the_refusal_filter_keeps_or_drops_safe_rows(safe_side):
     activations = planted(10)
     label = "safe" if safe_side == "paired" else "neutral"
     refusals = {p.id for i, p in enumerate(activations.prompts) if p.label == label and i % 3 == 0}
-    kept = {}
+    filtered = {}
     for how in ("keep", "drop"):
-        kept[how] = fit_steering_vectors(
+        filtered[how] = fit_steering_vectors(
             activations,
             safe_side=safe_side,
             refusals=refusals,
             refusal_filter=how,
             categories=["fraud"],
         )["fraud"]
-        own = [
+        safe = [
             p
             for p in activations.prompts
             if p.label == label and (safe_side == "generic" or p.category == "fraud")
         ]
-        own = [p for p in own if (p.id in refusals) == (how == "keep")]
-        pairs = {p.pair_id for p in own}
+        safe = [p for p in safe if (p.id in refusals) == (how == "keep")]
+        pairs = {p.pair_id for p in safe}
         unsafe = [
             p
             for p in activations.prompts
@@ -341,11 +253,11 @@ def test_the_refusal_filter_keeps_or_drops_safe_rows(safe_side):
             and p.category == "fraud"
             and (safe_side == "generic" or p.pair_id in pairs)
         ]
-        expected = mean_difference(activations.of(unsafe).values, activations.of(own).values)
-        torch.testing.assert_close(kept[how].vector, expected, atol=1e-5, rtol=1e-5)
-        assert (kept[how].n_unsafe, kept[how].n_safe) == (len(unsafe), len(own))
+        expected = mean_difference(activations.of(unsafe).values, activations.of(safe).values)
+        torch.testing.assert_close(filtered[how].vector, expected, atol=1e-5, rtol=1e-5)
+        assert (filtered[how].n_unsafe, filtered[how].n_safe) == (len(unsafe), len(safe))
     whole = fit_steering_vectors(activations, safe_side=safe_side)["fraud"]
-    assert kept["keep"].n_safe + kept["drop"].n_safe == whole.n_safe
+    assert filtered["keep"].n_safe + filtered["drop"].n_safe == whole.n_safe
 
 
 # Strength.
@@ -401,30 +313,30 @@ def test_a_zero_vector_has_no_direction_and_no_strength():
 def test_controls_have_the_norm_of_what_they_control():
     activations = planted(30)
     vectors = fit_steering_vectors(activations)
-    own = vectors["fraud"]
+    vector = vectors["fraud"]
     paired = fit_steering_vectors(activations, safe_side="paired")["fraud"]
     controls = [
-        random_vector(own, seed=0),
-        random_vector(own, seed=1),
-        shuffled_vector(own, activations, seed=0),
+        random_vector(vector, seed=0),
+        random_vector(vector, seed=1),
+        shuffled_vector(vector, activations, seed=0),
         shuffled_vector(paired, activations, seed=0, safe_side="paired"),
-        scaled_to(vectors["malware"], own.norm),
+        scaled_to(vectors["malware"], vector.norm),
     ]
     for control in controls:
-        norm = paired.norm if control is controls[3] else own.norm
+        norm = paired.norm if control is controls[3] else vector.norm
         assert control.norm == pytest.approx(norm, rel=1e-5)
-        assert control.site == own.site
-        assert control.site_norm == own.site_norm
-        assert abs(cosine(control.vector, own.vector)) < 0.9
+        assert control.site == vector.site
+        assert control.site_norm == vector.site_norm
+        assert abs(cosine(control.vector, vector.vector)) < 0.9
     assert [c.method for c in controls[:4]] == ["random", "random", "shuffled", "shuffled"]
     assert len({c.category for c in controls[:3]}) == 3
-    assert random_vector(own, seed=1).vector.equal(controls[1].vector)
+    assert random_vector(vector, seed=1).vector.equal(controls[1].vector)
     assert not controls[0].vector.equal(controls[1].vector)
 
 
 def test_random_controls_favour_no_direction():
-    own = vector_of([1.0] + [0.0] * (D - 1))
-    draws = torch.stack([random_vector(own, seed=seed).vector for seed in range(2000)])
+    vector = vector_of([1.0] + [0.0] * (D - 1))
+    draws = torch.stack([random_vector(vector, seed=seed).vector for seed in range(2000)])
     assert draws.mean(dim=0).abs().max() < 4 / math.sqrt(2000 * D)
     assert abs(float(draws[:, 0].var()) * D - 1) < 0.2
 
@@ -432,24 +344,29 @@ def test_random_controls_favour_no_direction():
 @pytest.mark.parametrize("safe_side", ["paired", "generic"])
 def test_shuffled_labels_lose_the_planted_direction(safe_side):
     activations = planted(60)
-    own = fit_steering_vectors(activations, safe_side=safe_side)["fraud"]
-    found = [
-        cosine(shuffled_vector(own, activations, seed=seed, safe_side=safe_side).vector, own.vector)
+    vector = fit_steering_vectors(activations, safe_side=safe_side)["fraud"]
+    cosines = [
+        cosine(
+            shuffled_vector(vector, activations, seed=seed, safe_side=safe_side).vector,
+            vector.vector,
+        )
         for seed in range(60)
     ]
-    assert abs(float(np.mean(found))) < 0.3
-    assert cosine(own.vector, direction_of("fraud")) > 0.8
+    assert abs(float(np.mean(cosines))) < 0.3
+    assert cosine(vector.vector, direction_of("fraud")) > 0.8
 
 
 def test_a_control_needs_the_activations_of_its_vector():
     activations = planted(10)
-    own = fit_steering_vectors(activations)["fraud"]
+    vector = fit_steering_vectors(activations)["fraud"]
     with pytest.raises(
         ValueError, match=r"a control at L1\.resid_post .* needs activations from there, got .*L2"
     ):
-        shuffled_vector(own, dataclasses.replace(activations, site=Site(2, "resid_post")), seed=0)
+        shuffled_vector(
+            vector, dataclasses.replace(activations, site=Site(2, "resid_post")), seed=0
+        )
     with pytest.raises(ValueError, match="no rows to shuffle for category 'fraud/random0'"):
-        shuffled_vector(random_vector(own, seed=0), activations, seed=0)
+        shuffled_vector(random_vector(vector, seed=0), activations, seed=0)
 
 
 # Files.
@@ -573,82 +490,3 @@ def test_what_cannot_be_fitted_is_refused():
         mean_difference(torch.ones(0, 3), torch.ones(2, 3))
     with pytest.raises(ValueError, match="as many safe as unsafe rows, got 3 and 2"):
         pruned_mean_difference(torch.ones(2, 3), torch.ones(3, 3), paired=True)
-
-
-# Openings.
-
-OPENINGS = [
-    {
-        "category": category,
-        "kind": kind,
-        "style": f"s{i}",
-        "text": f"{kind.replace('_', ' ')} {category} {i}.",
-    }
-    for category in CATEGORIES
-    for kind in OPENING_KINDS
-    for i in range(3)
-]
-
-
-@pytest.mark.parametrize("safe", ["safe_reframing", "refusing"])
-@pytest.mark.parametrize("per_prompt", [1, 2, 3, 7])
-def test_questions_get_pairs_of_openings_alike_in_style(safe, per_prompt):
-    questions = [p for p in prompts_of(6) if p.label == "unsafe"]
-    rows = answer_prompts(prompts_of(6), OPENINGS, safe=safe, per_prompt=per_prompt)
-    assert len(rows) == 2 * len(questions) * min(per_prompt, 3)
-    assert len({row.id for row in rows}) == len(rows)
-    pairs = {}
-    for row in rows:
-        pairs.setdefault(row.pair_id, []).append(row)
-    style_of = {
-        opening["text"]: (opening["category"], opening["kind"], opening["style"])
-        for opening in OPENINGS
-    }
-    for pair in pairs.values():
-        by_label = {row.label: row for row in pair}
-        assert sorted(by_label) == ["safe", "unsafe"]
-        assert by_label["safe"].text == by_label["unsafe"].text
-        category, kind, style = style_of[by_label["safe"].response]
-        assert style_of[by_label["unsafe"].response] == (category, "going_along", style)
-        assert (category, kind) == (by_label["safe"].category, safe)
-    used = [style_of[row.response] for row in rows]
-    counts = {key: used.count(key) for key in set(used)}
-    assert len(counts) == 2 * 2 * 3  # all go round
-    assert max(counts.values()) == min(counts.values())
-
-
-def test_a_category_without_openings_gets_those_of_the_others():
-    question = [Prompt("q", "words", None, "new_category", "unsafe", "test")]
-    rows = answer_prompts(question, OPENINGS, per_prompt=4)
-    assert len(rows) == 8
-    assert {row.category for row in rows} == {"new_category"}
-    assert {row.response.split()[-2] for row in rows} == set(CATEGORIES)
-
-
-def test_openings_that_make_no_pair_are_refused(tmp_path):
-    questions = [p for p in prompts_of(2) if p.label == "unsafe"]
-    with pytest.raises(
-        ValueError,
-        match="unknown kind of opening 'rude'; kinds: safe_reframing, going_along, refusing",
-    ):
-        answer_prompts(questions, OPENINGS, safe="rude")
-    with pytest.raises(
-        ValueError, match="no openings of kinds 'refusing' and 'going_along' in one style"
-    ):
-        answer_prompts(questions, [o for o in OPENINGS if o["kind"] != "refusing"], safe="refusing")
-    with pytest.raises(ValueError, match="no unsafe prompts to put openings behind"):
-        answer_prompts([p for p in prompts_of(2) if p.label == "neutral"], OPENINGS)
-    path = tmp_path / "openings.jsonl"
-    path.write_text(json.dumps({"category": "fraud", "kind": "refusing", "text": "No."}) + "\n")
-    with pytest.raises(ValueError, match=r"openings\.jsonl, opening 1: column 'style' is missing"):
-        read_openings(path)
-
-
-def test_the_projects_own_openings_pair_up_in_every_category():
-    fit = split_prompts(load_prompts()).fit
-    unsafe = select_prompts(fit, label="unsafe")
-    for safe in ("safe_reframing", "refusing"):
-        rows = answer_prompts(fit, safe=safe)
-        assert len(rows) == 6 * len(unsafe)
-        assert {row.category for row in rows} == {p.category for p in unsafe}
-        assert all(row.response for row in rows)

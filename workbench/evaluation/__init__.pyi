@@ -8,7 +8,6 @@ from .gating import (
     opened_for,
     refusing,
     roc,
-    set_of,
 )
 from .scoring import Evaluation, check_unseen, evaluate, safety_wording, score_completions
 
@@ -32,6 +31,5 @@ __all__ = [
     "roc",
     "safety_wording",
     "score_completions",
-    "set_of",
     "text_perplexity",
 ]

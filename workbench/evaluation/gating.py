@@ -15,6 +15,7 @@ import torch
 
 from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion
+from workbench.prompts.contrasts import CLOSED_FOR, KINDS, RISKY, kind_of
 from workbench.stats.estimates import rate
 from workbench.stats.selectivity import auroc, auroc_interval
 
@@ -25,18 +26,10 @@ if TYPE_CHECKING:
 
     from workbench.models.activations import ActivationSet
     from workbench.models.load import HookedModel
-    from workbench.prompts.prompt import Prompt
     from workbench.steering.gates import Gate
 
 
 CLOSED = "closed"
-
-
-RISKY, TWINS, LOOK_ALIKES, NEUTRAL = "risky", "twins", "look-alikes", "neutral"
-
-
-SETS = (RISKY, TWINS, LOOK_ALIKES, NEUTRAL)
-"""Kinds of prompts: of a risk category; safe ones written to match one of those; other safe ones that sound risky; everyday ones."""
 
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -44,15 +37,6 @@ REFUSAL = "I'm sorry, but I can't help with that."
 
 
 ORACLE, AT_RANDOM, REFUSING = "oracle gate", "gate at random", "refuse when it fires"
-
-
-def set_of(prompt: Prompt, gate: Gate) -> str:
-    """Which of ``SETS`` a prompt belongs to."""
-    if prompt.label == "unsafe":
-        return RISKY
-    if prompt.label == "neutral":
-        return NEUTRAL
-    return TWINS if prompt.category in gate.categories else LOOK_ALIKES
 
 
 def opened_for(gate: Gate, acts: ActivationSet) -> list[str]:
@@ -74,7 +58,7 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
         acts: Pooled activations at its site of prompts it was not fitted on.
 
     Returns:
-        Columns set (``SETS``), category, rate, low, high (Wilson), n; own_rate is the share that opens for the prompt's own category (nan for
+        Columns set (``KINDS``), category, rate, low, high (Wilson), n; own_rate is the share that opens for the prompt's own category (nan for
         prompts without one); asked is the largest rate that the threshold was set for (nan for risky prompts).
 
     Raises:
@@ -84,10 +68,9 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
 
     _check(gate, acts)
     opened = opened_for(gate, acts)
-    asked = {NEUTRAL: "neutral", TWINS: "hard_safe", LOOK_ALIKES: "hard_safe"}
     rows = []
-    for kind in SETS:
-        inside = [i for i, p in enumerate(acts.prompts) if set_of(p, gate) == kind]
+    for kind in KINDS:
+        inside = [i for i, p in enumerate(acts.prompts) if kind_of(p, gate.categories) == kind]
         categories = list(dict.fromkeys(acts.prompts[i].category for i in inside))
         for category in [ALL, *(categories if len(categories) > 1 else ())]:
             own = [i for i in inside if category in (ALL, acts.prompts[i].category)]
@@ -95,7 +78,7 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
                 continue
             estimate = rate(opened[i] != CLOSED for i in own)
             right = [opened[i] == acts.prompts[i].category for i in own]
-            threshold = gate.thresholds.get(asked.get(kind, ""))
+            threshold = gate.thresholds.get(CLOSED_FOR.get(kind, ""))
             row = {"set": kind, "category": category, "rate": estimate.value, "low": estimate.low}
             row |= {"high": estimate.high, "n": estimate.n}
             row |= {"own_rate": np.mean(right) if kind == RISKY else np.nan}
@@ -112,11 +95,11 @@ def confusion(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
     import pandas as pd
 
     _check(gate, acts)
-    kinds = [set_of(p, gate) for p in acts.prompts]
+    kinds = [kind_of(p, gate.categories) for p in acts.prompts]
     truth = [
         p.category if kind == RISKY else kind for p, kind in zip(acts.prompts, kinds, strict=True)
     ]
-    order = [*gate.categories, *(kind for kind in SETS[1:] if kind in truth)]
+    order = [*gate.categories, *(kind for kind in KINDS[1:] if kind in truth)]
     found = pd.DataFrame({"truth": truth, "opened": opened_for(gate, acts)})
     counts = pd.crosstab(found["truth"], found["opened"])
     counts = counts.reindex(
@@ -140,9 +123,9 @@ def roc(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
 
     _check(gate, acts)
     scores = gate.scores(acts.values).amax(dim=1).double().numpy()
-    kinds = np.array([set_of(p, gate) for p in acts.prompts])
+    kinds = np.array([kind_of(p, gate.categories) for p in acts.prompts])
     curves = []
-    for kind in SETS[1:]:
+    for kind in KINDS[1:]:
         risky, safe = scores[kinds == RISKY], scores[kinds == kind]
         if not len(risky) or not len(safe):
             continue

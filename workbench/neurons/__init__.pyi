@@ -8,7 +8,7 @@ from .attribution import (
     writing_sites,
 )
 from .effects import NeuronEffect, effects_table, neuron_effect, rank_curve
-from .folds import AttributedFolds, Sides, attribute_folds, halves, resamples, sides_of
+from .folds import AttributedFolds, attribute_folds, halves, resamples
 from .patching import (
     ActivationContrast,
     CopyNeurons,
@@ -47,7 +47,6 @@ __all__ = [
     "NeuronProfile",
     "NeuronReference",
     "PatchingEffect",
-    "Sides",
     "Vocabulary",
     "WeightCosine",
     "attribute_folds",
@@ -78,7 +77,6 @@ __all__ = [
     "resamples",
     "scaled_activations",
     "shared_neurons",
-    "sides_of",
     "stability",
     "survivors",
     "vocabulary_of",

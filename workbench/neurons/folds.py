@@ -17,12 +17,13 @@ from workbench.neurons.attribution import (
     writing_sites,
 )
 from workbench.neurons.splits import writing_activations
-from workbench.prompts.prompt import Prompt, categories_of
+from workbench.prompts.contrasts import Sides, sides_of
+from workbench.prompts.prompt import categories_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from workbench.models.activations import ActivationSet
@@ -34,25 +35,6 @@ Reference = Literal["twins", "neutral"]
 
 
 Weights = tuple["Float[Tensor, 'draw unsafe']", "Float[Tensor, 'draw reference']"]
-
-
-@dataclass(frozen=True, eq=False)
-class Sides:
-    """Row numbers of a contrast in its fold; pairs stand at the same place on both sides."""
-
-    unsafe: Int[np.ndarray, " unsafe"]
-    reference: Int[np.ndarray, " reference"]
-    paired: bool
-
-    def labels(
-        self,
-    ) -> tuple[
-        Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"], Int[np.ndarray, " rows"] | None
-    ]:
-        """Rows, which of them are unsafe, and the pair of each (None where there are no pairs)."""
-        n, m = len(self.unsafe), len(self.reference)
-        pairs = np.concatenate([np.arange(n), np.arange(m)]) if self.paired else None
-        return np.concatenate([self.unsafe, self.reference]), np.arange(n + m) < n, pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,29 +133,6 @@ def attribute_folds(
             model, site, u, class_difference(written, unsafe, safe)
         )
     return AttributedFolds(site, chosen, residual, written, sides[0], sides[1], attributions)
-
-
-def sides_of(prompts: Sequence[Prompt], category: str, against: str) -> Sides:
-    """Rows of a category's unsafe prompts and of what they are compared with (none, where the fold holds none)."""
-    unsafe = [
-        i
-        for i, prompt in enumerate(prompts)
-        if prompt.label == "unsafe" and prompt.category == category
-    ]
-    if against == "twins":
-        safe_of = {prompt.pair_id: i for i, prompt in enumerate(prompts) if prompt.label == "safe"}
-        safe_of.pop(None, None)
-        pairs = [(i, safe_of[prompts[i].pair_id]) for i in unsafe if prompts[i].pair_id in safe_of]
-        unsafe, other = [i for i, _ in pairs], [j for _, j in pairs]
-    elif against == "neutral":
-        other = [i for i, prompt in enumerate(prompts) if prompt.label == "neutral"]
-    else:
-        other = [
-            i
-            for i, prompt in enumerate(prompts)
-            if prompt.label == "unsafe" and prompt.category != category
-        ]
-    return Sides(np.array(unsafe, dtype=int), np.array(other, dtype=int), against == "twins")
 
 
 def halves(sides: Sides, rng: np.random.Generator) -> Weights:

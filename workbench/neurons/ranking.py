@@ -16,13 +16,12 @@ from workbench.neurons.attribution import write_weights, writing_sites
 from workbench.neurons.folds import (
     AttributedFolds,
     Reference,
-    Sides,
     Weights,
     attribute_folds,
     halves,
     resamples,
-    sides_of,
 )
+from workbench.prompts.contrasts import Sides, neutral_rows, sides_of, unsafe_rows
 from workbench.stats.estimates import benjamini_hochberg
 from workbench.stats.selectivity import auroc, hedges_g, max_statistic_permutation
 
@@ -338,12 +337,8 @@ def _auroc_and_p(
     All unsafe prompts are ranked once alone and once with the neutral ones, for all categories together: the pairs a category wins against the
     neutral prompts are those it wins against all, less those against the other categories.
     """
-    unsafe = np.array(
-        [i for i, prompt in enumerate(prompts) if prompt.label == "unsafe"], dtype=int
-    )
-    neutral = np.array(
-        [i for i, prompt in enumerate(prompts) if prompt.label == "neutral"], dtype=int
-    )
+    unsafe = np.array(unsafe_rows(prompts), dtype=int)
+    neutral = np.array(neutral_rows(prompts), dtype=int)
     labels = np.array(
         [[prompts[i].category == category for category in categories] for i in unsafe]
     )

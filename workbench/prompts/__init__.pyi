@@ -6,6 +6,7 @@ from .benchmarks import (
     prompts_from,
     read_dataset,
 )
+from .contrasts import Sides, has_twins, kind_of, rows_against, sides_of, sides_to_fit
 from .openings import answer_prompts, read_openings
 from .prompt import (
     Folds,
@@ -24,10 +25,13 @@ __all__ = [
     "Dataset",
     "Folds",
     "Prompt",
+    "Sides",
     "answer_prompts",
     "categories_of",
     "category_of",
+    "has_twins",
     "in_turn",
+    "kind_of",
     "known_datasets",
     "list_datasets",
     "load_prompts",
@@ -35,8 +39,11 @@ __all__ = [
     "prompts_key",
     "read_dataset",
     "read_openings",
+    "rows_against",
     "save_prompts",
     "select_prompts",
+    "sides_of",
+    "sides_to_fit",
     "split_prompts",
     "text_key",
 ]

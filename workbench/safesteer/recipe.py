@@ -31,6 +31,7 @@ from workbench.generation.answers import Completion, Condition, sweep
 from workbench.models.activations import cache_activations
 from workbench.models.sites import Site
 from workbench.neurons.ranking import attribute_neurons
+from workbench.prompts.contrasts import has_twins
 from workbench.prompts.prompt import Prompt, select_prompts
 from workbench.safesteer.calibration import Calibration, calibrate, describe
 from workbench.safesteer.conditions import (
@@ -173,14 +174,13 @@ def neuron_scores(job: Job, measured: Measured) -> pd.DataFrame:
         {site: acts.of(fold) for site, acts in measured.prompts.items()}
         for fold in (job.folds.fit, job.folds.tune)
     )
-    safe_categories = {p.category for p in job.folds.fit if p.label == "safe"}
     return attribute_neurons(
         job.model,
         fit,
         tune_fold,
         site=attributed_site(job.model),
         categories=job.categories,
-        reference="twins" if safe_categories.issuperset(job.categories) else "neutral",
+        reference="twins" if has_twins(job.folds.fit, job.categories) else "neutral",
         seed=job.config.seed,
     )
 

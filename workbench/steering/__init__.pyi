@@ -6,7 +6,7 @@ from .estimators import (
     probe_direction,
     pruned_mean_difference,
 )
-from .gates import Gate, combined, fit_gate, load_gate, only, save_gate
+from .gates import Gate, fit_gate, load_gate, save_gate
 from .interventions import (
     AblateDirection,
     AddVector,
@@ -17,9 +17,7 @@ from .interventions import (
     ablate_direction,
     activate,
     add_vector,
-    check_interventions,
     clamp_neurons,
-    description,
     gated,
     raise_to,
     scale_neurons,
@@ -50,10 +48,7 @@ __all__ = [
     "ablate_direction",
     "activate",
     "add_vector",
-    "check_interventions",
     "clamp_neurons",
-    "combined",
-    "description",
     "fit_gate",
     "fit_steering_vectors",
     "gated",
@@ -62,7 +57,6 @@ __all__ = [
     "load_gate",
     "load_vector",
     "mean_difference",
-    "only",
     "own_part",
     "pooled",
     "principal_direction",

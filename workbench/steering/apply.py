@@ -1,20 +1,19 @@
-"""Positions: which columns of a forward pass are prompt, which are generated, and so which of them an intervention means."""
+"""Apply interventions to a running model, at the right columns, rows and gates.
+
+``intervene`` hooks a model for the length of a ``with`` block. From the lengths of each forward
+pass, ``Steering`` knows which columns are prompt and which are generated; from what a steering gate
+reads, ``GateState`` knows how far it is open for each row. The functions below ``intervene`` turn
+the interventions of one site into one function of the activation there.
+"""
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import einops
 import torch
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
-
-    from workbench.models.sites import Site
-
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 from workbench.steering.gates import Gate, combined
 from workbench.steering.interventions import AddVector, Intervention, check_interventions
@@ -31,31 +30,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class GateState:
-    """What a gate has read of each row of a batch.
+    """Hold what a gate has read of each row of a batch.
 
     Attributes:
-        scores: One a category; a running mean while a stepwise gate goes on reading.
-        opening: How far it is open.
+        scores: One per category; a running mean while a stepwise gate goes on reading.
+        opening: How far the gate is open.
     """
 
     scores: Float[Tensor, "batch category"]
     opening: Float[Tensor, "batch category"]
 
     def rows(self, keep: Tensor) -> GateState:
-        """The same for some rows of the batch."""
+        """Select some rows of the batch."""
         return GateState(self.scores[keep], self.opening[keep])
 
 
 @dataclass
 class Steering:
-    """What ``intervene`` yields: how often each site was reached, and where the prompt ends.
+    """Follow the forward passes inside ``intervene``: how often sites are reached, and where.
 
     Attributes:
         fired: Calls of each site's hook.
-        prompt_length: Columns of the batch that belong to the prompt; None until the first forward pass has told.
+        prompt_length: Columns of the batch that belong to the prompt; None until the first forward
+            pass has told.
         reached: Sites with the kinds of positions that at least one column had.
         gates: What each gate has read so far.
         content: True at the user's words, for the prompt's columns; None where nobody said.
+        past: Columns before this pass, which a cache holds.
+        new: Columns of this pass.
+        mask: False at this pass's padding; None where there is none, or one column only.
+        last: Tokens of the last pass without a cache, to see that the next one continues them.
     """
 
     fired: dict[Site, int] = field(default_factory=dict)
@@ -71,58 +75,24 @@ class Steering:
     def see(
         self, tokens: Tensor, past: int, mask: Bool[Tensor, "batch pos"] | None, *, fixed: bool
     ) -> None:
-        """Take note of a forward pass that begins: its lengths say which columns are prompt and which are generated."""
+        """Take note of a forward pass that begins, and of where its prompt ends.
+
+        Args:
+            tokens: What the model is given.
+            past: Columns that its cache holds.
+            mask: Attention mask over past and new columns, where there is one.
+            fixed: Whether the prompt's length was given and is not to be read off.
+        """
         self.new, self.past = tokens.shape[1], past
-        self.mask = (
-            mask[:, -self.new :].bool()
-            if mask is not None and mask.ndim == 2 and self.new > 1
-            else None
-        )
-        # Several columns are prompt, behind a cached prefix too. Without a cache, decoding runs all again with one token more.
+        self.mask = None
+        if mask is not None and mask.ndim == 2 and self.new > 1:
+            self.mask = mask[:, -self.new :].bool()
+        # Several columns are prompt, behind a cached prefix too. Without a cache, decoding runs all
+        # columns again with one token more.
         grown = past == 0 and self.last is not None and torch.equal(tokens[:, :-1], self.last)
         if not fixed and not grown and (past == 0 or self.new > 1):
             self.prompt_length = past + self.new
         self.last = tokens if past == 0 else None
-
-    def selected(
-        self, positions: str, activation: Tensor, until: int | None = None
-    ) -> Bool[Tensor, "batch pos"] | bool:
-        """Which columns of this pass a kind of positions means: a mask, or True for all and False for none of them.
-
-        Args:
-            positions: "all", "prompt" or "generated".
-            activation: What the hook was given.
-            until: Generated tokens after which no column is meant; None for no end.
-        """
-        end = self.new if self.prompt_length is None else self.prompt_length
-        n_prompt = self.n_prompt
-        if activation.shape[1] != self.new:
-            raise RuntimeError(
-                f"an activation has {activation.shape[1]} positions where the model was given {self.new}."
-            )
-        if (positions == "generated" and n_prompt == self.new) or (
-            positions == "prompt" and n_prompt == 0
-        ):
-            return False
-        n_open = self.new if until is None else min(max(end + until - self.past, 0), self.new)
-        if n_open == 0:
-            return False
-        everything = n_open == self.new and (
-            positions == "all" or n_prompt == (0 if positions == "generated" else self.new)
-        )
-        if everything and self.mask is None:
-            return True
-        chosen = (
-            torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
-            if self.mask is None
-            else self.mask
-        )
-        if not everything:
-            columns = torch.arange(self.new, device=activation.device)
-            if positions != "all":
-                chosen = chosen & ((columns < n_prompt) == (positions == "prompt"))
-            chosen = chosen & (columns < n_open)
-        return chosen
 
     @property
     def n_prompt(self) -> int:
@@ -130,33 +100,87 @@ class Steering:
         end = self.past + self.new if self.prompt_length is None else self.prompt_length
         return min(max(end - self.past, 0), self.new)
 
+    def selected(
+        self, positions: str, activation: Tensor, until: int | None = None
+    ) -> Bool[Tensor, "batch pos"] | bool:
+        """Select the columns of this pass that a kind of positions means.
+
+        Args:
+            positions: "all", "prompt" or "generated".
+            activation: What the hook was given.
+            until: Generated tokens after which no column is meant; None for no end.
+
+        Returns:
+            A mask, or True for all columns and False for none of them.
+
+        Raises:
+            RuntimeError: If the activation has other columns than the model was given.
+        """
+        end = self.new if self.prompt_length is None else self.prompt_length
+        n_prompt = self.n_prompt
+        if activation.shape[1] != self.new:
+            raise RuntimeError(
+                f"an activation has {activation.shape[1]} positions where the model was given "
+                f"{self.new}."
+            )
+        # No column: this pass has none of the kind, or all come after the end.
+        if (positions == "generated" and n_prompt == self.new) or (
+            positions == "prompt" and n_prompt == 0
+        ):
+            return False
+        n_open = self.new if until is None else min(max(end + until - self.past, 0), self.new)
+        if n_open == 0:
+            return False
+        # Every column: no mask is needed, unless there is padding.
+        everything = n_open == self.new and (
+            positions == "all" or n_prompt == (0 if positions == "generated" else self.new)
+        )
+        if everything and self.mask is None:
+            return True
+        columns = (
+            torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
+            if self.mask is None
+            else self.mask
+        )
+        if not everything:
+            place = torch.arange(self.new, device=activation.device)
+            if positions != "all":
+                columns = columns & ((place < n_prompt) == (positions == "prompt"))
+            columns = columns & (place < n_open)
+        return columns
+
     def read(
         self, activation: Float[Tensor, "batch pos d"], span: str
     ) -> Float[Tensor, "batch d"] | None:
-        """What a gate reads in this pass: the mean over the user's words, or the prompt's last token; None behind the prompt.
+        """Pool what a gate reads in this pass; None where the pass has nothing of the prompt.
+
+        Args:
+            activation: What the hook at the gate's site was given.
+            span: "content": the mean over the user's words. "last": the prompt's last token.
 
         Raises:
             ValueError: If the user's words are wanted and nobody said where they are.
         """
-        n = self.n_prompt
-        if n == 0:
+        n_prompt = self.n_prompt
+        if n_prompt == 0:
             return None
         if span == "last":
             if self.mask is None:
-                return activation[:, n - 1]
-            columns = torch.arange(n, device=activation.device)
-            last = (self.mask[:, :n] * columns).argmax(dim=1)
+                return activation[:, n_prompt - 1]
+            columns = torch.arange(n_prompt, device=activation.device)
+            last = (self.mask[:, :n_prompt] * columns).argmax(dim=1)
             return activation[torch.arange(len(activation), device=activation.device), last]
         if self.content is None:
             raise ValueError(
-                "this gate reads the user's words: say which columns they are with intervene(content=...), or fit it with span='last'."
+                "this gate reads the user's words: say which columns they are with "
+                "intervene(content=...), or fit it with span='last'."
             )
-        inside = self.content[:, self.past : self.past + n].to(activation.dtype)
-        total = torch.einsum("bp,bpd->bd", inside, activation[:, :n])
+        inside = self.content[:, self.past : self.past + n_prompt].to(activation.dtype)
+        total = einops.einsum(inside, activation[:, :n_prompt], "batch pos, batch pos d -> batch d")
         return total / inside.sum(dim=1, keepdim=True).clamp(min=1)
 
     def behind_template(self) -> Bool[Tensor, "batch pos"] | None:
-        """Columns of this pass from the user's first word on, where it is known which these are and some are not."""
+        """Mark this pass's columns from the user's first word on; None for all, or if unknown."""
         if self.content is None or self.n_prompt == 0:
             return None
         begun = self.content.cumsum(dim=1)[:, self.past : self.past + self.n_prompt] > 0
@@ -175,90 +199,130 @@ def intervene(
 ) -> Iterator[Steering]:
     """Change the model's computation inside the block, and nowhere else.
 
-    Works under any way of running the model: the call itself, its own generate, a KV cache, left or right padding (told by the
-    attention mask). Several interventions at one site are applied in their order.
+    Works under any way of running the model: the call itself, its own generate, a KV cache, left or
+    right padding (told by the attention mask). Several interventions at one site are applied in
+    their order.
 
     Args:
         model: A hooked model.
-        interventions: What to change; several rows of a batch may have their own (``Intervention.for_rows``).
-        prompt_length: Columns of the batch that belong to the prompt. By default the first pass is the prompt (and those of several
-            columns that continue it) and what comes after it, token by token, is generated.
-        content: True at the user's words, in the prompt's columns: what gates with span "content" read.
-        gates: What gates have read of these rows before, where the prompt was run in another such block.
+        interventions: What to change; several rows of a batch may have their own
+            (``Intervention.for_rows``).
+        prompt_length: Columns of the batch that belong to the prompt. By default the first pass is
+            the prompt (and those of several columns that continue it) and what comes after it,
+            token by token, is generated.
+        content: True at the user's words, in the prompt's columns: what gates with span "content"
+            read.
+        gates: What gates have read of these rows before, where the prompt was run in another such
+            block.
         transfer: Allow vectors that were measured on another model of the same architecture.
 
     Yields:
         A ``Steering`` that counts.
 
     Raises:
-        ValueError: If a site does not exist, a width is wrong, or a vector belongs to another model.
-        RuntimeError: At the end, if a site was never reached, or none of the positions (without ``prompt_length``): then nothing was
-            steered.
+        ValueError: If a site does not exist, a width is wrong, or a vector belongs to another
+            model.
+        RuntimeError: At the end, if a site was never reached, or none of the positions (without
+            ``prompt_length``): then nothing was steered.
     """
     interventions = list(interventions)
     check_interventions(model, interventions, transfer=transfer)
-    by_site: dict[Site, list[Intervention]] = {}
-    for intervention in interventions:
-        by_site.setdefault(intervention.site, []).append(intervention)
-    steering = Steering(
-        dict.fromkeys(by_site, 0), prompt_length, gates=dict(gates or {}), content=content
-    )
+    sites = dict.fromkeys((intervention.site for intervention in interventions), 0)
+    steering = Steering(sites, prompt_length, gates=dict(gates or {}), content=content)
     fixed = prompt_length is not None
+    hooks = _hooks(interventions, steering)
+    with ExitStack() as stack:
+        if hooks:
+            runner: Any = getattr(model, "original_model", model)
+            handle = runner.register_forward_pre_hook(_watcher(steering, fixed), with_kwargs=True)
+            stack.callback(handle.remove)
+            stack.enter_context(model.hooks(fwd_hooks=hooks))
+        yield steering
+    _check_reached(interventions, steering, fixed)
+
+
+def _watcher(steering: Steering, fixed: bool) -> Callable[..., None]:
+    """Make a hook that tells ``steering`` of each forward pass before it runs."""
 
     def before_forward(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        tokens = next(
-            x
-            for x in (keywords.get("input_ids"), keywords.get("inputs_embeds"), *args)
-            if x is not None
-        )
+        given = (keywords.get("input_ids"), keywords.get("inputs_embeds"), *args)
+        tokens = next(x for x in given if x is not None)
         cache = keywords.get("past_key_values", keywords.get("past_kv_cache"))
-        past = (
-            0
-            if cache is None
-            else int(cache.get_seq_length())
-            if hasattr(cache, "get_seq_length")
-            else int(cache[0].past_keys.shape[1])
-        )
+        if cache is None:
+            past = 0
+        elif hasattr(cache, "get_seq_length"):
+            past = int(cache.get_seq_length())
+        else:
+            past = int(cache[0].past_keys.shape[1])
         steering.see(tokens, past, keywords.get("attention_mask"), fixed=fixed)
 
+    return before_forward
+
+
+def _hooks(interventions: Sequence[Intervention], steering: Steering) -> list[Any]:
+    """Make the hooks of a block, by hook name: gates read first, then sites are edited."""
+
+    def gate_hook_of(gate: Gate) -> Callable[..., None]:
+        def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - passed by its name
+            _read(gate, activation, steering)
+
+        return hook
+
     def hook_of(site: Site, apply: Callable[[Tensor, Steering], Tensor]) -> Callable[..., Tensor]:
-        def hook(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 - TransformerLens passes it by name
+        def hook(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 - passed by its name
             steering.fired[site] += 1
             return apply(activation.flatten(2), steering).view_as(activation)
 
         return hook
 
-    def gate_hook_of(gate: Gate) -> Callable[..., None]:
-        def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes it by name
-            _read(gate, activation, steering)
-
-        return hook
-
+    by_site: dict[Site, list[Intervention]] = {}
+    for intervention in interventions:
+        by_site.setdefault(intervention.site, []).append(intervention)
     watched = dict.fromkeys(one.gate for one in interventions if one.gate is not None)
     hooks: list[Any] = [(gate.site.hook_name, gate_hook_of(gate)) for gate in watched]
-    hooks += [(site.hook_name, hook_of(site, _compile(own))) for site, own in by_site.items()]
-    with ExitStack() as stack:
-        if hooks:
-            runner: Any = getattr(model, "original_model", model)
-            handle = runner.register_forward_pre_hook(before_forward, with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.enter_context(model.hooks(fwd_hooks=hooks))
-        yield steering
+    hooks += [(site.hook_name, hook_of(site, _compile(here))) for site, here in by_site.items()]
+    return hooks
+
+
+def _check_reached(interventions: Sequence[Intervention], steering: Steering, fixed: bool) -> None:
+    """Raise where an intervention of a finished block changed nothing."""
     silent = [site for site, count in steering.fired.items() if count == 0]
     if silent:
         raise RuntimeError(
-            f"intervention at {silent[0].hook_name} never fired: the model was not run inside intervene()."
+            f"intervention at {silent[0].hook_name} never fired: the model was not run inside "
+            "intervene()."
         )
     for intervention in interventions:
         if not fixed and (intervention.site, intervention.positions) not in steering.reached:
             raise RuntimeError(
-                f"intervention at {intervention.site.hook_name} changed nothing: inside intervene() there were no positions "
-                f"{intervention.positions!r}; generate more tokens, or say where the prompt ends with prompt_length."
+                f"intervention at {intervention.site.hook_name} changed nothing: inside "
+                f"intervene() there were no positions {intervention.positions!r}; generate more "
+                "tokens, or say where the prompt ends with prompt_length."
             )
 
 
+def _read(gate: Gate, activation: Float[Tensor, "batch pos d"], steering: Steering) -> None:
+    """Let a gate read this pass: the prompt once, and every new token if it is stepwise."""
+    pooled = steering.read(activation, gate.span)
+    if pooled is not None:
+        scores = gate.scores(pooled)
+        steering.gates[gate] = GateState(scores, gate.opening(scores))
+    elif gate not in steering.gates:
+        raise RuntimeError(
+            "a gate has not seen the prompt: run it inside intervene(), or hand over gates=."
+        )
+    elif gate.form == "stepwise":
+        before = steering.gates[gate]
+        scores = gate.memory * before.scores + (1 - gate.memory) * gate.scores(activation[:, -1])
+        steering.gates[gate] = GateState(scores, gate.opening(scores, before.opening))
+
+
 def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steering], Tensor]:
-    """One function for all interventions at a site. Vectors added at the same positions become one addition of a row-wise matrix."""
+    """Make one function of all interventions at a site, in their order.
+
+    Neighbours that add vectors at the same positions behind the same gate become one addition of a
+    row-wise matrix.
+    """
     groups: list[list[Intervention]] = []
     for intervention in interventions:
         last = groups[-1][-1] if groups else None
@@ -276,15 +340,15 @@ def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steerin
 
     def apply(activation: Tensor, steering: Steering) -> Tensor:
         for first, edit in appliers:
-            chosen = steering.selected(first.positions, activation, first.until)
-            if chosen is False:
+            columns = steering.selected(first.positions, activation, first.until)
+            if columns is False:
                 continue
             steering.reached.add((first.site, first.positions))
             if first.gate is not None and (behind := steering.behind_template()) is not None:
-                chosen = behind if chosen is True else chosen & behind
+                columns = behind if columns is True else columns & behind
             edited = edit(activation, steering)
             activation = (
-                edited if chosen is True else torch.where(chosen[..., None], edited, activation)
+                edited if columns is True else torch.where(columns[..., None], edited, activation)
             )
         return activation
 
@@ -292,7 +356,7 @@ def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steerin
 
 
 def _applier(group: Sequence[Intervention]) -> Callable[[Tensor, Steering], Tensor]:
-    """What a group of interventions does to an activation, gate or no gate."""
+    """Make what a group of interventions does to an activation, behind its gate if it has one."""
     gate, adds = group[0].gate, isinstance(group[0].edit, AddVector)
     if gate is None:
         plain = _adder(group) if adds else _editor(group[0])
@@ -300,53 +364,70 @@ def _applier(group: Sequence[Intervention]) -> Callable[[Tensor, Steering], Tens
     return _gated_adder(group, gate) if adds else _gated_editor(group[0], gate)
 
 
-def _read(gate: Gate, activation: Float[Tensor, "batch pos d"], steering: Steering) -> None:
-    """Let a gate read this pass: the prompt once, and then, if it is stepwise, every new token."""
-    pooled = steering.read(activation, gate.span)
-    if pooled is not None:
-        scores = gate.scores(pooled)
-        steering.gates[gate] = GateState(scores, gate.opening(scores))
-    elif gate not in steering.gates:
-        raise RuntimeError(
-            "a gate has not seen the prompt: run it inside intervene(), or hand over gates=."
-        )
-    elif gate.form == "stepwise":
-        before = steering.gates[gate]
-        scores = gate.memory * before.scores + (1 - gate.memory) * gate.scores(activation[:, -1])
-        steering.gates[gate] = GateState(scores, gate.opening(scores, before.opening))
+def _adder(group: Sequence[Intervention]) -> Callable[[Tensor], Tensor]:
+    """Add the group's vectors, row by row; summed once per batch size, device and dtype."""
+    sums: dict[tuple[Any, ...], Tensor] = {}
+    everyone = all(intervention.rows is None for intervention in group)
+
+    def add(activation: Tensor) -> Tensor:
+        n_rows = activation.shape[0]
+        key = (1 if everyone else n_rows, activation.device, activation.dtype)
+        if key not in sums:
+            total = torch.zeros(key[0], activation.shape[-1], dtype=torch.float32)
+            for intervention in group:
+                total[_places(intervention, n_rows)] += _scaled_vector(intervention)
+            sums[key] = total[:, None].to(activation)
+        return activation + sums[key]
+
+    return add
 
 
 def _gated_adder(group: Sequence[Intervention], gate: Gate) -> Callable[[Tensor, Steering], Tensor]:
-    """Each row's open categories' vectors; a row whose gate is closed stays bit for bit what it was."""
-    made: dict[tuple[Any, ...], Tensor] = {}
+    """Add each row's open categories' vectors; a closed row stays bit for bit what it was."""
+    by_category: dict[tuple[Any, ...], Tensor] = {}
 
     def add(activation: Tensor, steering: Steering) -> Tensor:
         n_rows = activation.shape[0]
         key = (n_rows, activation.device)
-        if key not in made:
+        if key not in by_category:
             vectors = torch.zeros(n_rows, len(gate.categories), activation.shape[-1])
             for intervention in group:
-                edit = intervention.edit
-                rows = (
-                    slice(None)
-                    if intervention.rows is None
-                    else _checked_rows(intervention.rows, n_rows)
-                )
-                own = edit.multiplier * edit.vector.float().cpu()  # type: ignore[union-attr]
-                vectors[rows, gate.index(intervention.gate_category)] += own
-            made[key] = vectors.to(activation.device)
+                category = gate.index(intervention.gate_category)
+                vectors[_places(intervention, n_rows), category] += _scaled_vector(intervention)
+            by_category[key] = vectors.to(activation.device)
         opening = steering.gates[gate].opening
-        total = combined(opening, made[key], gate.several)[:, None].to(activation)
+        total = combined(opening, by_category[key], gate.several)[:, None].to(activation)
         return torch.where((opening > 0).any(dim=1)[:, None, None], activation + total, activation)
 
     return add
 
 
+def _editor(intervention: Intervention) -> Callable[[Tensor], Tensor]:
+    """Make an edit that checks its result's shape and keeps to the intervention's rows."""
+
+    def edit(activation: Tensor) -> Tensor:
+        edited = intervention.edit(activation)
+        if edited.shape != activation.shape:
+            raise RuntimeError(
+                f"the edit at {intervention.site} returned shape {tuple(edited.shape)} for "
+                f"{tuple(activation.shape)}."
+            )
+        edited = edited.to(activation.dtype)
+        if intervention.rows is None:
+            return edited
+        member = torch.zeros(activation.shape[0], dtype=torch.bool, device=activation.device)
+        member[_places(intervention, activation.shape[0])] = True
+        return torch.where(member[:, None, None], edited, activation)
+
+    return edit
+
+
 def _gated_editor(intervention: Intervention, gate: Gate) -> Callable[[Tensor, Steering], Tensor]:
-    edit, place = _editor(intervention), gate.index(intervention.gate_category)
+    """Make an edit that goes as far as the gate is open; a closed row stays bit for bit."""
+    edit, category = _editor(intervention), gate.index(intervention.gate_category)
 
     def apply(activation: Tensor, steering: Steering) -> Tensor:
-        opening = steering.gates[gate].opening[:, place][:, None, None].to(activation)
+        opening = steering.gates[gate].opening[:, category][:, None, None].to(activation)
         return torch.where(
             opening > 0, activation + opening * (edit(activation) - activation), activation
         )
@@ -354,51 +435,18 @@ def _gated_editor(intervention: Intervention, gate: Gate) -> Callable[[Tensor, S
     return apply
 
 
-def _adder(group: Sequence[Intervention]) -> Callable[[Tensor], Tensor]:
-    """Sum of the group's vectors, row by row; made once for a batch size, device and dtype."""
-    made: dict[tuple[Any, ...], Tensor] = {}
-
-    def add(activation: Tensor) -> Tensor:
-        n_rows = activation.shape[0]
-        everyone = all(intervention.rows is None for intervention in group)
-        key = (1 if everyone else n_rows, activation.device, activation.dtype)
-        if key not in made:
-            total = torch.zeros(key[0], activation.shape[-1], dtype=torch.float32)
-            for intervention in group:
-                edit = intervention.edit
-                rows = (
-                    slice(None)
-                    if intervention.rows is None
-                    else _checked_rows(intervention.rows, n_rows)
-                )
-                total[rows] += edit.multiplier * edit.vector.float().cpu()  # type: ignore[union-attr]
-            made[key] = total[:, None].to(activation)
-        return activation + made[key]
-
-    return add
+def _scaled_vector(intervention: Intervention) -> Float[Tensor, " d"]:
+    edit = intervention.edit
+    return edit.multiplier * edit.vector.float().cpu()  # type: ignore[union-attr]
 
 
-def _editor(intervention: Intervention) -> Callable[[Tensor], Tensor]:
-    def edit(activation: Tensor) -> Tensor:
-        edited = intervention.edit(activation)
-        if edited.shape != activation.shape:
-            raise RuntimeError(
-                f"the edit at {intervention.site} returned shape {tuple(edited.shape)} for {tuple(activation.shape)}."
-            )
-        edited = edited.to(activation.dtype)
-        if intervention.rows is None:
-            return edited
-        member = torch.zeros(activation.shape[0], dtype=torch.bool, device=activation.device)
-        member[_checked_rows(intervention.rows, activation.shape[0])] = True
-        return torch.where(member[:, None, None], edited, activation)
-
-    return edit
-
-
-def _checked_rows(rows: tuple[int, ...], n_rows: int) -> list[int]:
-    outside = [row for row in rows if not 0 <= row < n_rows]
+def _places(intervention: Intervention, n_rows: int) -> slice | list[int]:
+    """Index the rows of the batch that an intervention applies to."""
+    if intervention.rows is None:
+        return slice(None)
+    outside = [row for row in intervention.rows if not 0 <= row < n_rows]
     if outside:
         raise ValueError(
             f"an intervention names row {outside[0]} of a batch of {n_rows} rows (0-{n_rows - 1})."
         )
-    return list(rows)
+    return list(intervention.rows)

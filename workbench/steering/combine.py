@@ -1,4 +1,4 @@
-"""Vectors made of others: summed, pooled over categories, one category's own part, without what lies in other directions."""
+"""Make steering vectors out of others: sums, pools, own parts and what others leave."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from workbench.steering.vectors import SteeringVector, scaled_to
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    pass
-
 
 def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
-    """Sum of unit directions measured at one site for one category, at the mean of their norms: two constructions in one vector.
+    """Add up the unit directions of several constructions, at the mean of their norms.
+
+    Args:
+        vectors: Measured at one site for one category on one model.
 
     Raises:
         ValueError: If there are none, or sites, categories or models differ.
@@ -31,17 +32,20 @@ def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
             first.model.fingerprint,
         ):
             raise ValueError(
-                f"only vectors of one site, category and model can be summed, got {first!r} and {other!r}."
+                f"only vectors of one site, category and model can be summed, got {first!r} and "
+                f"{other!r}."
             )
     total = torch.stack([v.direction.double() for v in vectors]).sum(dim=0).float()
     norm = sum(v.norm for v in vectors) / len(vectors)
     methods = "+".join(dict.fromkeys(v.method for v in vectors))
-    made = replace(first, vector=total, fitted_on=_all_prompts(vectors))
-    return replace(scaled_to(made, norm), method=methods)
+    summed_vector = replace(first, vector=total, fitted_on=_all_prompts(vectors))
+    return replace(scaled_to(summed_vector, norm), method=methods)
 
 
 def pooled(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
-    """Each category's vector replaced by the mean of all categories' unit directions, at the category's norm: less noise, nothing of its own.
+    """Replace each category's direction by the mean of all unit directions, at its norm.
+
+    Such a vector has less noise, and nothing of the category's own.
 
     Raises:
         ValueError: If there are none.
@@ -49,45 +53,48 @@ def pooled(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
     if not vectors:
         raise ValueError("nothing to pool: give at least one steering vector.")
     mean = torch.stack([v.direction.double() for v in vectors.values()]).mean(dim=0).float()
-    seen = _all_prompts(list(vectors.values()))
+    fitted_on = _all_prompts(list(vectors.values()))
     return {
         category: replace(
-            scaled_to(replace(own, vector=mean), own.norm),
-            method=f"{own.method}_pooled",
-            fitted_on=seen,
+            scaled_to(replace(vector, vector=mean), vector.norm),
+            method=f"{vector.method}_pooled",
+            fitted_on=fitted_on,
         )
-        for category, own in vectors.items()
+        for category, vector in vectors.items()
     }
 
 
 def own_part(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
-    """Each category's vector minus the mean of the others' at the same site: what is the category's own.
+    """Subtract from each category's vector the mean of the other categories' vectors.
 
     Raises:
         ValueError: If there is only one category.
     """
-    seen = _all_prompts(list(vectors.values()))
     if len(vectors) < 2:
         raise ValueError(
-            "a category's own part needs another category to compare with, got one vector."
+            "a category's own part needs another category to compare with, "
+            f"got {len(vectors)} vector(s)."
         )
-    return {
-        category: replace(
-            own,
-            vector=own.vector
-            - torch.stack([v.vector for c, v in vectors.items() if c != category]).mean(dim=0),
-            method=f"{own.method}, own part",
-            fitted_on=seen,
+    fitted_on = _all_prompts(list(vectors.values()))
+    own_parts = {}
+    for category, vector in vectors.items():
+        others = torch.stack([v.vector for c, v in vectors.items() if c != category])
+        own_parts[category] = replace(
+            vector,
+            vector=vector.vector - others.mean(dim=0),
+            method=f"{vector.method}, own part",
+            fitted_on=fitted_on,
         )
-        for category, own in vectors.items()
-    }
+    return own_parts
 
 
 def without(vector: SteeringVector, removed: Sequence[SteeringVector]) -> SteeringVector:
-    """The vector orthogonal to others' directions, for instance the refusal direction, at the norm that is left.
+    """Take other directions out of a vector, for instance the refusal direction.
+
+    The result is orthogonal to them, at the norm that is left.
 
     Args:
-        vector: What is kept.
+        vector: What they are taken out of.
         removed: Directions taken out, all of them together (Gram-Schmidt by QR).
 
     Raises:
@@ -96,13 +103,15 @@ def without(vector: SteeringVector, removed: Sequence[SteeringVector]) -> Steeri
     for other in removed:
         if other.site != vector.site:
             raise ValueError(
-                f"a direction at {other.site} cannot be taken out of a vector at {vector.site}."
+                f"a direction at {other.site} cannot be taken out of a vector at {vector.site}; "
+                "give vectors of one site."
             )
     basis, _ = torch.linalg.qr(torch.stack([v.direction.double() for v in removed], dim=1))
     left = vector.vector.double() - basis @ (basis.T @ vector.vector.double())
     if left.norm() <= 1e-6 * vector.vector.double().norm():
         raise ValueError(
-            f"nothing is left of the vector of {vector.category!r}: it lies in the directions taken out."
+            f"nothing is left of the vector of {vector.category!r}: it lies in the directions "
+            "taken out."
         )
     names = ", ".join(dict.fromkeys(v.method for v in removed))
     return replace(vector, vector=left.float(), method=f"{vector.method} without {names}")

@@ -1,4 +1,8 @@
-"""From two sets of activations to a direction: differences of means, and the field's other ways. Tensors in, a tensor out."""
+"""Make a direction out of two sets of activations: tensors in, a tensor out.
+
+Differences of means, with and without pruning, and the field's other ways. Every result points from
+unsafe to safe.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,13 @@ if TYPE_CHECKING:
 
 
 Pruning = Literal["none", "top", "bottom", "random"]
+"""Which differences are kept: all, those with the largest or smallest norms, or any."""
 
 
 def mean_difference(
     unsafe: Float[Tensor, "unsafe d"], safe: Float[Tensor, "safe d"]
 ) -> Float[Tensor, " d"]:
-    """Mean of the safe rows minus mean of the unsafe rows, in float64.
+    """Subtract the mean of the unsafe rows from the mean of the safe rows, in float64.
 
     Args:
         unsafe: Activations of one category, residual-stream units.
@@ -47,26 +52,29 @@ def pruned_mean_difference(
     paired: bool = False,
     seed: int = 0,
 ) -> Float[Tensor, " d"]:
-    """Mean of the safe-minus-unsafe differences over the largest ones only.
+    """Average the safe-minus-unsafe differences over the largest ones only.
 
-    A difference with a large norm is taken to be a clear case of the category. Whether that helps is an empirical question: the bottom
-    and random parts of the same size are its controls.
+    A difference with a large norm is taken to be a clear case of the category. Whether that helps
+    is an empirical question: the bottom and random parts of the same size are its controls.
 
     Args:
         unsafe: Activations of one category, residual-stream units.
-        safe: Activations at the same site and span. Paired: row i belongs to row i of ``unsafe``; else its mean is taken.
+        safe: Activations at the same site and span. Paired: row i belongs to row i of ``unsafe``;
+            else their mean is taken.
         keep: Fraction of differences kept, in (0, 1]; at least one is kept.
-        which: "top" (largest L2 norm first), "bottom", "random", or "none" (all of them).
+        which: "top" (largest L2 norm first), "bottom", "random", or "none" (no pruning).
         paired: Whether rows belong together.
-        seed: For "random".
+        seed: Seed of "random".
 
     Returns:
         Vector from unsafe to safe, float32, not normalised.
 
     Raises:
-        ValueError: If a set is empty, widths differ, paired sets differ in length, or keep is outside (0, 1].
+        ValueError: If a set is empty, widths differ, paired sets differ in length, or keep is
+            outside (0, 1].
 
-    Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250), pruning by the norm's median (keep = 0.5).
+    Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250), pruning by the norm's median
+    (keep = 0.5).
     """
     _check_sides(unsafe, safe)
     if not 0 < keep <= 1:
@@ -75,12 +83,12 @@ def pruned_mean_difference(
         raise ValueError(f"unknown pruning {which!r}; prunings: none, top, bottom, random.")
     if paired and len(unsafe) != len(safe):
         raise ValueError(
-            f"paired differences need as many safe as unsafe rows, got {len(safe)} and {len(unsafe)}."
+            f"paired differences need as many safe as unsafe rows, got {len(safe)} and "
+            f"{len(unsafe)}."
         )
     differences = (safe.double() if paired else safe.double().mean(dim=0)) - unsafe.double()
-    n_kept = max(
-        1, math.floor(keep * len(differences) + 1e-9)
-    )  # at keep = 0.5 those above the median
+    # At keep = 0.5 those above the median.
+    n_kept = max(1, math.floor(keep * len(differences) + 1e-9))
     if which == "none":
         order = torch.arange(len(differences))
         n_kept = len(differences)
@@ -94,12 +102,17 @@ def pruned_mean_difference(
 def principal_direction(
     unsafe: Float[Tensor, "pair d"], safe: Float[Tensor, "pair d"], *, seed: int = 0
 ) -> Float[Tensor, " d"]:
-    """First principal component of paired differences whose signs were mixed, turned from unsafe to safe, at unit norm.
+    """Find the first principal component of paired differences, turned from unsafe to safe.
+
+    The differences get random signs first, so that centring them does not take their mean away.
 
     Args:
         unsafe: Activations, residual-stream units; row i belongs to row i of ``safe``.
         safe: Activations at the same site and span.
-        seed: Of the signs.
+        seed: Seed of the signs.
+
+    Returns:
+        Direction from unsafe to safe, float32, at unit norm.
 
     Raises:
         ValueError: If the sets do not pair up or hold fewer than two pairs.
@@ -108,19 +121,15 @@ def principal_direction(
     """
     if unsafe.shape != safe.shape or len(unsafe) < 2:
         raise ValueError(
-            f"principal_direction needs two pairs or more, row by row, got {len(unsafe)} and {len(safe)} rows."
+            f"principal_direction needs two pairs or more, row by row, got {len(unsafe)} and "
+            f"{len(safe)} rows."
         )
     differences = safe.double() - unsafe.double()
-    signs = (
-        torch.randint(
-            0, 2, (len(differences), 1), generator=torch.Generator().manual_seed(seed)
-        ).double()
-        * 2
-        - 1
-    )
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (len(differences), 1), generator=generator).double() * 2 - 1
     mixed = signs * differences
-    _, _, rows = torch.linalg.svd(mixed - mixed.mean(dim=0), full_matrices=False)
-    direction = rows[0]
+    _, _, components = torch.linalg.svd(mixed - mixed.mean(dim=0), full_matrices=False)
+    direction = components[0]
     toward_safe = (differences @ direction).mean() >= 0
     return (direction if toward_safe else -direction).float()
 
@@ -128,29 +137,36 @@ def principal_direction(
 def probe_direction(
     unsafe: Float[Tensor, "unsafe d"], safe: Float[Tensor, "safe d"], *, penalty: float = 1.0
 ) -> Float[Tensor, " d"]:
-    """Normal of a logistic regression that tells safe from unsafe rows, at unit norm, from unsafe to safe.
+    """Find the normal of a logistic regression that tells safe from unsafe rows.
 
     Args:
         unsafe: Activations, residual-stream units.
         safe: Activations at the same site and span.
         penalty: Weight of the squared norm, on standardised activations.
 
+    Returns:
+        Direction from unsafe to safe, float32, at unit norm.
+
     Raises:
         ValueError: If a side is empty.
     """
-    if len(unsafe) == 0 or len(safe) == 0:
-        raise ValueError(f"both sides need rows, got {len(unsafe)} unsafe and {len(safe)} safe.")
+    _check_filled(unsafe, safe)
     labels = ["against safe"] * len(unsafe) + ["safe"] * len(safe)
     direction = fit_linear_probe(torch.cat([unsafe, safe]), labels, penalty=penalty).weights[0]
     return (direction / direction.norm()).float()
 
 
-def _check_sides(unsafe: Tensor, safe: Tensor) -> None:
+def _check_filled(unsafe: Tensor, safe: Tensor) -> None:
     if len(unsafe) == 0 or len(safe) == 0:
         raise ValueError(f"both sides need rows, got {len(unsafe)} unsafe and {len(safe)} safe.")
+
+
+def _check_sides(unsafe: Tensor, safe: Tensor) -> None:
+    _check_filled(unsafe, safe)
     if unsafe.shape[1] != safe.shape[1]:
         raise ValueError(
-            f"widths differ: {unsafe.shape[1]} and {safe.shape[1]}; use activations of one site and model."
+            f"widths differ: {unsafe.shape[1]} and {safe.shape[1]}; use activations of one site "
+            "and model."
         )
     if not (unsafe.isfinite().all() and safe.isfinite().all()):
         raise ValueError(

@@ -1,13 +1,16 @@
-"""Gates: how much an activation says of each risk category, and from which score on steering is let through.
+"""Fit, read and keep steering gates, which let steering through only on risky prompts.
 
-A gate reads below the layer that is steered, row by row. It is fitted against style-matched safe prompts as well as neutral ones, so that
-it sees risk and not the style of a question, and its threshold is set on prompts it was not fitted on.
+A gate reads an activation below the layer that is steered, row by row, and scores each risk
+category; above its threshold it opens. It is fitted against style-matched safe prompts as well as
+neutral ones, so that it sees risk and not the style of a question, and its threshold is set on
+prompts it was not fitted on. In this folder "gate" always means a steering gate, never the gate of
+a gated MLP.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,11 +19,12 @@ from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, tensor_digest, write_tensors
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
+from workbench.prompts.contrasts import rows_that_must_not_open, unsafe_rows
 from workbench.stats.linear_probe import fit_linear_probe
 from workbench.stats.selectivity import Threshold, conformal_threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from jaxtyping import Float
     from torch import Tensor
@@ -29,19 +33,11 @@ if TYPE_CHECKING:
 
 
 Form = Literal["hard", "soft", "stepwise"]
-
-
-FORMS = ("hard", "soft", "stepwise")
+"""How a gate opens above its threshold: see ``Gate.form``."""
 
 
 Several = Literal["argmax", "whitened"]
-
-
-SEVERAL = ("argmax", "whitened")
-
-
-SAFE_SETS = {"neutral": "neutral", "hard_safe": "safe"}
-"""Sets that must not open a gate, and the label of their prompts: unrelated ones; twins of risky prompts and other look-alikes."""
+"""What happens where several categories pass: see ``Gate.several``."""
 
 
 FORMAT = "workbench gate 1"
@@ -49,22 +45,27 @@ FORMAT = "workbench gate 1"
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """Scores of the risk categories, the threshold, and what happens above it; made by ``fit_gate``.
+    """Score risk categories, and open above a threshold; made by ``fit_gate``.
 
     Attributes:
         site: Where it reads; below every site that it lets be steered.
         span: Tokens of the prompt whose mean it reads: "content" or "last".
         categories: Risk categories, one score each.
-        weights: Score of a category = its row @ activation + its bias: log-odds of the category against safe prompts, so above 0 where it
-            is likelier than that, with as many prompts of each as it was fitted on.
-        bias: One number a category.
-        thresholds: Name of a set that must not open it ("neutral", "hard_safe") to the threshold that set asks for. The highest one holds.
-        scale: Score above the threshold at which a soft gate is fully open: the median of risky tune prompts that pass it.
+        weights: Score of a category = its row @ activation + its bias: log-odds of the category
+            against safe prompts, so above 0 where it is likelier than those, with as many prompts
+            of each as it was fitted on.
+        bias: One number per category.
+        thresholds: Name of a set that must not open it ("neutral", "hard_safe") to the threshold
+            that set asks for. The highest one holds.
+        scale: Score above the threshold at which a soft gate is fully open: the median of risky
+            tune prompts that pass it.
         model: What it was fitted on.
-        form: "hard" (open or closed, by the prompt), "soft" (opens in proportion up to ``scale``) or "stepwise" (goes on reading while the
-            answer is written: opens above the threshold, closes ``hysteresis * scale`` below it).
-        several: Where several categories pass: "argmax" lets the highest one through; "whitened" lets all, so that the activation moves along each
-            of their vectors by that vector's own length however much they overlap, capped at the longest vector's norm.
+        form: "hard" (open or closed, by the prompt), "soft" (opens in proportion up to ``scale``)
+            or "stepwise" (goes on reading while the answer is written: opens above the threshold,
+            closes ``hysteresis * scale`` below it).
+        several: Where several categories pass: "argmax" lets the highest one through; "whitened"
+            lets all, so that the activation moves along each of their vectors by that vector's own
+            length however much they overlap, capped at the longest vector's norm.
         hysteresis: See ``form``.
         memory: Share of the running score that a stepwise gate keeps at each new token.
     """
@@ -83,9 +84,11 @@ class Gate:
     memory: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS or self.several not in SEVERAL:
+        forms, ways = get_args(Form), get_args(Several)
+        if self.form not in forms or self.several not in ways:
             raise ValueError(
-                f"a gate's form is one of {', '.join(FORMS)} and several one of {', '.join(SEVERAL)}, got {self.form!r}, {self.several!r}."
+                f"a gate's form is one of {', '.join(forms)} and several one of {', '.join(ways)}, "
+                f"got {self.form!r}, {self.several!r}."
             )
         if not 0 <= self.memory < 1 or self.hysteresis < 0 or not self.scale > 0:
             given = f"{self.memory}, {self.hysteresis}, {self.scale}"
@@ -94,26 +97,26 @@ class Gate:
             )
 
     def __repr__(self) -> str:
-        return f"Gate({len(self.categories)} categories at {self.site}, {self.form}, opens above {self.threshold:.2f})"
+        return (
+            f"Gate({len(self.categories)} categories at {self.site}, {self.form}, "
+            f"opens above {self.threshold:.2f})"
+        )
 
     @property
     def threshold(self) -> float:
         """Score above which it opens."""
-        return max(own.value for own in self.thresholds.values())
+        return _highest(self.thresholds)
 
     @property
     def key(self) -> list[Any]:
         """What tells it from another gate, as JSON."""
-        numbers = [
+        return [
+            str(self.site),
+            self.span,
             tensor_digest(self.weights),
             tensor_digest(self.bias),
             self.threshold,
             self.scale,
-        ]
-        return [
-            str(self.site),
-            self.span,
-            *numbers,
             self.form,
             self.several,
             self.hysteresis,
@@ -121,20 +124,21 @@ class Gate:
         ]
 
     def index(self, category: str) -> int:
-        """Place of a category.
+        """Find the place of a category among ``categories``.
 
         Raises:
-            ValueError: If it was not fitted on it.
+            ValueError: If the gate was not fitted on it.
         """
         if category not in self.categories:
             hint = did_you_mean(category, self.categories)
             raise ValueError(
-                f"the gate has no category {category!r}; categories: {', '.join(self.categories)}.{hint}"
+                f"the gate has no category {category!r}; "
+                f"categories: {', '.join(self.categories)}.{hint}"
             )
         return self.categories.index(category)
 
     def scores(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... category"]:
-        """Log-odds of each category, in float32."""
+        """Compute the log-odds of each category, in float32."""
         weights = self.weights.to(activation.device)
         return activation.float() @ weights.T + self.bias.to(activation.device)
 
@@ -143,11 +147,11 @@ class Gate:
         scores: Float[Tensor, "... category"],
         before: Float[Tensor, "... category"] | None = None,
     ) -> Float[Tensor, "... category"]:
-        """How far it opens for each category, from 0 (closed: nothing is changed) to 1.
+        """Tell how far it opens for each category, from 0 (closed: nothing is changed) to 1.
 
         Args:
             scores: From ``scores``.
-            before: How far it was open, for hysteresis; only a stepwise gate looks at it.
+            before: How far it was open before, for hysteresis; only a stepwise gate looks at it.
         """
         above = scores - self.threshold
         allowed = torch.ones_like(above, dtype=torch.bool)
@@ -176,16 +180,17 @@ def fit_gate(
     form: Form = "hard",
     several: Several = "argmax",
 ) -> Gate:
-    """Fit category scores on one fold and set the threshold on another.
+    """Fit a gate's category scores on one fold and set its threshold on another.
 
-    Scores are a multinomial logistic regression on standardised activations: each risk category against all safe prompts of the fold
-    together, twins and look-alikes (label "safe") and neutral ones. The threshold is the higher of two conformal ones.
+    Scores are a multinomial logistic regression on standardised activations: each risk category
+    against all safe prompts of the fold together, twins and look-alikes (label "safe") and neutral
+    ones. The threshold is the higher of two conformal ones.
 
     Args:
         fit: Pooled activations of unsafe, safe and neutral prompts; span "content" or "last".
         tune: The same site and span on prompts of the tune fold.
-        neutral_rate: Share of neutral prompts that may open it.
-        hard_rate: Share of twins and look-alikes that may.
+        neutral_rate: Largest share of neutral prompts that may open the gate.
+        hard_rate: Largest share of twins and look-alikes that may open it.
         penalty: Weight of the squared norm.
         form: See ``Gate``.
         several: See ``Gate``.
@@ -193,48 +198,33 @@ def fit_gate(
     Raises:
         ValueError: If sets do not fit each other, share prompts, or lack a label.
     """
-    if (fit.site, fit.span, fit.model.fingerprint) != (
-        tune.site,
-        tune.span,
-        tune.model.fingerprint,
-    ):
-        raise ValueError(f"both folds need one site, span and model, got {fit!r} and {tune!r}.")
-    if fit.span not in ("content", "last"):
-        raise ValueError(f"a gate reads the prompt's span 'content' or 'last', got {fit.span!r}.")
-    shared = {p.id for p in fit.prompts} & {p.id for p in tune.prompts}
-    if shared:
-        raise ValueError(
-            f"prompt {min(shared)!r} is in both folds; a threshold set on fitted prompts promises nothing."
-        )
-    names = [p.category if p.label == "unsafe" else "" for p in fit.prompts]
-    categories = tuple(sorted(set(names) - {""}))
-    if not categories or "" not in names:
-        raise ValueError("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
-    probe = fit_linear_probe(fit.values, names, penalty=penalty)
-    if len(categories) == 1:  # two classes have one row, for the second of them: "" sorts first
-        weights, bias = probe.weights, probe.bias
-    else:
-        safe, own = probe.classes.index(""), [probe.classes.index(c) for c in categories]
-        weights = probe.weights[own] - probe.weights[safe]
-        bias = probe.bias[own] - probe.bias[safe]
+    _check_folds(fit, tune)
+    categories, weights, bias = _fit_scores(fit, penalty)
     highest = (tune.values.double() @ weights.T + bias).amax(dim=1).numpy()
-    label = np.array([p.label for p in tune.prompts])
-    thresholds = {}
-    for name, rate in (("neutral", neutral_rate), ("hard_safe", hard_rate)):
-        own_scores = highest[label == SAFE_SETS[name]]
-        if len(own_scores):
-            thresholds[name] = conformal_threshold(own_scores, rate)
+    rates = {"neutral": neutral_rate, "hard_safe": hard_rate}
+    thresholds = {
+        name: conformal_threshold(highest[rows], rates[name])
+        for name, rows in rows_that_must_not_open(tune.prompts).items()
+        if rows
+    }
     if not thresholds:
         raise ValueError(
             "no safe or neutral prompts in the tune fold: nothing to set a threshold on."
         )
-    threshold = max(own.value for own in thresholds.values())
-    passing = highest[(label == "unsafe") & (highest > threshold)] - threshold
-    scale = float(np.median(passing)) if len(passing) else 1.0
-    span: Any = fit.span
-    rows, offsets = weights.float(), bias.float()
+    risky = highest[unsafe_rows(tune.prompts)]
+    threshold = _highest(thresholds)
+    passing = risky[risky > threshold] - threshold
     return Gate(
-        fit.site, span, categories, rows, offsets, thresholds, scale, fit.model, form, several
+        site=fit.site,
+        span=cast('Literal["content", "last"]', fit.span),
+        categories=categories,
+        weights=weights.float(),
+        bias=bias.float(),
+        thresholds=thresholds,
+        scale=float(np.median(passing)) if len(passing) else 1.0,
+        model=fit.model,
+        form=form,
+        several=several,
     )
 
 
@@ -243,13 +233,17 @@ def combined(
     vectors: Float[Tensor, "batch category d"],
     several: Several,
 ) -> Float[Tensor, "batch d"]:
-    """What is added to each row: its open categories' vectors, put together as ``Gate.several`` says.
+    """Put each row's open categories' vectors together, as ``Gate.several`` says.
 
     Args:
         opening: How far the gate is open.
         vectors: Each row's vector of each category, residual-stream units.
-        several: "argmax": their weighted sum (one is open). "whitened": the shortest vector whose projection on each open category's vector is
-            that vector's own weighted length, no longer than the longest of them.
+        several: "argmax": their weighted sum (one is open). "whitened": the shortest vector whose
+            projection on each open category's vector is that vector's own weighted length, no
+            longer than the longest of them.
+
+    Returns:
+        What is added to each row; zero where all categories are closed.
     """
     if several == "argmax":
         return torch.einsum("bc,bcd->bd", opening, vectors)
@@ -257,7 +251,8 @@ def combined(
     is_open = (opening > 0) & (norms > 0)
     units = vectors / norms.clamp(min=1e-12)[..., None] * is_open[..., None]
     gram = torch.einsum("bcd,bed->bce", units, units)
-    # Closed categories get a row of the identity; the ridge keeps two equal vectors from dividing by zero.
+    # Closed categories get a row of the identity; the ridge keeps two equal vectors from dividing
+    # by zero.
     gram = gram + torch.diag_embed((~is_open).to(gram) + 1e-4)
     lengths = opening * norms * is_open
     coefficients = torch.linalg.solve(gram, lengths[..., None])[..., 0]
@@ -275,9 +270,10 @@ def save_gate(path: PathLike, gate: Gate) -> None:
         "categories": list(gate.categories),
         "thresholds": {
             name: {
-                key: value if np.isfinite(value) else str(value) for key, value in vars(own).items()
+                key: value if np.isfinite(value) else str(value)
+                for key, value in vars(threshold).items()
             }
-            for name, own in gate.thresholds.items()
+            for name, threshold in gate.thresholds.items()
         },
         "scale": gate.scale,
         "form": gate.form,
@@ -304,17 +300,13 @@ def load_gate(path: PathLike) -> Gate:
     try:
         thresholds = {
             name: Threshold(
-                float(own["value"]),
-                float(own["rate"]),
-                float(own["low"]),
-                float(own["high"]),
-                int(own["n"]),
+                float(numbers["value"]),
+                float(numbers["rate"]),
+                float(numbers["low"]),
+                float(numbers["high"]),
+                int(numbers["n"]),
             )
-            for name, own in card["thresholds"].items()
-        }
-        own = {
-            name: card[name]
-            for name in ("span", "scale", "form", "several", "hysteresis", "memory")
+            for name, numbers in card["thresholds"].items()
         }
         return Gate(
             site=Site.parse(card["site"]),
@@ -323,7 +315,10 @@ def load_gate(path: PathLike) -> Gate:
             bias=tensors["bias"],
             thresholds=thresholds,
             model=ModelInfo(**card["model"]),
-            **own,
+            **{
+                name: card[name]
+                for name in ("span", "scale", "form", "several", "hysteresis", "memory")
+            },
         )
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -331,13 +326,38 @@ def load_gate(path: PathLike) -> Gate:
         ) from error
 
 
-def only(gate: Gate, categories: Sequence[str]) -> Gate:
-    """The gate for some of its categories.
+def _check_folds(fit: ActivationSet, tune: ActivationSet) -> None:
+    if (fit.site, fit.span, fit.model.fingerprint) != (
+        tune.site,
+        tune.span,
+        tune.model.fingerprint,
+    ):
+        raise ValueError(f"both folds need one site, span and model, got {fit!r} and {tune!r}.")
+    if fit.span not in ("content", "last"):
+        raise ValueError(f"a gate reads the prompt's span 'content' or 'last', got {fit.span!r}.")
+    shared = {p.id for p in fit.prompts} & {p.id for p in tune.prompts}
+    if shared:
+        raise ValueError(
+            f"prompt {min(shared)!r} is in both folds; a threshold set on fitted prompts promises "
+            "nothing: split them with split_prompts."
+        )
 
-    Raises:
-        ValueError: If one is unknown.
-    """
-    rows = [gate.index(category) for category in categories]
-    return replace(
-        gate, categories=tuple(categories), weights=gate.weights[rows], bias=gate.bias[rows]
-    )
+
+def _fit_scores(
+    fit: ActivationSet, penalty: float
+) -> tuple[tuple[str, ...], Float[Tensor, "category d"], Float[Tensor, " category"]]:
+    """Fit each category's log-odds against safe prompts: categories, weights and biases."""
+    risks = [p.category if p.label == "unsafe" else "" for p in fit.prompts]
+    categories = tuple(sorted(set(risks) - {""}))
+    if not categories or "" not in risks:
+        raise ValueError("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
+    probe = fit_linear_probe(fit.values, risks, penalty=penalty)
+    if len(categories) == 1:  # two classes have one row, for the second of them: "" sorts first
+        return categories, probe.weights, probe.bias
+    safe, places = probe.classes.index(""), [probe.classes.index(c) for c in categories]
+    weights = probe.weights[places] - probe.weights[safe]
+    return categories, weights, probe.bias[places] - probe.bias[safe]
+
+
+def _highest(thresholds: Mapping[str, Threshold]) -> float:
+    return max(threshold.value for threshold in thresholds.values())

@@ -1,19 +1,18 @@
-"""Edits: what is done to an activation, as frozen functions of a tensor. They know nothing of models, rows or positions."""
+"""Describe changes of a model's computation, as edits and interventions.
+
+An edit says what is done to an activation: a frozen function of a tensor that knows nothing of
+models, rows or positions. An ``Intervention`` says where and when an edit is made, and which
+steering gate must let it through. ``apply.intervene`` carries interventions out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-
-from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.files.store import tensor_digest
 from workbench.models.load import ModelInfo, model_info
@@ -37,7 +36,7 @@ class AddVector:
     multiplier: float = 1.0
 
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """The activation moved by the vector."""
+        """Move the activation by the vector."""
         return activation + (self.multiplier * self.vector).to(activation)
 
     @property
@@ -48,13 +47,16 @@ class AddVector:
 
 @dataclass(frozen=True, eq=False)
 class AblateDirection:
-    """Set the projection on a unit direction to ``target`` (0: the activation no longer says anything along it)."""
+    """Set the projection on a unit direction to ``target``.
+
+    At 0 the activation no longer says anything along the direction.
+    """
 
     direction: Float[Tensor, " d"]
     target: float = 0.0
 
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """The activation with the projection replaced."""
+        """Replace the projection."""
         u = self.direction.to(activation)
         return activation + (self.target - activation @ u)[..., None] * u
 
@@ -66,13 +68,16 @@ class AblateDirection:
 
 @dataclass(frozen=True, eq=False)
 class RaiseTo:
-    """Raise the projection on a unit direction to ``target``; an activation that is there already or beyond stays as it is."""
+    """Raise the projection on a unit direction to ``target``.
+
+    An activation that is there already or beyond stays as it is.
+    """
 
     direction: Float[Tensor, " d"]
     target: float
 
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """The activation with the missing part of the projection added."""
+        """Add the missing part of the projection."""
         u = self.direction.to(activation)
         return activation + (self.target - activation @ u).clamp(min=0)[..., None] * u
 
@@ -90,7 +95,7 @@ class ScaleNeurons:
     factor: float
 
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """The activation with these neurons scaled."""
+        """Scale these neurons."""
         factors = torch.ones(activation.shape[-1], device=activation.device, dtype=activation.dtype)
         factors[list(self.neurons)] = self.factor
         return activation * factors
@@ -109,7 +114,7 @@ class ClampNeurons:
     values: Float[Tensor, " neuron"]
 
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """The activation with these neurons set."""
+        """Set these neurons."""
         index = torch.tensor(self.neurons, device=activation.device, dtype=torch.long)
         return activation.index_copy(
             -1, index, self.values.to(activation).expand(*activation.shape[:-1], -1)
@@ -124,24 +129,24 @@ class ClampNeurons:
 Edit = (
     AddVector | AblateDirection | RaiseTo | ScaleNeurons | ClampNeurons | Callable[[Tensor], Tensor]
 )
+"""What is done to an activation: one of these, or any function of a tensor."""
 
 
 Positions = Literal["all", "prompt", "generated"]
-
-
-POSITIONS = ("all", "prompt", "generated")
+"""Which tokens an intervention means. Padding is never touched."""
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """One change of the model's computation.
+    """Describe one change of the model's computation.
 
     Attributes:
         site: Where.
         edit: What: a function of the activation that returns a new one of the same shape.
-        positions: "all" tokens, those of the "prompt", or only "generated" ones. Padding is never touched.
-        until: Generated tokens after which it ends: an answer's opening decides where it goes, and what follows keeps its quality. None
-            never ends.
+        positions: "all" tokens, those of the "prompt", or only "generated" ones. Padding is never
+            touched.
+        until: Generated tokens after which it ends: an answer's opening decides where it goes, and
+            what follows keeps its quality. None never ends.
         rows: Rows of the batch it applies to; None means every row.
         label: Name in results.
         model: What its vector was measured on; None where nothing was measured.
@@ -162,9 +167,10 @@ class Intervention:
     fitted_on: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.positions not in POSITIONS:
+        allowed = get_args(Positions)
+        if self.positions not in allowed:
             raise ValueError(
-                f"unknown positions {self.positions!r}; allowed: {', '.join(POSITIONS)}."
+                f"unknown positions {self.positions!r}; allowed: {', '.join(allowed)}."
             )
         if self.until is not None and self.until < 0:
             raise ValueError(
@@ -172,7 +178,7 @@ class Intervention:
             )
 
     def for_rows(self, rows: Iterable[int]) -> Intervention:
-        """The same change for some rows of a batch only."""
+        """Restrict the change to some rows of a batch."""
         return replace(self, rows=tuple(rows))
 
 
@@ -184,7 +190,9 @@ def add_vector(
     positions: Positions = "all",
     until: int | None = None,
 ) -> Intervention:
-    """Steer: add a multiple of a steering vector at its site. A multiplier above 0 goes from unsafe to safe.
+    """Steer: add a multiple of a steering vector at its site.
+
+    A multiplier above 0 goes from unsafe to safe.
 
     Args:
         vector: A steering vector.
@@ -215,7 +223,12 @@ def add_vector(
 
 
 def suppress(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
-    """Steer a category's risk down: its vector at relative strength ``rho``, from unsafe to safe; see ``add_vector``.
+    """Steer a category's risk down: add its vector at relative strength ``rho``.
+
+    Args:
+        vector: A steering vector; it points from unsafe to safe.
+        rho: Strength relative to the residual stream, above 0.
+        extent: ``positions`` and ``until`` of ``add_vector``.
 
     Raises:
         ValueError: If ``rho`` is not above 0.
@@ -224,7 +237,9 @@ def suppress(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
 
 
 def activate(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
-    """Steer a category's risk up, to see what its vector stands for or to test what comes after: the opposite of ``suppress``.
+    """Steer a category's risk up: the opposite of ``suppress``, with the same arguments.
+
+    It shows what a vector stands for, and tests what comes after it.
 
     Raises:
         ValueError: If ``rho`` is not above 0.
@@ -235,13 +250,15 @@ def activate(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
 def raise_to(
     vector: SteeringVector, target: float, *, positions: Positions = "all"
 ) -> Intervention:
-    """Steer up to a target: move an activation along a steering vector until its projection there is ``target``, and never beyond.
+    """Steer up to a target: move along a steering vector until the projection is ``target``.
 
-    An activation that is there already stays as it is, so that repeated or strong steering cannot overshoot.
+    An activation that is there already stays as it is, so that repeated or strong steering cannot
+    overshoot.
 
     Args:
         vector: Its site and direction are used.
-        target: Projection on the unit direction, in residual-stream units; for instance the safe class's mean there.
+        target: Projection on the unit direction, in residual-stream units; for instance the safe
+            class's mean there.
         positions: Which tokens.
     """
     edit = RaiseTo(vector.direction, float(target))
@@ -252,22 +269,22 @@ def raise_to(
 
 
 def gated(steering: Mapping[str, Sequence[Intervention]], gate: Gate) -> list[Intervention]:
-    """Interventions that a gate lets through: each category's own ones where the gate opens for that category.
+    """Put interventions behind a gate: each category's act where it opens for that category.
 
     They act from the user's words on: the template before them stays as it is.
 
     Args:
         steering: Risk category to its interventions.
-        gate: Knows each of these categories.
+        gate: A steering gate that was fitted on each of these categories.
 
     Raises:
         ValueError: If the gate does not know a category.
     """
-    made = []
+    behind_gate = []
     for category, interventions in steering.items():
         gate.index(category)
-        made += [replace(one, gate=gate, gate_category=category) for one in interventions]
-    return made
+        behind_gate += [replace(one, gate=gate, gate_category=category) for one in interventions]
+    return behind_gate
 
 
 def ablate_direction(
@@ -281,7 +298,8 @@ def ablate_direction(
 
     Args:
         vector: Its direction is used.
-        sites: Where; the vector's own site by default. All writing sites give the directional ablation of Arditi et al. (2406.11717).
+        sites: Where; the vector's own site by default. All writing sites give the directional
+            ablation of Arditi et al. (2024, arXiv:2406.11717).
         target: Projection left behind, in residual-stream units.
         positions: Which tokens.
     """
@@ -304,11 +322,11 @@ def scale_neurons(
     return [
         Intervention(
             Site(layer, "mlp_post"),
-            ScaleNeurons(own, factor),
+            ScaleNeurons(layer_neurons, factor),
             positions,
             label=f"neurons x {factor:g}",
         )
-        for layer, own in _by_layer(neurons).items()
+        for layer, layer_neurons in _by_layer(neurons).items()
     ]
 
 
@@ -322,87 +340,72 @@ def clamp_neurons(
 
     Args:
         neurons: Pairs (layer, neuron).
-        values: One value a neuron, in their order.
+        values: One value per neuron, in their order.
         positions: Which tokens.
 
     Raises:
-        ValueError: If there is not one value a neuron.
+        ValueError: If there is not one value per neuron.
     """
     neurons = list(neurons)
     if len(neurons) != len(values):
         raise ValueError(
-            f"clamping needs one value a neuron, got {len(values)} for {len(neurons)} neurons."
+            f"clamping needs one value per neuron, got {len(values)} for {len(neurons)} neurons."
         )
     value_of = {neuron: float(value) for neuron, value in zip(neurons, values, strict=True)}
     return [
         Intervention(
             Site(layer, "mlp_post"),
-            ClampNeurons(own, torch.tensor([value_of[layer, n] for n in own])),
+            ClampNeurons(layer_neurons, torch.tensor([value_of[layer, n] for n in layer_neurons])),
             positions,
             label="clamped neurons",
         )
-        for layer, own in _by_layer(neurons).items()
+        for layer, layer_neurons in _by_layer(neurons).items()
     ]
 
 
 def check_interventions(
     model: HookedModel, interventions: Sequence[Intervention], *, transfer: bool = False
 ) -> None:
-    """Raise where an intervention does not fit the model: before anything runs, in one line.
+    """Raise where an intervention does not fit the model, before anything runs.
 
     Raises:
-        ValueError: If a site does not exist or cannot be edited, a width is wrong, or a vector belongs to another model.
+        ValueError: If a site does not exist or cannot be edited, a width is wrong, or a vector
+            belongs to another model.
     """
     for intervention in interventions:
         if not isinstance(intervention, Intervention):
             raise ValueError(
-                f"interventions must be a flat list of Intervention, got a {type(intervention).__name__} in it; "
+                "interventions must be a flat list of Intervention, got a "
+                f"{type(intervention).__name__} in it; "
                 "write [add_vector(...), *ablate_direction(...)]."
             )
     check_sites(model, [intervention.site for intervention in interventions])
     check_sites(model, [i.gate.site for i in interventions if i.gate is not None])
-    info = model_info(model) if any(i.model is not None for i in interventions) else None
-    widths = {"mlp_post": model.cfg.d_mlp, "z": model.cfg.n_heads * model.cfg.d_head}
+    is_measured = any(i.model is not None or i.gate is not None for i in interventions)
+    info = model_info(model) if is_measured else None
     for intervention in interventions:
-        site, edit, source = intervention.site, intervention.edit, intervention.model
-        if site.kind == "resid_mid" and hasattr(model, "original_model"):
-            raise ValueError(
-                f"{site} can be read but not edited: in a TransformerBridge an edit there reaches the MLP only, not the residual stream; "
-                f"add at {Site(site.layer, 'attn_out')} instead (the same operation in pre-norm models)."
-            )
-        width = widths.get(site.kind, model.cfg.d_model)
-        given = getattr(edit, "width", width)
-        exact = isinstance(edit, AddVector | AblateDirection | RaiseTo)
-        if (exact and given != width) or given > width:
-            raise ValueError(
-                f"an edit of width {given} does not fit {site}, which has width {width}."
-            )
-        if intervention.gate is not None:
-            _check_gate(intervention, intervention.gate, model)
-        if info is None or source is None or source.fingerprint == info.fingerprint:
-            continue
-        if not transfer:
-            raise ValueError(
-                f"steering vector was fitted on {source.name!r} ({source.weights}) but the model is {info.name!r} ({info.weights}); "
-                "refit it, or pass transfer=True."
-            )
-        if source.architecture != info.architecture:
-            raise ValueError(
-                f"no transfer from {source.name!r} to {info.name!r}: layers, width, neurons and heads are {source.architecture} and "
-                f"{info.architecture}; only models of one architecture share a residual stream."
-            )
+        _check_edit(intervention, model)
+        if info is not None and intervention.gate is not None:
+            _check_gate(intervention, intervention.gate, info)
+        if info is not None and intervention.model is not None:
+            _check_source(intervention.model, info, transfer=transfer)
 
 
 def description(intervention: Intervention) -> list[Any]:
-    """An intervention as JSON, for keys: tensors by their hash. An edit that its values do not tell from another has no key."""
+    """Describe an intervention as JSON, for keys: tensors by their hash.
+
+    Raises:
+        ValueError: If the edit's values do not tell it from another one.
+    """
     edit = intervention.edit
     values = {f.name: getattr(edit, f.name) for f in fields(edit)} if is_dataclass(edit) else {}
     what = {k: tensor_digest(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-    allowed = str | int | float | tuple | list | None
-    if not what or not all(isinstance(value, allowed) for value in what.values()):
+    is_json = str | int | float | tuple | list | None
+    if not what or not all(isinstance(value, is_json) for value in what.values()):
         raise ValueError(
-            f"answers under the edit at {intervention.site} ({type(edit).__name__}) cannot be kept in a file: nothing tells it from "
-            "another one when they are read back; make it a frozen dataclass of numbers and tensors, or leave out output."
+            f"answers under the edit at {intervention.site} ({type(edit).__name__}) cannot be kept "
+            "in a file: nothing tells it from another one when they are read back; make it a "
+            "frozen dataclass of numbers and tensors, or leave out output."
         )
     extent = (
         intervention.positions
@@ -413,28 +416,66 @@ def description(intervention: Intervention) -> list[Any]:
     return [str(intervention.site), type(edit).__name__, what, extent, intervention.label, *gate]
 
 
+def _check_edit(intervention: Intervention, model: HookedModel) -> None:
+    """Raise where an edit cannot be made at its site, or has another width."""
+    site, edit = intervention.site, intervention.edit
+    if site.kind == "resid_mid" and hasattr(model, "original_model"):
+        raise ValueError(
+            f"{site} can be read but not edited: in a TransformerBridge an edit there reaches the "
+            f"MLP only, not the residual stream; add at {Site(site.layer, 'attn_out')} instead "
+            "(the same operation in pre-norm models)."
+        )
+    widths = {"mlp_post": model.cfg.d_mlp, "z": model.cfg.n_heads * model.cfg.d_head}
+    site_width = widths.get(site.kind, model.cfg.d_model)
+    edit_width = getattr(edit, "width", site_width)
+    is_exact = isinstance(edit, AddVector | AblateDirection | RaiseTo)
+    if (is_exact and edit_width != site_width) or edit_width > site_width:
+        raise ValueError(
+            f"an edit of width {edit_width} does not fit {site}, which has width {site_width}."
+        )
+
+
+def _check_gate(intervention: Intervention, gate: Gate, info: ModelInfo) -> None:
+    """Raise where a gate reads too late, was fitted on another model or on other categories."""
+    layer = intervention.site.layer
+    is_below = gate.site.layer < layer
+    if not is_below and not (gate.site.layer == layer and gate.site.kind == "resid_pre"):
+        raise ValueError(
+            f"the gate reads at {gate.site}, which is not below {intervention.site} that it lets "
+            "be steered; fit it at a lower layer."
+        )
+    if gate.model.fingerprint != info.fingerprint:
+        raise ValueError(
+            f"the gate was fitted on {gate.model.name!r}, not on {info.name!r}; fit it again."
+        )
+    gate.index(intervention.gate_category)
+
+
+def _check_source(source: ModelInfo, info: ModelInfo, *, transfer: bool) -> None:
+    """Raise where a vector of one model may not steer another."""
+    if source.fingerprint == info.fingerprint:
+        return
+    if not transfer:
+        raise ValueError(
+            f"steering vector was fitted on {source.name!r} ({source.weights}) but the model is "
+            f"{info.name!r} ({info.weights}); refit it, or pass transfer=True."
+        )
+    if source.architecture != info.architecture:
+        raise ValueError(
+            f"no transfer from {source.name!r} to {info.name!r}: layers, width, neurons and heads "
+            f"are {source.architecture} and {info.architecture}; only models of one architecture "
+            "share a residual stream."
+        )
+
+
 def _by_layer(neurons: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+    """Group neurons by layer, each once."""
     layers: dict[int, list[int]] = {}
     for layer, neuron in neurons:
         if neuron < 0:
             raise ValueError(f"neuron must be a whole number from 0, got {neuron}.")
         layers.setdefault(int(layer), []).append(int(neuron))
-    return {layer: tuple(dict.fromkeys(own)) for layer, own in sorted(layers.items())}
-
-
-def _check_gate(intervention: Intervention, gate: Gate, model: HookedModel) -> None:
-    before = gate.site.layer < intervention.site.layer
-    if not before and not (
-        gate.site.layer == intervention.site.layer and gate.site.kind == "resid_pre"
-    ):
-        raise ValueError(
-            f"the gate reads at {gate.site}, which is not below {intervention.site} that it lets be steered; fit it at a lower layer."
-        )
-    if gate.model.fingerprint != model_info(model).fingerprint:
-        raise ValueError(
-            f"the gate was fitted on {gate.model.name!r}, not on {model_info(model).name!r}; fit it again."
-        )
-    gate.index(intervention.gate_category)
+    return {layer: tuple(dict.fromkeys(in_layer)) for layer, in_layer in sorted(layers.items())}
 
 
 def _above_zero(rho: float) -> float:

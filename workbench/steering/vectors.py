@@ -1,10 +1,15 @@
-"""Steering vectors: measured differences between activations of unsafe and safe text, without gradients. From unsafe to safe, always."""
+"""Fit steering vectors, their controls, and keep them in files.
+
+A steering vector is a measured difference between activations of unsafe and of safe text; no
+gradient is taken. It points from unsafe to safe, always: a multiplier above 0 means safer. Which
+rows are the two sides is decided in ``prompts.contrasts``, what is made of them in ``estimators``.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -12,7 +17,8 @@ from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, write_tensors
 from workbench.models.load import ModelInfo
 from workbench.models.sites import RESIDUAL_KINDS, Site
-from workbench.prompts.prompt import HARMLESS, Prompt, categories_of, text_key
+from workbench.prompts.contrasts import SafeSide, sides_to_fit
+from workbench.prompts.prompt import categories_of, text_key
 from workbench.steering.estimators import (
     Pruning,
     mean_difference,
@@ -28,36 +34,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.activations import ActivationSet
-
-
-SafeSide = Literal["paired", "generic"]
+    from workbench.prompts.prompt import Prompt
 
 
 Estimator = Literal["mean_difference", "principal", "probe"]
-
-
-ESTIMATORS = ("mean_difference", "principal", "probe")
+"""Ways from two sets of rows to a vector; each names a function of ``estimators``."""
 
 
 RefusalFilter = Literal["none", "keep", "drop"]
+"""What happens to safe rows whose response is a refusal."""
+
+
+FORMAT = "workbench steering vector 1"
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """What was measured at one site for one category: it points from unsafe to safe, so a multiplier above 0 means safer.
+    """Hold what was measured at one site for one category, from unsafe to safe.
 
     Attributes:
         site: Where it was measured and where it is added.
         category: Risk category, or what a control was made from.
         vector: The measured difference, float32, in units of the residual stream, not normalised.
-        method: Construction: "prompt_contrast", "answer_contrast", or a control ("random", "shuffled", "other:<category>").
+        method: Construction: "prompt_contrast", "answer_contrast", or a control ("random",
+            "shuffled", "other:<category>").
         span: Which tokens were pooled.
         kept: Fraction of the differences that pruning kept.
         n_unsafe: Rows on the unsafe side.
         n_safe: Rows on the safe side.
-        site_norm: Mean L2 norm of the residual stream at this layer (pooled rows); nan where it was not measured.
+        site_norm: Mean L2 norm of the residual stream at this layer (pooled rows); nan where it was
+            not measured.
         model: What it was measured on.
-        fitted_on: ``prompts.text_key`` of the prompts it was fitted on, so that an evaluation on one of them is noticed.
+        fitted_on: ``prompts.text_key`` of the prompts it was fitted on, so that an evaluation on
+            one of them is noticed.
     """
 
     site: Site
@@ -74,8 +83,9 @@ class SteeringVector:
 
     def __repr__(self) -> str:
         return (
-            f"SteeringVector({self.category!r} at {self.site}, {self.method}, d={len(self.vector)}, norm={self.norm:.3g}, "
-            f"n={self.n_unsafe}+{self.n_safe}, model={self.model.name!r})"
+            f"SteeringVector({self.category!r} at {self.site}, {self.method}, "
+            f"d={len(self.vector)}, norm={self.norm:.3g}, n={self.n_unsafe}+{self.n_safe}, "
+            f"model={self.model.name!r})"
         )
 
     @property
@@ -97,26 +107,32 @@ class SteeringVector:
         return self.vector / self.vector.norm()
 
     def rho(self, multiplier: float) -> float:
-        """Relative strength of a multiplier: norm of what is added over the mean norm of the residual stream there."""
-        return abs(multiplier) * self.norm / self._known_site_norm()
-
-    def multiplier_for(self, rho: float) -> float:
-        """The multiplier whose relative strength is ``|rho|``, with the sign of ``rho``.
+        """Turn a multiplier into relative strength: norm added over mean norm of the stream.
 
         Raises:
             ValueError: If the norm of the residual stream was not measured.
         """
+        return abs(multiplier) * self.norm / self._known_site_norm()
+
+    def multiplier_for(self, rho: float) -> float:
+        """Find the multiplier whose relative strength is ``|rho|``, with the sign of ``rho``.
+
+        Raises:
+            ValueError: If the vector is zero, or the norm of the residual stream was not measured.
+        """
         if self.norm == 0:
             raise ValueError(
-                f"the vector of {self.category!r} at {self.site} is zero: no multiplier gives it a strength."
+                f"the vector of {self.category!r} at {self.site} is zero: no multiplier gives it a "
+                "strength."
             )
         return rho * self._known_site_norm() / self.norm
 
     def _known_site_norm(self) -> float:
         if math.isnan(self.site_norm):
             raise ValueError(
-                f"relative strength at {self.site} needs the norm of the residual stream: fit with residual=activations at "
-                f"{Site(self.site.layer, 'resid_post')}, or give a multiplier."
+                f"relative strength at {self.site} needs the norm of the residual stream: fit with "
+                f"residual=activations at {Site(self.site.layer, 'resid_post')}, or give a "
+                "multiplier."
             )
         return self.site_norm
 
@@ -135,103 +151,46 @@ def fit_steering_vectors(
     method: str = "prompt_contrast",
     seed: int = 0,
 ) -> dict[str, SteeringVector]:
-    """One steering vector a category: from its unsafe rows to the safe ones.
+    """Fit one steering vector per category, from its unsafe rows to the safe ones.
 
     Args:
-        activations: Pooled activations at one site, unsafe and safe prompts (or answers, see ``openings.answer_prompts``) together.
-        residual: Activations of the same prompts at the residual stream of the layer, for relative strength; not needed when
-            ``activations`` is of the residual stream itself.
-        categories: Which; all that have unsafe rows by default.
-        safe_side: "paired": the safe rows with the same ``pair_id``. "generic": all neutral rows, whatever their topic, for every
-            category (where there are none, all safe rows).
-        estimator: "mean_difference" (with paired rows what CAA does, Rimsky et al. 2023, arXiv:2312.06681; with generic ones the refusal direction's
-            construction, Arditi et al. 2024, arXiv:2406.11717), "principal" (paired rows only) or "probe", see ``estimators``; the latter two
-            give a direction, which gets the mean difference's norm.
-        pruning: Which differences to keep by their norm, see ``pruned_mean_difference``; for the mean difference only.
+        activations: Pooled activations at one site of unsafe and safe prompts together (or of
+            answers, see ``openings.answer_prompts``).
+        residual: The same prompts at the residual stream of the layer, for relative strength; not
+            needed when ``activations`` is of the residual stream itself.
+        categories: Risk categories; by default all that have unsafe rows.
+        safe_side: "paired": the safe rows with the same ``pair_id``. "generic": all neutral rows,
+            for every category (where there are none, all safe rows).
+        estimator: "mean_difference" (with paired rows that of CAA, Rimsky et al. 2023,
+            arXiv:2312.06681; with generic ones the refusal direction, Arditi et al. 2024,
+            arXiv:2406.11717). "principal" (paired rows only) and "probe" give a direction, which
+            gets the mean difference's norm. See ``estimators``.
+        pruning: Which differences to keep by their norm, see ``pruned_mean_difference``; for
+            "mean_difference" only.
         keep: Share kept when pruning.
         refusals: Ids of the safe rows whose response is a refusal; needed for a refusal filter.
         refusal_filter: "keep" only those safe rows, or "drop" them.
         method: Name of the construction, for the card.
-        seed: For random pruning, and of the signs of "principal".
+        seed: Seed of random pruning, and of the signs of "principal".
 
     Returns:
         Category to vector.
 
     Raises:
-        ValueError: If the site is not in the residual stream, a category is unknown or a side is empty.
+        ValueError: If the site is not in the residual stream, a category or an option is unknown,
+            or a side is empty.
     """
-    if activations.site.kind not in RESIDUAL_KINDS:
-        raise ValueError(
-            f"a steering vector lives in the residual stream: fit it at {', '.join(RESIDUAL_KINDS)}, not at {activations.site}."
-        )
-    known = categories_of(activations.prompts)
-    chosen = known if categories is None else list(categories)
-    for category in chosen:
-        if category not in known:
-            raise ValueError(
-                f"no unsafe prompts of category {category!r}; categories: {', '.join(known)}.{did_you_mean(category, known)}"
-            )
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}; estimators: {', '.join(ESTIMATORS)}.")
-    if (estimator == "principal" and safe_side != "paired") or (
-        estimator != "mean_difference" and pruning != "none"
-    ):
-        raise ValueError(
-            f"estimator {estimator!r} does not go with safe_side={safe_side!r} and pruning={pruning!r}: 'principal' needs "
-            "safe_side='paired', and only 'mean_difference' can be pruned."
-        )
-    if not chosen:
-        raise ValueError("no unsafe rows: a steering vector needs a risk category.")
-    norm = _site_norm(activations, residual)
-    vectors = {}
-    for category in chosen:
-        unsafe_rows, safe_rows = _sides(activations.prompts, category, safe_side)
-        if refusal_filter != "none":
-            unsafe_rows, safe_rows = _filter_refusals(
-                activations.prompts,
-                unsafe_rows,
-                safe_rows,
-                refusals,
-                refusal_filter,
-                paired=safe_side == "paired",
-            )
-        if not unsafe_rows or not safe_rows:
-            side = "unsafe" if not unsafe_rows else "safe"
-            raise ValueError(
-                f"no {side} rows for category {category!r} with safe_side={safe_side!r}, refusal_filter={refusal_filter!r}."
-            )
-        unsafe, safe = activations.values[unsafe_rows], activations.values[safe_rows]
-        if estimator == "mean_difference":
-            vector = pruned_mean_difference(
-                unsafe, safe, keep=keep, which=pruning, paired=safe_side == "paired", seed=seed
-            )
-        else:
-            found = (
-                probe_direction(unsafe, safe)
-                if estimator == "probe"
-                else principal_direction(unsafe, safe, seed=seed)
-            )
-            vector = found * mean_difference(unsafe, safe).norm()
-        vectors[category] = SteeringVector(
-            site=activations.site,
-            category=category,
-            vector=vector,
-            method=method,
-            span=activations.span,
-            kept=1.0 if pruning == "none" else keep,
-            n_unsafe=len(unsafe_rows),
-            n_safe=len(set(safe_rows)),
-            site_norm=norm,
-            model=activations.model,
-            fitted_on=frozenset(
-                text_key(activations.prompts[i].text) for i in (*unsafe_rows, *safe_rows)
-            ),
-        )
-    return vectors
+    options = _FitOptions(safe_side, estimator, pruning, keep, refusals, refusal_filter, seed)
+    chosen_categories = _checked_categories(activations, categories)
+    site_norm = _site_norm(activations, residual)
+    return {
+        category: _fit_category(activations, category, options, method, site_norm)
+        for category in chosen_categories
+    }
 
 
 def random_vector(like: SteeringVector, *, seed: int) -> SteeringVector:
-    """Control: a uniformly random direction with the norm of ``like``."""
+    """Make a control: a uniformly random direction with the norm of ``like``."""
     noise = torch.randn(
         like.vector.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -248,12 +207,14 @@ def random_vector(like: SteeringVector, *, seed: int) -> SteeringVector:
 def shuffled_vector(
     like: SteeringVector, activations: ActivationSet, *, seed: int, safe_side: SafeSide = "generic"
 ) -> SteeringVector:
-    """Control: the same rows with shuffled labels, scaled to the norm of ``like``: what the construction finds where nothing is.
+    """Make a control: the rows of ``like`` with shuffled labels, at the norm of ``like``.
+
+    It is what the construction finds where there is nothing to find.
 
     Args:
         like: The vector it is a control for, with its category.
         activations: What ``like`` was fitted on.
-        seed: Of the shuffle. Paired sides are swapped pair by pair; generic sides are mixed.
+        seed: Seed of the shuffle. Paired sides are swapped pair by pair; generic sides are mixed.
         safe_side: As in the fit.
 
     Raises:
@@ -261,25 +222,23 @@ def shuffled_vector(
     """
     if activations.site != like.site or activations.model.fingerprint != like.model.fingerprint:
         raise ValueError(
-            f"a control at {like.site} of {like.model.name!r} needs activations from there, got {activations!r}."
+            f"a control at {like.site} of {like.model.name!r} needs activations from there, "
+            f"got {activations!r}."
         )
-    unsafe_rows, safe_rows = _sides(activations.prompts, like.category, safe_side)
+    unsafe_rows, safe_rows = sides_to_fit(activations.prompts, like.category, safe_side)
     if not unsafe_rows or not safe_rows:
         raise ValueError(
             f"no rows to shuffle for category {like.category!r} with safe_side={safe_side!r}."
         )
     generator = torch.Generator().manual_seed(seed)
-    values = activations.values.double()
+    values, n_unsafe = activations.values.double(), len(unsafe_rows)
     if safe_side == "paired":
-        sign = torch.randint(0, 2, (len(unsafe_rows), 1), generator=generator).double() * 2 - 1
+        sign = torch.randint(0, 2, (n_unsafe, 1), generator=generator).double() * 2 - 1
         vector = (sign * (values[safe_rows] - values[unsafe_rows])).mean(dim=0)
     else:
-        mixed = torch.tensor(unsafe_rows + safe_rows)[
-            torch.randperm(len(unsafe_rows) + len(safe_rows), generator=generator)
-        ]
-        vector = values[mixed[len(unsafe_rows) :]].mean(dim=0) - values[
-            mixed[: len(unsafe_rows)]
-        ].mean(dim=0)
+        order = torch.randperm(n_unsafe + len(safe_rows), generator=generator)
+        mixed = torch.tensor(unsafe_rows + safe_rows)[order]
+        vector = values[mixed[n_unsafe:]].mean(dim=0) - values[mixed[:n_unsafe]].mean(dim=0)
     return replace(
         scaled_to(replace(like, vector=vector.float()), like.norm),
         method="shuffled",
@@ -288,7 +247,7 @@ def shuffled_vector(
 
 
 def scaled_to(vector: SteeringVector, norm: float) -> SteeringVector:
-    """The same direction with another norm, for comparisons at equal strength."""
+    """Give a vector's direction another norm, for comparisons at equal strength."""
     return replace(vector, vector=vector.direction * norm)
 
 
@@ -302,7 +261,7 @@ def save_vector(path: PathLike, vector: SteeringVector) -> None:
         "site": str(vector.site),
         "sign": "from unsafe to safe",
         "norm": vector.norm,
-        "format": "workbench steering vector 1",
+        "format": FORMAT,
         "fitted_on": sorted(vector.fitted_on),
     }
     card["versions"] = {
@@ -340,65 +299,149 @@ def load_vector(path: PathLike) -> SteeringVector:
         vector.norm, norm, rel_tol=1e-5
     ):
         raise ValueError(
-            f"{path} is damaged: its vector of shape {tuple(vector.vector.shape)} is not the one of its card; delete and rebuild it."
+            f"{path} is damaged: its vector of shape {tuple(vector.vector.shape)} is not the one "
+            "of its card; delete and rebuild it."
         )
     return vector
 
 
-def _sides(prompts: Sequence[Prompt], category: str, safe_side: str) -> tuple[list[int], list[int]]:
-    """Row numbers of the unsafe and the safe side; for pairs in the same order."""
-    unsafe = [i for i, p in enumerate(prompts) if p.category == category and p.label == "unsafe"]
-    if safe_side == "paired":
-        safe_of = {
-            p.pair_id: i
-            for i, p in enumerate(prompts)
-            if p.label == "safe" and p.pair_id is not None
-        }
-        pairs = [(i, j) for i in unsafe if (j := safe_of.get(prompts[i].pair_id or "")) is not None]
-        return [i for i, _ in pairs], [j for _, j in pairs]
-    if safe_side == "generic":
-        neutral = [
-            i for i, p in enumerate(prompts) if p.category == HARMLESS or p.label == "neutral"
-        ]
-        return unsafe, neutral or [i for i, p in enumerate(prompts) if p.label == "safe"]
-    raise ValueError(f"unknown safe_side {safe_side!r}; allowed: paired, generic.")
+@dataclass(frozen=True)
+class _FitOptions:
+    """Hold how vectors are fitted, as ``fit_steering_vectors`` was told, and check it."""
+
+    safe_side: SafeSide
+    estimator: Estimator
+    pruning: Pruning
+    keep: float
+    refusals: Collection[str] | None
+    refusal_filter: RefusalFilter
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.estimator not in get_args(Estimator):
+            raise ValueError(
+                f"unknown estimator {self.estimator!r}; "
+                f"estimators: {', '.join(get_args(Estimator))}."
+            )
+        unpaired = self.estimator == "principal" and self.safe_side != "paired"
+        if unpaired or (self.estimator != "mean_difference" and self.pruning != "none"):
+            raise ValueError(
+                f"estimator {self.estimator!r} does not go with safe_side={self.safe_side!r} and "
+                f"pruning={self.pruning!r}: 'principal' needs safe_side='paired', and only "
+                "'mean_difference' can be pruned."
+            )
+
+
+def _checked_categories(activations: ActivationSet, categories: Iterable[str] | None) -> list[str]:
+    """List the categories to fit: those asked for, or all that have unsafe rows."""
+    if activations.site.kind not in RESIDUAL_KINDS:
+        raise ValueError(
+            "a steering vector lives in the residual stream: fit it at "
+            f"{', '.join(RESIDUAL_KINDS)}, not at {activations.site}."
+        )
+    known = categories_of(activations.prompts)
+    chosen_categories = known if categories is None else list(categories)
+    for category in chosen_categories:
+        if category not in known:
+            raise ValueError(
+                f"no unsafe prompts of category {category!r}; categories: {', '.join(known)}."
+                f"{did_you_mean(category, known)}"
+            )
+    if not chosen_categories:
+        raise ValueError("no unsafe rows: a steering vector needs a risk category.")
+    return chosen_categories
+
+
+def _fit_category(
+    activations: ActivationSet, category: str, options: _FitOptions, method: str, site_norm: float
+) -> SteeringVector:
+    unsafe_rows, safe_rows = _rows_to_fit(activations.prompts, category, options)
+    fitted_rows = (*unsafe_rows, *safe_rows)
+    return SteeringVector(
+        site=activations.site,
+        category=category,
+        vector=_estimate(activations.values[unsafe_rows], activations.values[safe_rows], options),
+        method=method,
+        span=activations.span,
+        kept=1.0 if options.pruning == "none" else options.keep,
+        n_unsafe=len(unsafe_rows),
+        n_safe=len(set(safe_rows)),
+        site_norm=site_norm,
+        model=activations.model,
+        fitted_on=frozenset(text_key(activations.prompts[i].text) for i in fitted_rows),
+    )
+
+
+def _rows_to_fit(
+    prompts: Sequence[Prompt], category: str, options: _FitOptions
+) -> tuple[list[int], list[int]]:
+    """List the rows of both sides, after the refusal filter; neither side is empty."""
+    unsafe_rows, safe_rows = sides_to_fit(prompts, category, options.safe_side)
+    if options.refusal_filter != "none":
+        unsafe_rows, safe_rows = _filter_refusals(prompts, unsafe_rows, safe_rows, options)
+    if not unsafe_rows or not safe_rows:
+        side = "unsafe" if not unsafe_rows else "safe"
+        raise ValueError(
+            f"no {side} rows for category {category!r} with safe_side={options.safe_side!r}, "
+            f"refusal_filter={options.refusal_filter!r}."
+        )
+    return unsafe_rows, safe_rows
 
 
 def _filter_refusals(
-    prompts: Sequence[Prompt],
-    unsafe: list[int],
-    safe: list[int],
-    refusals: Collection[str] | None,
-    how: str,
-    *,
-    paired: bool,
+    prompts: Sequence[Prompt], unsafe_rows: list[int], safe_rows: list[int], options: _FitOptions
 ) -> tuple[list[int], list[int]]:
+    """Keep or drop safe rows whose response is a refusal; pairs stay or go together."""
+    how, refusals = options.refusal_filter, options.refusals
     if how not in ("keep", "drop"):
         raise ValueError(f"unknown refusal_filter {how!r}; allowed: none, keep, drop.")
     if refusals is None:
         raise ValueError(
             "a refusal filter needs refusals=ids of the safe rows whose response is a refusal."
         )
-    kept = [place for place, i in enumerate(safe) if (prompts[i].id in refusals) == (how == "keep")]
-    return ([unsafe[k] for k in kept] if paired else unsafe), [safe[k] for k in kept]
+    places = [
+        place
+        for place, row in enumerate(safe_rows)
+        if (prompts[row].id in refusals) == (how == "keep")
+    ]
+    if options.safe_side == "paired":
+        unsafe_rows = [unsafe_rows[place] for place in places]
+    return unsafe_rows, [safe_rows[place] for place in places]
+
+
+def _estimate(
+    unsafe: Float[Tensor, "unsafe d"], safe: Float[Tensor, "safe d"], options: _FitOptions
+) -> Float[Tensor, " d"]:
+    if options.estimator == "mean_difference":
+        return pruned_mean_difference(
+            unsafe,
+            safe,
+            keep=options.keep,
+            which=options.pruning,
+            paired=options.safe_side == "paired",
+            seed=options.seed,
+        )
+    direction = (
+        probe_direction(unsafe, safe)
+        if options.estimator == "probe"
+        else principal_direction(unsafe, safe, seed=options.seed)
+    )
+    return direction * mean_difference(unsafe, safe).norm()
 
 
 def _site_norm(activations: ActivationSet, residual: ActivationSet | None) -> float:
-    source = (
-        residual
-        if residual is not None
-        else activations
-        if activations.site.kind.startswith("resid")
-        else None
-    )
-    if source is None:
+    """Measure the mean L2 norm of the residual stream; nan where it is not given."""
+    if residual is None and not activations.site.kind.startswith("resid"):
         return math.nan
-    if not source.site.kind.startswith("resid") or source.site.layer != activations.site.layer:
+    stream = activations if residual is None else residual
+    if not stream.site.kind.startswith("resid") or stream.site.layer != activations.site.layer:
         raise ValueError(
-            f"residual must be of the residual stream of layer {activations.site.layer}, got {source.site}."
+            f"residual must be of the residual stream of layer {activations.site.layer}, "
+            f"got {stream.site}."
         )
-    if source.model.fingerprint != activations.model.fingerprint:
+    if stream.model.fingerprint != activations.model.fingerprint:
         raise ValueError(
-            f"residual must be of the same model {activations.model.name!r}, got {source.model.name!r}."
+            f"residual must be of the same model {activations.model.name!r}, "
+            f"got {stream.model.name!r}."
         )
-    return float(source.values.double().norm(dim=1).mean())
+    return float(stream.values.double().norm(dim=1).mean())

@@ -1,4 +1,4 @@
-"""Directions: planted truths come back from every construction, and what is taken out of a vector is gone."""
+"""Combined vectors: sums, pools and own parts, and what is taken out of a vector is gone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
 from workbench.steering.combine import own_part, pooled, summed, without
-from workbench.steering.estimators import principal_direction, probe_direction
 from workbench.steering.vectors import SteeringVector
 
 D = 24
+
+
 INFO = ModelInfo("made-up", None, 4, D, 48, 4, "float32", "raw", "0123456789abcdef")
+
+
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -25,29 +28,6 @@ def vector(values, category="fraud", site=None, method="prompt_contrast"):
 
 def noise(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def planted(n=60, strength=6.0):
-    u = noise(1, D)
-    u = u / u.norm()
-    unsafe = noise(2, n, D)
-    return unsafe, unsafe + strength * u + 0.5 * noise(3, n, D), u
-
-
-@pytest.mark.parametrize("find", [principal_direction, probe_direction])
-def test_a_planted_direction_comes_back_from_unsafe_to_safe(find):
-    unsafe, safe, u = planted()
-    found = find(unsafe, safe)
-    assert float(found.norm()) == pytest.approx(1.0, abs=1e-5)
-    assert float(found @ u) > 0.75
-    assert float(find(safe, unsafe) @ u) < -0.75
-
-
-def test_too_few_rows_are_refused():
-    with pytest.raises(ValueError, match="needs two pairs or more"):
-        principal_direction(noise(0, 1, D), noise(1, 1, D))
-    with pytest.raises(ValueError, match="both sides need rows, got 0 unsafe"):
-        probe_direction(noise(0, 0, D), noise(1, 3, D))
 
 
 def test_a_sum_weighs_directions_alike_and_keeps_the_mean_norm():
@@ -66,8 +46,8 @@ def test_pooling_gives_every_category_one_direction_at_its_own_norm():
     vectors = {"fraud": vector(noise(1, D)), "malware": vector(3 * noise(2, D), "malware")}
     shared = pooled(vectors)
     torch.testing.assert_close(shared["fraud"].direction, shared["malware"].direction)
-    for category, own in vectors.items():
-        assert shared[category].norm == pytest.approx(own.norm, rel=1e-5)
+    for category, before in vectors.items():
+        assert shared[category].norm == pytest.approx(before.norm, rel=1e-5)
         assert shared[category].category == category
     with pytest.raises(ValueError, match="nothing to pool"):
         pooled({})
@@ -79,8 +59,8 @@ def test_what_all_categories_share_is_no_part_of_their_own():
         c: vector(shared + torch.eye(D)[i + 1], c)
         for i, c in enumerate(("fraud", "malware", "hate_speech"))
     }
-    own = own_part(vectors)
-    for i, part in enumerate(own.values()):
+    own_parts = own_part(vectors)
+    for i, part in enumerate(own_parts.values()):
         assert float(part.vector[0]) == pytest.approx(0.0, abs=1e-6)
         assert int(part.vector.argmax()) == i + 1
     with pytest.raises(ValueError, match="needs another category"):
@@ -99,8 +79,8 @@ def test_directions_taken_out_are_gone_and_nothing_is_added(seed, n):
 
 
 def test_a_vector_that_is_taken_out_as_a_whole_is_refused():
-    own = vector(noise(0, D))
+    whole = vector(noise(0, D))
     with pytest.raises(ValueError, match="nothing is left"):
-        without(own, [own])
+        without(whole, [whole])
     with pytest.raises(ValueError, match="cannot be taken out"):
-        without(own, [vector(noise(1, D), site=Site(2, "resid_post"))])
+        without(whole, [vector(noise(1, D), site=Site(2, "resid_post"))])
