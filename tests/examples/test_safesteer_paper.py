@@ -51,5 +51,5 @@ def test_the_example_answers_a_question_without_and_with_the_vector(
     text = capsys.readouterr().out
     unsteered = text.split("unsteered:")[1].split("steered:")[0].strip()
     steered = text.split("steered:")[2].strip()
-    assert "SteeringVector('fraud' at L1.attn_out" in text
+    assert "SteeringVector('fraud' at L2.attn_out" in text
     assert unsteered != steered
