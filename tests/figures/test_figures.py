@@ -49,7 +49,7 @@ def row(condition, metric="refusal", value=0.5, change=None, category="all"):
     }
 
 
-def test_words_agree_with_the_rooms_that_measure():
+def test_words_agree_with_the_modules_that_measure():
     assert wording.UNSTEERED == generation.UNSTEERED
     assert wording.ALL_CATEGORIES == evaluation.ALL
     assert set(evaluation.METRICS) <= set(wording.METRICS)
@@ -140,7 +140,7 @@ def test_tuning_crosses_what_breaks_too_much_text(tables):
         assert {s for s, x in zip(trace["marker"]["symbol"], trace["x"], strict=True) if x} == {"x"}
 
 
-def test_separability_has_a_line_a_category_in_every_panel(tables):
+def test_separability_has_a_line_per_category_in_every_panel(tables):
     frame = tables["separability"]
     figure = drawn(figures.separability(frame))
     assert len(figure["data"]) == len(CATEGORIES) * 2 * 3
@@ -275,7 +275,7 @@ def test_token_scores_show_hostile_tokens_as_text():
 def test_token_scores_take_tensors_and_refuse_what_does_not_fit():
     torch = pytest.importorskip("torch")
     assert "Html(" in repr(figures.token_scores(["a", "b"], torch.tensor([0.0, 0.0])))
-    with pytest.raises(ValueError, match="one score a token, got 1 tokens and 2 scores"):
+    with pytest.raises(ValueError, match="one score per token, got 1 tokens and 2 scores"):
         figures.token_scores(["a"], [1, 2])
     with pytest.raises(ValueError, match="finite"):
         figures.token_scores(["a"], [float("nan")])
