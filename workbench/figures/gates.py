@@ -35,7 +35,7 @@ SET_NAMES = {
 
 
 def gate_rates(frame: pd.DataFrame) -> Figure:
-    """Draw how often a gate opens on each kind of prompt, category by category, with intervals.
+    """Draw how often a gate opens on each kind of prompt, by category, with intervals.
 
     Args:
         frame: gate_rates.csv or ``gating.activation_rates``.

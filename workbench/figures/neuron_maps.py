@@ -1,7 +1,7 @@
 """Draw where in a model the neurons of a category sit and write.
 
-The table of scores is neurons.csv of a run folder or the result of ``attribute_neurons``. Names in it are
-shown as plain text, since Plotly would read tags in them as markup.
+The table of scores is neurons.csv of a run folder or the result of ``attribute_neurons``. Names in
+it are shown as plain text, since Plotly would read tags in them as markup.
 """
 
 from __future__ import annotations

@@ -287,6 +287,7 @@ def _add_conditions(
     is_change: bool,
 ) -> None:
     """Fill the panel of one metric: its value, or its change, under each condition."""
+    i, j = where
     keys = _CHANGE if is_change else _VALUE
     scale = 100 if metric(name).share else 1
     for k, condition in enumerate(conditions):
@@ -300,7 +301,8 @@ def _add_conditions(
             not is_change or row.get(keys[1], 0) > 0 or row.get(keys[2], 0) < 0 for row in rows
         ]
         panels.add(
-            *where,
+            i,
+            j,
             x=[scale * row[keys[0]] for row in rows],
             y=[k] * len(rows),
             error_x=_bars(rows, keys, color, scale),
@@ -315,22 +317,22 @@ def _add_conditions(
             hovertemplate="%{customdata}<extra>" + plain_label(condition) + "</extra>",
         )
         if condition == UNSTEERED and rows:
-            panels.line(*where, x=scale * rows[0]["value"])
+            panels.line(i, j, x=scale * rows[0]["value"])
     if is_change:
-        panels.line(*where, x=0.0, dash="solid")
+        panels.line(i, j, x=0.0, dash="solid")
     title = ("change, points" if metric(name).share else "change") if is_change else "value"
     numbers = {
         "tickformat": "+~g" if is_change else "~g",
         "ticksuffix": "%" if metric(name).share and not is_change else "",
     }
     text = {"text": title, "standoff": 4}
-    panels.axis("x", *where, nticks=5, tickangle=0, title=text, **numbers)
+    panels.axis("x", i, j, nticks=5, tickangle=0, title=text, **numbers)
     ticks = {
         "tickvals": list(range(len(conditions))),
         "ticktext": [plain_label(condition) for condition in conditions],
     }
     bottom_up = {"range": [len(conditions) - 0.4, -0.6]}
-    panels.axis("y", *where, showgrid=False, zeroline=False, **bottom_up, **ticks)
+    panels.axis("y", i, j, showgrid=False, zeroline=False, **bottom_up, **ticks)
 
 
 def _places(*axes: Sequence[str]) -> Iterable[tuple[tuple[int, str], ...]]:
