@@ -320,7 +320,7 @@ def _report(
     unsteered: Rows | None = None,
     prompts: str = "",
 ) -> None:
-    """Add a comparison's clear differences to the points, and its other measures to the unclear.
+    """Add a comparison's clear differences to the points, its other measures to the unclear.
 
     Args:
         about: What is compared with what.
