@@ -154,9 +154,9 @@ def write_dashboard(
 
 
 def visible_token(text: object) -> str:
-    """Write line ends and tabs as arrows, and characters that hide or reorder text as their code.
+    """Write line ends and tabs as arrows, and characters that hide or reorder text as codes.
 
-    The latter are bidi marks, control codes such as NUL, and lone surrogates.
+    The latter are bidi marks, control characters such as NUL, and lone surrogates.
     """
     arrows = {"\n": "↵", "\t": "→", "\r": "␍"}
     return "".join(

@@ -160,15 +160,15 @@ def _who_scored(run: SavedRun) -> str:
     """Say what scored the answers: the judges of the run's notes, then built-in methods."""
     measured: dict[str, list[str]] = {}
     for judge in sections.judges(run):
-        measured.setdefault(str(judge["name"]), []).append(judge["measures"])
+        measured.setdefault(str(judge["name"]), []).append(f"“{judge['measures']}”")
     if not measured:
         return "This run names no judge of the answers."
+    names = {sections.BUILT_IN: "methods built into workbench"}
     scored = [
-        f"{'methods built into workbench' if judge == sections.BUILT_IN else judge} "
-        f"for {wording.listed(names)}"
-        for judge, names in measured.items()
+        f"{names.get(judge, f'“{judge}”')} scored {wording.listed(measures)}"
+        for judge, measures in measured.items()
     ]
-    return f"No person read the answers; they were scored by {'; '.join(scored)}."
+    return f"No person read the answers: {', '.join(scored)}."
 
 
 def _tuned_on(run: SavedRun) -> str:
