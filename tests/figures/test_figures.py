@@ -153,9 +153,9 @@ def test_separability_has_a_line_per_category_in_every_panel(tables):
 
 
 def test_neurons_are_the_largest_of_their_category(tables):
-    own = tables["neurons"][tables["neurons"]["category"] == "malware"]
+    rows = tables["neurons"][tables["neurons"]["category"] == "malware"]
     shown = drawn(figures.neuron_map(tables["neurons"], "malware", top=10))["data"][0]["y"]
-    assert sorted(map(abs, shown)) == sorted(own["contribution"].abs().nlargest(10))
+    assert sorted(map(abs, shown)) == sorted(rows["contribution"].abs().nlargest(10))
 
 
 @settings(max_examples=25, deadline=None)
@@ -259,6 +259,18 @@ def test_a_shown_figure_loads_nothing_and_offers_no_upload(tables):
     assert not re.search(r"\b(src|href)=|import\(|fetch\(|https?:", markup)
     assert "modeBarButtons" in markup
     assert "sendDataToCloud" not in markup
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_shown_figure_keeps_hostile_text_inside_its_script(text):
+    go = pytest.importorskip("plotly.graph_objects")
+    text = text.replace("\ud800", "")
+    figure = go.Figure(go.Scatter(x=[1], y=[1], text=[text]))
+    plain = go.Figure(go.Scatter(x=[1], y=[1], text=["text"]))
+    shown, expected = (
+        re.findall(r"<[^>]*>", figures.show(f, library=False).markup) for f in (figure, plain)
+    )
+    assert [tag.split()[0] for tag in shown] == [tag.split()[0] for tag in expected]
 
 
 def test_token_scores_show_hostile_tokens_as_text():
