@@ -46,10 +46,8 @@ def test_inspect_runs_a_task_on_the_steered_model(finished: Path, tiny, steering
     prompt = [Prompt("q", question, None, "harmless", "neutral", "t")]
     if steering != "gated":
         interventions = [] if steering == "off" else steering_from(finished, steering)
-        assert (
-            said
-            == generate(tiny, prompt, interventions, decoding=Decoding(max_new_tokens=6))[0].text
-        )
+        decoding = Decoding(max_new_tokens=6)
+        assert answer == generate(tiny, prompt, interventions, decoding=decoding)[0].text
 
 
 def test_lm_eval_runs_a_task_on_the_steered_model(finished: Path, tiny, tmp_path):

@@ -1,4 +1,4 @@
-"""Offer a run's steered model as a model of Inspect, so that Inspect's evaluations run on it.
+"""Offer a run's steered model as a model of Inspect, so that its evaluations run on it.
 
 In Python it is ``get_model("workbench/RUN_FOLDER")``, on the command line
 
