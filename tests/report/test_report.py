@@ -339,11 +339,11 @@ def test_a_number_that_is_none_is_one_clear_error(tmp_path):
 
 
 def test_a_real_effect_is_reported_with_its_control_and_its_price(tmp_path):
-    found = judged(tmp_path, "helps")
-    assert found.tone == "better"
-    assert found.headline.startswith("Steering helped on this measure. With answer contrast")
-    assert "more than with a random vector of the same size" in found.headline
-    assert "not proof of a safer answer" in found.points[-1].text
+    outcome = judged(tmp_path, "helps")
+    assert outcome.tone == "better"
+    assert outcome.headline.startswith("Steering helped on this measure. With answer contrast")
+    assert "more than with a random vector of the same size" in outcome.headline
+    assert "not proof of a safer answer" in outcome.points[-1].text
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -351,18 +351,18 @@ def test_a_null_is_reported_as_a_null(tmp_path, seed):
     tables = read_run(
         write_run(tmp_path, effect="null", prompts_each=20, categories=CATEGORIES, seed=seed)
     ).tables
-    found = conclusion.conclude(
+    outcome = conclusion.conclude(
         tables["evaluation"], conclusion.control_differences(tables["scores"])
     )
-    assert found.tone == "null"
-    assert found.headline.startswith("No effect found.")
-    assert "not excluded" in found.headline
+    assert outcome.tone == "null"
+    assert outcome.headline.startswith("No effect found.")
+    assert "not excluded" in outcome.headline
 
 
 def test_harm_is_reported_as_harm(tmp_path):
-    found = judged(tmp_path, "harms")
-    assert found.tone == "worse"
-    assert found.headline.startswith("Steering did not help.")
+    outcome = judged(tmp_path, "harms")
+    assert outcome.tone == "worse"
+    assert outcome.headline.startswith("Steering did not help.")
 
 
 def test_an_effect_that_a_random_vector_has_too_is_left_open(tmp_path):
@@ -370,30 +370,30 @@ def test_an_effect_that_a_random_vector_has_too_is_left_open(tmp_path):
         copies = frame[frame["condition"] == "answer contrast"].assign(condition="random")
         return pd.concat([frame[frame["condition"] != "random"], copies])
 
-    found = judged(tmp_path, "helps", change=random_is_as_good)
-    assert found.tone == "open"
-    assert "cannot be put down to the vector" in found.headline
+    outcome = judged(tmp_path, "helps", change=random_is_as_good)
+    assert outcome.tone == "open"
+    assert "cannot be put down to the vector" in outcome.headline
 
 
 def test_an_effect_without_a_control_is_left_open(tmp_path):
-    found = judged(
+    outcome = judged(
         tmp_path, "helps", change=lambda frame: frame[~frame["condition"].map(wording.is_control)]
     )
-    assert found.tone == "open"
-    assert "this run has none" in found.headline
-    assert any("Not compared" in point.text for point in found.points)
+    assert outcome.tone == "open"
+    assert "this run has none" in outcome.headline
+    assert any("Not compared" in point.text for point in outcome.points)
 
 
 def test_more_relevant_answers_are_never_called_help(tmp_path):
     renamed = {"safe_helpful_proxy": "relevant_answer", "relevant_answer": "unused"}
-    found = judged(
+    outcome = judged(
         tmp_path,
         "helps",
         change=lambda frame: frame.assign(metric=frame["metric"].replace(renamed)),
     )
-    assert found.tone == "open"
-    assert "helped" not in found.headline
-    assert "more relevant answers are not safer answers" in found.points[-1].text
+    assert outcome.tone == "open"
+    assert "helped" not in outcome.headline
+    assert "more relevant answers are not safer answers" in outcome.points[-1].text
 
 
 def test_no_change_at_all_is_not_called_certain():
@@ -414,16 +414,16 @@ def test_no_change_at_all_is_not_called_certain():
 def test_what_is_not_clear_is_listed_apart_and_nothing_is_lost(tmp_path):
     tables = read_run(write_run(tmp_path, prompts_each=12, categories=CATEGORIES)).tables
     versus = conclusion.control_differences(tables["scores"])
-    found = conclusion.conclude(tables["evaluation"], versus)
-    assert not any("No clear difference" in point.text for point in found.points)
+    outcome = conclusion.conclude(tables["evaluation"], versus)
+    assert not any("No clear difference" in point.text for point in outcome.points)
     labels = {wording.metric(name).label for name in wording.MAIN}
     for condition in ("prompt contrast", "answer contrast"):
         for other in ("unsteered", "a random vector"):
             about = f"{condition}, against {other}"
-            said = " ".join(point.text for point in found.points if point.about == about)
-            unclear = {m for c in found.unclear if c.about == about for m in c.measures}
+            said = " ".join(point.text for point in outcome.points if point.about == about)
+            unclear = {m for c in outcome.unclear if c.about == about for m in c.measures}
             assert {label for label in labels if label in said} == labels - unclear
-    assert found.n_unclear == sum(len(comparison.measures) for comparison in found.unclear) > 0
+    assert outcome.n_unclear == sum(len(comparison.measures) for comparison in outcome.unclear) > 0
 
 
 def test_what_is_not_clear_is_folded_and_counted_on_the_page(folder, page):
