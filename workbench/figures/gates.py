@@ -1,7 +1,6 @@
 """Draw what a gate opens for, from the gate tables of a run folder.
 
-As in every figure of this folder, names are shown as plain text and no meaning rests on color
-alone.
+As in every figure of this folder, names are shown as plain text.
 """
 
 from __future__ import annotations

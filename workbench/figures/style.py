@@ -1,7 +1,8 @@
 """The style of all figures: colors, symbols, grids of panels, and names as plain text.
 
-Colors stay apart for color-blind readers, and every figure also tells things apart by symbol, dash
-or place: no meaning rests on color alone.
+Colors stay apart for color-blind readers. Marks with a meaning of their own (a control, a chosen
+setting, one that breaks too much text) differ by symbol, and what only a color tells apart, such as
+the lines of categories or the tiles of a heat map, is named on hover.
 """
 
 from __future__ import annotations
