@@ -15,7 +15,7 @@ from workbench.report.neuron_dashboard import write_dashboard
 from workbench.safesteer.config import config_from
 from workbench.safesteer.inputs import folds_of, load_run_model
 from workbench.safesteer.recipe import attributed_site
-from workbench.safesteer.run_folder import RunFolder, read_run
+from workbench.safesteer.run_folder import SavedRun, read_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +84,7 @@ def write_neuron_page(
     )
 
 
-def _checked(folder: PathLike, category: str, top: int) -> tuple[RunFolder, pd.DataFrame]:
+def _checked(folder: PathLike, category: str, top: int) -> tuple[SavedRun, pd.DataFrame]:
     """Read the run and its table of neurons, or say why it has no such page."""
     run = read_run(folder)
     table = run.tables["neurons"]
