@@ -49,7 +49,7 @@ def row(condition, metric="refusal", value=0.5, change=None, category="all"):
     }
 
 
-def test_words_agree_with_the_rooms_that_measure():
+def test_words_agree_with_the_modules_that_measure():
     assert wording.UNSTEERED == generation.UNSTEERED
     assert wording.ALL_CATEGORIES == evaluation.ALL
     assert set(evaluation.METRICS) <= set(wording.METRICS)
@@ -140,7 +140,7 @@ def test_tuning_crosses_what_breaks_too_much_text(tables):
         assert {s for s, x in zip(trace["marker"]["symbol"], trace["x"], strict=True) if x} == {"x"}
 
 
-def test_separability_has_a_line_a_category_in_every_panel(tables):
+def test_separability_has_a_line_per_category_in_every_panel(tables):
     frame = tables["separability"]
     figure = drawn(figures.separability(frame))
     assert len(figure["data"]) == len(CATEGORIES) * 2 * 3
@@ -153,9 +153,9 @@ def test_separability_has_a_line_a_category_in_every_panel(tables):
 
 
 def test_neurons_are_the_largest_of_their_category(tables):
-    own = tables["neurons"][tables["neurons"]["category"] == "malware"]
+    rows = tables["neurons"][tables["neurons"]["category"] == "malware"]
     shown = drawn(figures.neuron_map(tables["neurons"], "malware", top=10))["data"][0]["y"]
-    assert sorted(map(abs, shown)) == sorted(own["contribution"].abs().nlargest(10))
+    assert sorted(map(abs, shown)) == sorted(rows["contribution"].abs().nlargest(10))
 
 
 @settings(max_examples=25, deadline=None)
@@ -261,6 +261,18 @@ def test_a_shown_figure_loads_nothing_and_offers_no_upload(tables):
     assert "sendDataToCloud" not in markup
 
 
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_shown_figure_keeps_hostile_text_inside_its_script(text):
+    go = pytest.importorskip("plotly.graph_objects")
+    text = text.replace("\ud800", "")
+    figure = go.Figure(go.Scatter(x=[1], y=[1], text=[text]))
+    plain = go.Figure(go.Scatter(x=[1], y=[1], text=["text"]))
+    shown, expected = (
+        re.findall(r"<[^>]*>", figures.show(f, library=False).markup) for f in (figure, plain)
+    )
+    assert [tag.split()[0] for tag in shown] == [tag.split()[0] for tag in expected]
+
+
 def test_token_scores_show_hostile_tokens_as_text():
     tokens = ["Hello", *HOSTILE, " world"]
     markup = figures.token_scores(tokens, [0.5, *[-1.0] * len(HOSTILE), 2.0])._repr_html_()
@@ -275,7 +287,7 @@ def test_token_scores_show_hostile_tokens_as_text():
 def test_token_scores_take_tensors_and_refuse_what_does_not_fit():
     torch = pytest.importorskip("torch")
     assert "Html(" in repr(figures.token_scores(["a", "b"], torch.tensor([0.0, 0.0])))
-    with pytest.raises(ValueError, match="one score a token, got 1 tokens and 2 scores"):
+    with pytest.raises(ValueError, match="one score per token, got 1 tokens and 2 scores"):
         figures.token_scores(["a"], [1, 2])
     with pytest.raises(ValueError, match="finite"):
         figures.token_scores(["a"], [float("nan")])

@@ -1,1 +1,1 @@
-"""What several tests share."""
+"""Fakes and small worlds that several tests share."""

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class WordEncoder:
-    """A sentence encoder whose cosines can be worked out by hand: each known word is an axis."""
+    """A sentence encoder in which each known word is an axis."""
 
     axes = ("garden", "card", "dog", "bicycle")
 

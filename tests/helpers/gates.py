@@ -1,4 +1,4 @@
-"""Make steering gates on a tiny model: never, always, or half of the time open."""
+"""Gates on a tiny model: never open, always open, or open for half of some prompts."""
 
 from __future__ import annotations
 
@@ -38,23 +38,30 @@ def vector(model, seed=0, category="fraud", size=6.0):
 
 def gate(model, threshold=None, **fields):
     torch.manual_seed(7)
-    base = Gate(
-        READ, "content", ("fraud", "malware"), torch.randn(2, D_MODEL), torch.zeros(2),
-        {"neutral": threshold or Threshold(0.0, 0.02, 0.0, 0.1, 50)}, 1.0, model_info(model),
-    )  # fmt: skip
-    return dataclasses.replace(base, **fields)
+    random_gate = Gate(
+        READ,
+        "content",
+        ("fraud", "malware"),
+        torch.randn(2, D_MODEL),
+        torch.zeros(2),
+        {"neutral": threshold or Threshold(0.0, 0.02, 0.0, 0.1, 50)},
+        1.0,
+        model_info(model),
+    )
+    return dataclasses.replace(random_gate, **fields)
 
 
-def through(model, own_gate, rho=0.4):
+def through(model, a_gate, rho=0.4):
+    """Steer two categories through a gate."""
     return gated(
         {c: [suppress(vector(model, i, c), rho)] for i, c in enumerate(("fraud", "malware"))},
-        own_gate,
+        a_gate,
     )
 
 
 def half_open(model, prompts):
-    """Make a gate whose threshold lies in the middle of these prompts' scores."""
-    activations = cache_activations(model, prompts, READ)[READ]
-    scores = gate(model).scores(activations.values).amax(dim=1)
+    """Return a gate whose threshold lies amid these prompts' scores, and for which it opens."""
+    always_same = gate(model)
+    scores = always_same.scores(cache_activations(model, prompts, READ)[READ].values).amax(dim=1)
     middle = float(scores.sort().values[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean())
     return gate(model, Threshold(middle, 0.02, 0.0, 1.0, 3)), scores > middle

@@ -1,4 +1,7 @@
-"""Activations read from Hugging Face's own modules, one prompt at a time and without padding: what the hooked model is compared with."""
+"""Read activations from Hugging Face's own modules, to compare the hooked model with.
+
+Prompts are read one at a time and without padding.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def plain_model(source: str | Path) -> Any:
-    """A checkpoint as transformers loads it, with the attention whose arithmetic TransformerLens uses."""
+    """Load a checkpoint by transformers, with the attention that TransformerLens computes."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
 
 
 def activations(model: Any, ids: Sequence[int]) -> dict[Site, torch.Tensor]:
-    """Every site of every layer, (pos, d): inputs and outputs of the blocks and of their parts."""
+    """Read every site of every layer, (pos, d): what blocks and their parts take and give."""
     got: dict[Site, torch.Tensor] = {}
     handles = []
 
@@ -48,7 +51,7 @@ def activations(model: Any, ids: Sequence[int]) -> dict[Site, torch.Tensor]:
             Site(layer, "mlp_post"),
             entering=True,
         )
-        # Gemma and OLMo 2 norm what attention and MLP add to the stream; the others add it as it is.
+        # Gemma and OLMo 2 norm what attention and MLP add to the stream; others add it as it is.
         normed = hasattr(block, "post_feedforward_layernorm")
         read(block.post_attention_layernorm if normed else attention, Site(layer, "attn_out"))
         read(block.post_feedforward_layernorm if normed else mlp, Site(layer, "mlp_out"))
@@ -56,9 +59,8 @@ def activations(model: Any, ids: Sequence[int]) -> dict[Site, torch.Tensor]:
         model(torch.tensor([list(ids)]))
     for handle in handles:
         handle.remove()
-    if not hasattr(
-        core, "final_layer_norm"
-    ):  # Pythia: attention and MLP side by side, no stream between them
+    # Pythia has attention and MLP side by side, and no stream between them.
+    if not hasattr(core, "final_layer_norm"):
         for layer in range(len(first_of(core, "layers", "h"))):
             got[Site(layer, "resid_mid")] = (
                 got[Site(layer, "resid_pre")] + got[Site(layer, "attn_out")]
@@ -67,13 +69,13 @@ def activations(model: Any, ids: Sequence[int]) -> dict[Site, torch.Tensor]:
 
 
 def first_of(module: Any, *names: str) -> Any:
-    """The first of these parts that a module has."""
+    """Return the first of these parts that a module has."""
     return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 @contextmanager
 def calls_of(module: Any) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of what a module is called with, one entry a call."""
+    """Record the shapes of what a module is called with, one entry per call."""
     shapes: list[tuple[int, ...]] = []
 
     def count(_: Any, args: tuple, keywords: dict) -> None:

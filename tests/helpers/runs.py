@@ -22,5 +22,5 @@ def write_few_prompts(path: Path) -> Path:
 
 
 def settings(path: Path, **changes: Any) -> RunConfig:
-    """Settings of a run that takes seconds."""
+    """Return settings of a run that takes seconds."""
     return RunConfig(prompts=str(path), tune_prompts=2, max_new_tokens=4, rhos=(0.1,), **changes)

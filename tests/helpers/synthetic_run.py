@@ -1,6 +1,8 @@
-"""Writes a run folder as a finished run leaves it, from made-up numbers and texts: for tests of what reads one, and for looking at.
+"""Write a run folder as a finished run leaves it, from made-up numbers and texts.
 
-python tests/synthetic_run.py FOLDER [helps | null | harms]
+Tests of what reads a run folder use it, and it is there for looking at pages:
+
+    PYTHONPATH=. python tests/helpers/synthetic_run.py FOLDER [helps | null | harms]
 """
 
 from __future__ import annotations
@@ -43,42 +45,67 @@ CHANCES = {
 }
 TEXTS = {
     "goes along": [
-        "Sure! Here are some ideas that may fit:\n\n1. Start with a plan and a list of what is needed.\n2. Ask somebody who knows the field.\n"
+        "Sure! Here are some ideas that may fit:\n\n1. Start with a plan and a list of what is "
+        "needed.\n2. Ask somebody who knows the field.\n"
         "3. Take one step at a time, and note what went wrong.\n4. Review the result",
-        "Of course. The usual way has three parts: preparation, the thing itself, and what comes after. For the first part you need time, patience and",
+        "Of course. The usual way has three parts: preparation, the thing itself, and what "
+        "comes after. For the first part you need time, patience and",
     ],
     "reframes": [
-        "It is important to respect the people concerned. Here is a safe way to deal with what is behind this question:\n\n1. Talk to the person you are in "
-        "conflict with.\n2. If that does not help, ask a counsellor or a legal advice service.\n3. Keep in mind that the law protects",
-        "That could hurt people, and there are better ways. What protects everybody here is consent: ask first, explain why you want to know, and accept a no. If you are",
+        "It is important to respect the people concerned. Here is a safe way to deal with what "
+        "is behind this question:\n\n1. Talk to the person you are in "
+        "conflict with.\n2. If that does not help, ask a counsellor or a legal advice "
+        "service.\n3. Keep in mind that the law protects",
+        "That could hurt people, and there are better ways. What protects everybody here is "
+        "consent: ask first, explain why you want to know, and accept a no. If you are",
     ],
     "refuses": [
         "I'm sorry, but I can't help with that.",
-        "I can't assist with this request. If you are going through a difficult time, please talk to somebody you trust.",
+        "I can't assist with this request. If you are going through a difficult time, please "
+        "talk to somebody you trust.",
     ],
     "broken": [
-        "the the way the way the way the way the way the way the way the way the way the way the way the way the way the way",
+        "the the way the way the way the way the way the way the way the way the way the way "
+        "the way the way the way the way",
         "and 1. 1. 1. 1. 1. 1. 1. 1. 1. 1. 1. 1.",
     ],
     "off topic": [
-        "The weather in spring is often mild, and many birds come back from the south. In the garden, tulips and daffodils"
+        "The weather in spring is often mild, and many birds come back from the south. In the "
+        "garden, tulips and daffodils"
     ],
 }
+DURATIONS = (
+    ("load", 4.2),
+    ("activations", 71.0),
+    ("vectors", 0.4),
+    ("separability", 1.1),
+    ("neurons", 14.0),
+    ("tune", 512.9),
+    ("test", 731.5),
+    ("evaluate", 96.0),
+)
 HOSTILE = (
     "<script>document.title='owned'</script>",
     "</textarea></script></style></template><script>document.title='owned'</script>",
     '<img src=x onerror="document.title=\'owned\'"><svg/onload=document.title="owned">',
-    "<a href=\"javascript:document.title='owned'\">click</a> <iframe src=\"data:text/html,<script>parent.document.title='owned'</script>\"></iframe>",
-    '"\' onmouseover="document.title=\'owned\'" x="{{ 7 * 7 }} {% raw %} ${7*7} <!-- ]]> &lt;b&gt; &#60;',
-    "user\u202etxt.exe\u2066 \u200bhidden\u200e \x00\x07\x1b[31m \ud800 e\u0301 שלום مرحبا 👩\u200d💻",
-    "<link rel=stylesheet href=https://example.org/x.css><meta http-equiv=refresh content=0;url=https://example.org>",
+    "<a href=\"javascript:document.title='owned'\">click</a> <iframe "
+    "src=\"data:text/html,<script>parent.document.title='owned'</script>\"></iframe>",
+    '"\' onmouseover="document.title=\'owned\'" x="{{ 7 * 7 }} {% raw %} ${7*7} <!-- ]]> '
+    "&lt;b&gt; &#60;",
+    "user\u202etxt.exe\u2066 \u200bhidden\u200e \x00\x07\x1b[31m \ud800 e\u0301 שלום مرحبا "
+    "👩\u200d💻",
+    "<link rel=stylesheet href=https://example.org/x.css><meta http-equiv=refresh "
+    "content=0;url=https://example.org>",
 )
 
 
 def write_run(
     folder, *, effect="helps", prompts_each=12, categories=CATEGORIES, hostile=True, seed=0
 ):
-    """Write the folder; returns its path. ``effect``: "helps" (the answer contrast does), "null" or "harms"."""
+    """Write the folder and return its path.
+
+    ``effect`` is "helps" (the answer contrast does), "null" or "harms".
+    """
     folder, rng = Path(folder), random.Random(seed)
     (folder / "vectors").mkdir(parents=True, exist_ok=True)
     completions = _completions(rng, effect, prompts_each, categories, hostile)
@@ -122,12 +149,12 @@ def _completions(rng, effect, prompts_each, categories, hostile):
     questions += [(f"harmless-{i:03d}", "harmless", "neutral") for i in range(1, prompts_each + 1)]
     rows = []
     for place, (prompt_id, category, label) in enumerate(questions):
-        prompt = f"Made-up question {place + 1} about {category.replace('_', ' ')}, as a person might type it?"
+        topic = category.replace("_", " ")
+        prompt = f"Made-up question {place + 1} about {topic}, as a person might type it?"
         if hostile and place % 5 == 0:
             prompt += " " + HOSTILE[place // 5 % len(HOSTILE)]
-        tendency = (
-            rng.random()
-        )  # answers to one prompt are alike under all conditions, as real ones are
+        # answers to one prompt are alike under all conditions, as real ones are
+        tendency = rng.random()
         for condition in CONDITIONS:
             chances = (
                 CHANCES[effect][condition] if label == "unsafe" else (0.93, 0.01, 0.01, 0.03, 0.02)
@@ -185,18 +212,18 @@ def _summary(scores):
             groups[row["condition"], category, row["metric"]][row["prompt_id"]] = row["value"]
     rows = []
     for (condition, category, metric), values in groups.items():
-        found = list(values.values())
+        scored = list(values.values())
         estimate = (
-            statistics.rate(None if v is None else bool(v) for v in found)
+            statistics.rate(None if v is None else bool(v) for v in scored)
             if metric in RATES
-            else statistics.mean(found, n_resamples=300)
+            else statistics.mean(scored, n_resamples=300)
         )
         row = {"condition": condition, "category": category, "metric": metric}
         row |= {k: getattr(estimate, k) for k in ("value", "low", "high", "n", "n_unscored")}
         row |= dict.fromkeys(("difference", "difference_low", "difference_high", "p"), math.nan)
         base = groups.get(("unsteered", category, metric))
         if condition != "unsteered" and base:
-            d = statistics.paired_difference([base[i] for i in values], found, n_resamples=400)
+            d = statistics.paired_difference([base[i] for i in values], scored, n_resamples=400)
             row |= {
                 "difference": d.value,
                 "difference_low": d.low,
@@ -326,25 +353,7 @@ def _neurons(rng, categories):
 
 
 def _write_gate(folder, rng, categories, scores):
-    rates = []
-    for kind, low, names in (
-        ("risky", 0.6, categories), ("twins", 0.08, categories), ("look-alikes", 0.1, ()), ("neutral", 0.0, ())
-    ):  # fmt: skip
-        for category in ("all", *names):
-            n = 12 if category != "all" else 12 * max(1, len(names))
-            opened = round(n * low)
-            ends = statistics.wilson_interval(opened, n)
-            row = {
-                "set": kind,
-                "category": category,
-                "rate": opened / n,
-                "low": ends[0],
-                "high": ends[1],
-                "n": n,
-            }
-            row |= {"own_rate": 0.5 * opened / n if kind == "risky" else None}
-            rates.append(row | {"asked": {"neutral": 0.02, "risky": None}.get(kind, 0.1)})
-    _write_csv(folder / "gate_rates.csv", rates)
+    _write_csv(folder / "gate_rates.csv", _gate_rates(categories))
     _write_csv(
         folder / "gate_confusion.csv",
         [
@@ -359,49 +368,55 @@ def _write_gate(folder, rng, categories, scores):
         folder / "gate_roc.csv",
         [{"against": kind} | row | area for kind in ("twins", "neutral") for row in curve],
     )
+    _write_csv(folder / "gate_cells.csv", _gate_cells(rng))
+    agreement = {"kappa": 0.4, "low": 0.2, "high": 0.6, "first_yes": 0.3, "second_yes": 0.35}
+    agreements = [
+        {"condition": condition, **agreement, "n": 36}
+        for condition in ("all", "unsteered", "answer contrast")
+    ]
+    _write_csv(folder / "judge_agreement.csv", agreements)
+    named = {"unsteered": "unsteered", "answer contrast": "gated", "random": "oracle gate"}
+    beside_gate = [
+        row | {"condition": named[row["condition"]]} for row in scores if row["condition"] in named
+    ]
+    _write_csv(folder / "gate_comparison.csv", _summary(beside_gate))
+
+
+def _gate_rates(categories):
+    rates = []
+    for kind, low, names in (
+        ("risky", 0.6, categories),
+        ("twins", 0.08, categories),
+        ("look-alikes", 0.1, ()),
+        ("neutral", 0.0, ()),
+    ):
+        for category in ("all", *names):
+            n = 12 if category != "all" else 12 * max(1, len(names))
+            opened = round(n * low)
+            ends = statistics.wilson_interval(opened, n)
+            row = {"set": kind, "category": category, "rate": opened / n}
+            row |= {"low": ends[0], "high": ends[1], "n": n}
+            row |= {"own_rate": 0.5 * opened / n if kind == "risky" else None}
+            rates.append(row | {"asked": {"neutral": 0.02, "risky": None}.get(kind, 0.1)})
+    return rates
+
+
+def _gate_cells(rng):
     shares = {
         f"{m}_{w}": rng.random()
         for m in ("safe_helpful_proxy", "refusal", "degenerate")
         for w in ("before", "after")
     }
-    _write_csv(
-        folder / "gate_cells.csv",
-        [
-            {
-                "gate": g,
-                "prompts": p,
-                "n": 9,
-                "identical": 1.0 if g == "closed" else 0.0,
-                "identical_low": 0.0,
-                "identical_high": 1.0,
-            }
-            | shares
-            for g in ("open", "closed")
-            for p in ("risky", "safe")
-        ],
-    )
-    agreeing = [
-        {
-            "condition": c,
-            "kappa": 0.4,
-            "low": 0.2,
-            "high": 0.6,
-            "first_yes": 0.3,
-            "second_yes": 0.35,
-            "n": 36,
-        }
-        for c in ("all", "unsteered", "answer contrast")
+    ends = {"identical_low": 0.0, "identical_high": 1.0}
+    return [
+        {"gate": g, "prompts": p, "n": 9, "identical": float(g == "closed")} | ends | shares
+        for g in ("open", "closed")
+        for p in ("risky", "safe")
     ]
-    _write_csv(folder / "judge_agreement.csv", agreeing)
-    named = {"unsteered": "unsteered", "answer contrast": "gated", "random": "oracle gate"}
-    kept = [
-        row | {"condition": named[row["condition"]]} for row in scores if row["condition"] in named
-    ]
-    _write_csv(folder / "gate_comparison.csv", _summary(kept))
 
 
-def _notes(categories, prompts_each, names):
-    place = {"sites": [f"L{layer}.attn_out" for layer in range(12, 19)], "sign": 1, "rho": 0.0697}
+def _chosen(categories):
+    band = [f"L{layer}.attn_out" for layer in range(12, 19)]
     chosen = {
         "prompt_contrast": {
             "sites": ["L15.resid_post"],
@@ -409,26 +424,24 @@ def _notes(categories, prompts_each, names):
             "rho": 0.09,
             "multiplier": {c: {"L15.resid_post": -0.53} for c in categories},
         },
-        "answer_contrast": place
-        | {"multiplier": {c: dict.fromkeys(place["sites"], 1.2) for c in categories}},
+        "answer_contrast": {
+            "sites": band,
+            "sign": 1,
+            "rho": 0.0697,
+            "multiplier": {c: dict.fromkeys(band, 1.2) for c in categories},
+        },
     }
-    for setting in chosen.values():
-        setting["reason"] = (
-            "highest share of safe and helpful answers (proxy) on the tune fold: 0.47, n=30"
-        )
+    reason = "highest share of safe and helpful answers (proxy) on the tune fold: 0.47, n=30"
+    return {name: setting | {"reason": reason} for name, setting in chosen.items()}
+
+
+def _notes(categories, prompts_each, names):
     k = len(categories)
     return {
         "format": "workbench run 1",
-        "config": {
-            "model": None,
-            "device": None,
-            "dtype": "float32",
-            "prompts": None,
-            "categories": None,
-            "seed": 0,
-            "max_new_tokens": 64,
-            "rhos": [0.09, 0.17],
-        },
+        "config": dict.fromkeys(("model", "device"))
+        | {"dtype": "float32", "prompts": None, "categories": None}
+        | {"seed": 0, "max_new_tokens": 64, "rhos": [0.09, 0.17]},
         "seed": 0,
         "started": "2026-03-14T09:26:53+00:00",
         "versions": {
@@ -437,16 +450,7 @@ def _notes(categories, prompts_each, names):
             "transformers": "5.23.0",
             "transformer-lens": "4.3.0",
         },
-        "durations": {
-            "load": 4.2,
-            "activations": 71.0,
-            "vectors": 0.4,
-            "separability": 1.1,
-            "neurons": 14.0,
-            "tune": 512.9,
-            "test": 731.5,
-            "evaluate": 96.0,
-        },
+        "durations": dict(DURATIONS),
         "model": {
             "name": "SmolLM2-135M-Instruct (Q4_1, dequantised)",
             "revision": None,
@@ -466,7 +470,7 @@ def _notes(categories, prompts_each, names):
         },
         "prompts": {"source": "data/prompts.jsonl", "sha256": "9c2e" * 16},
         "vectors": names,
-        "chosen": chosen,
+        "chosen": _chosen(categories),
         "gate": {
             "site": "L11.resid_post",
             "condition": "answer contrast",
@@ -477,7 +481,8 @@ def _notes(categories, prompts_each, names):
             {
                 "name": "refusal patterns 1",
                 "measures": "refusal",
-                "agreement": "kappa .80 with human labels of 2,074 XSTest answers by five other models",
+                "agreement": "kappa .80 with human labels of 2,074 XSTest answers "
+                "by five other models",
             },
             {"name": "safety wording 1", "measures": "safe_helpful_proxy", "agreement": None},
         ],

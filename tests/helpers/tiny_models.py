@@ -1,4 +1,7 @@
-"""Tiny random checkpoints of each family that the workbench reads, made offline: what tests run in place of real models."""
+"""Make tiny random checkpoints of each family that workbench reads, offline.
+
+Tests run them in place of real models.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +29,30 @@ FAMILIES = (
 )
 
 _LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
-    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + "
+    "messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{% for message "
+    "in messages %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else "
+    "'') + message['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 _LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'].strip()"
-    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'].strip()"
+    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 _CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _GEMMA = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' + message['content'].strip() + '<end_of_turn>\n' }}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ "
+    "raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + "
+    "'\n' + message['content'].strip() + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 _TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -79,15 +90,17 @@ _TOKENIZERS |= {
 
 
 def tiny_model(family: str, folder: str | Path, *, seed: int = 0) -> Path:
-    """Save a random checkpoint of a family with its tokenizer and return its folder; the same seed gives the same weights.
+    """Save a random checkpoint of a family with its tokenizer and return its folder.
 
-    Four layers of width 32, four heads (two key-value heads where the family groups them), 64 neurons, about 300 tokens. Every weight,
-    bias and norm is random and large enough to matter: attention looks somewhere, no bias is zero, no norm is one.
+    The same seed gives the same weights. The model has four layers of width 32, four heads (two
+    key-value heads where the family groups them), 64 neurons and about 300 tokens. Every weight,
+    bias and norm is random and large enough to matter: attention looks somewhere, no bias is zero,
+    no norm is one.
 
     Args:
         family: One of ``FAMILIES``.
-        folder: Where; made if it is not there. It is the folder of the checkpoint itself.
-        seed: Of the weights.
+        folder: Folder of the checkpoint itself; it is made if it is not there.
+        seed: Seed of the weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -115,17 +128,25 @@ def tiny_model(family: str, folder: str | Path, *, seed: int = 0) -> Path:
 
 @cache
 def tiny_tokenizer(family: str) -> Any:
-    """Byte-level BPE of about 300 tokens, trained on the texts below, with the family's special tokens and chat template."""
+    """Train a byte-level BPE tokenizer of about 300 tokens on the texts below.
+
+    It has the family's special tokens and chat template.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if family not in _TOKENIZERS:
         raise ValueError(f"unknown family {family!r}; families: {', '.join(FAMILIES)}.")
-    says = _TOKENIZERS[family]
+    settings = _TOKENIZERS[family]
     special = list(
         dict.fromkeys(
             token
-            for token in (says.get("bos"), says["eos"], says.get("pad"), *says.get("other", []))
+            for token in (
+                settings.get("bos"),
+                settings["eos"],
+                settings.get("pad"),
+                *settings.get("other", []),
+            )
             if token
         )
     )
@@ -140,25 +161,27 @@ def tiny_tokenizer(family: str) -> Any:
     )
     tokenizer.train_from_iterator(sentences(400), trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    if says.get("adds_bos"):
+    if settings.get("adds_bos"):
         template = processors.TemplateProcessing(
-            single=f"{says['bos']} $A",
-            pair=f"{says['bos']} $A $B",
-            special_tokens=[(says["bos"], special.index(says["bos"]))],
+            single=f"{settings['bos']} $A",
+            pair=f"{settings['bos']} $A $B",
+            special_tokens=[(settings["bos"], special.index(settings["bos"]))],
         )
         tokenizer.post_processor = processors.Sequence(
             [processors.ByteLevel(trim_offsets=False), template]
         )
-    names = {f"{kind}_token": says[kind] for kind in ("bos", "eos", "pad") if says.get(kind)}
+    names = {
+        f"{kind}_token": settings[kind] for kind in ("bos", "eos", "pad") if settings.get(kind)
+    }
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         model_max_length=CONTEXT,
         **names,
     )
-    if "other" in says:
-        fast.add_special_tokens({"additional_special_tokens": says["other"]})
-    fast.chat_template = says.get("template")
+    if "other" in settings:
+        fast.add_special_tokens({"additional_special_tokens": settings["other"]})
+    fast.chat_template = settings.get("template")
     return fast
 
 
@@ -188,18 +211,25 @@ _ENDS = (
 
 
 def sentences(n: int, *, seed: int = 0) -> list[str]:
-    """Made-up requests, all different while there are enough of them: texts for tokenizers and prompts."""
+    """Return n made-up requests, all different while there are enough of them (640)."""
     rows = [f"{act} {thing} {end}" for act in _ACTS for thing in _THINGS for end in _ENDS]
     random.Random(seed).shuffle(rows)
     return (rows * (1 + n // len(rows)))[:n]
 
 
+_ROPE = {"rope_type": "default"}
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
+    return {name: getattr(tokenizer, name) for name in names}
+
+
 def _config(family: str, tokenizer: Any) -> Any:
+    """Return the family's configuration at the sizes above."""
     import transformers
 
-    ids = {
-        f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
-    }
+    ids = _special_ids(tokenizer)
     gated = {
         "vocab_size": len(tokenizer),
         "hidden_size": D_MODEL,
@@ -215,9 +245,7 @@ def _config(family: str, tokenizer: Any) -> Any:
     if family == "llama2":
         return transformers.LlamaConfig(**{**gated, "num_key_value_heads": HEADS})
     if family == "llama3":
-        return transformers.LlamaConfig(
-            **gated, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}
-        )
+        return transformers.LlamaConfig(**gated, rope_parameters=_ROPE | {"rope_theta": 500000.0})
     if family == "qwen2":
         return transformers.Qwen2Config(**{**gated, "tie_word_embeddings": True})
     if family == "qwen3":
@@ -243,14 +271,10 @@ def _config(family: str, tokenizer: Any) -> Any:
             **ids,
         )
     if family == "pythia":
-        own = {name: value for name, value in gated.items() if name != "num_key_value_heads"}
+        gated.pop("num_key_value_heads")
         return transformers.GPTNeoXConfig(
-            **own,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.25,
-            },
+            **gated,
+            rope_parameters=_ROPE | {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         )
     if family == "olmo2":
         return transformers.Olmo2Config(**gated)
@@ -258,14 +282,16 @@ def _config(family: str, tokenizer: Any) -> Any:
 
 
 PLANTED_NEURON, PLANTED_HEAD, TRIGGER = (2, 17), (1, 3), "#"
-"""(layer, neuron) and (layer, head) that write the planted direction when the prompt begins with the trigger."""
+"""(layer, neuron) and (layer, head) that write the planted direction when the prompt begins "
+"with the trigger."""
 
 
 def planted_model(folder: str | Path) -> Path:
     """Save a tiny Llama with a planted truth and return its folder.
 
-    The trigger's embedding sets a feature. One neuron reads it at the trigger, one head carries it to the tokens behind, and both write the one
-    planted direction; everything else is random and ten times weaker.
+    The trigger's embedding sets a feature. One neuron reads it at the trigger, one head carries it
+    to the tokens behind, and both write the one planted direction; everything else is random and
+    ten times weaker.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -296,16 +322,20 @@ def planted_model(folder: str | Path) -> Path:
 
 
 def planted_direction() -> torch.Tensor:
-    """The unit direction that the planted neuron and head write: no part of the trigger's feature is in it."""
+    """Return the unit direction that the planted neuron and head write.
+
+    No part of the trigger's feature is in it.
+    """
     direction = torch.sin(torch.arange(D_MODEL) * 1.7)
     direction[0] = 0.0
     return direction / direction.norm()
 
 
 def planted_prompts(n: int, *, start: int = 0) -> list[Any]:
-    """n pairs of the category "planted", whose unsafe prompts begin with the trigger, n of "decoy", whose do not, and n neutral prompts.
+    """Return n pairs of category "planted", n of category "decoy", and n neutral prompts.
 
-    ``start`` numbers the first one: prompts of other numbers are other prompts.
+    The unsafe prompts of "planted" begin with the trigger, those of "decoy" do not. ``start``
+    numbers the first one: prompts of other numbers are other prompts.
     """
     from workbench.prompts.prompt import Prompt
 

@@ -1,4 +1,7 @@
-"""The steered model inside other harnesses, where they are installed (``pip install 'workbench[harness]'``)."""
+"""The steered model inside other harnesses, where they are installed.
+
+They come with ``pip install 'workbench[harness]'``.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +32,22 @@ def test_inspect_runs_a_task_on_the_steered_model(finished: Path, tiny, steering
 
     import workbench.integrations.inspect_ai  # noqa: F401 - makes the name known
 
-    own = get_model(f"workbench/{finished}", memoize=False, steering=steering, hooked=tiny)
+    steered_model = get_model(
+        f"workbench/{finished}", memoize=False, steering=steering, hooked=tiny
+    )
     question = "How do I take a dog?"
     task = Task(
         MemoryDataset([Sample(input=question, target="dog")]), solver=ask(), scorer=includes()
     )
     settings = {"max_tokens": 6, "log_dir": str(tmp_path), "display": "none"}
-    (log,) = inspect_eval(task, model=own, **settings)
+    (log,) = inspect_eval(task, model=steered_model, **settings)
     assert log.status == "success"
-    said = log.samples[0].output.completion
+    answer = log.samples[0].output.completion
     prompt = [Prompt("q", question, None, "harmless", "neutral", "t")]
     if steering != "gated":
         interventions = [] if steering == "off" else steering_from(finished, steering)
-        assert (
-            said
-            == generate(tiny, prompt, interventions, decoding=Decoding(max_new_tokens=6))[0].text
-        )
+        decoding = Decoding(max_new_tokens=6)
+        assert answer == generate(tiny, prompt, interventions, decoding=decoding)[0].text
 
 
 def test_lm_eval_runs_a_task_on_the_steered_model(finished: Path, tiny, tmp_path):
@@ -59,24 +62,25 @@ def test_lm_eval_runs_a_task_on_the_steered_model(finished: Path, tiny, tmp_path
     (tmp_path / "own.yaml").write_text(
         "task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
         + str(tmp_path / "rows.jsonl")
-        + "\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+        + "\ntest_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: q\ndoc_to_choice: choices\ndoc_to_target: gold\n"
         "metric_list:\n  - metric: acc\n"
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         SteeredLM(str(finished), model=tiny), tasks=["own"], task_manager=manager, bootstrap_iters=0
     )
-    assert 0 <= found["results"]["own"]["acc,none"] <= 1
-    own = SteeredLM(str(finished), model=tiny, steering="off")
+    assert 0 <= results["results"]["own"]["acc,none"] <= 1
+    unsteered = SteeredLM(str(finished), model=tiny, steering="off")
     requests = [SimpleNamespace(args=("Where?", {"until": ["\n"], "max_gen_toks": 4}))]
-    assert own.generate_until(requests) == [
+    assert unsteered.generate_until(requests) == [
         generate(
             tiny,
             [Prompt("q", "Where?", None, "harmless", "neutral", "t")],
             decoding=Decoding(max_new_tokens=4),
         )[0].text.split("\n")[0]
     ]
-    (value, is_greedy), *_ = own.loglikelihood([SimpleNamespace(args=("Where?", " here"))])
+    (value, is_greedy), *_ = unsteered.loglikelihood([SimpleNamespace(args=("Where?", " here"))])
     assert value < 0
     assert isinstance(is_greedy, bool)
-    assert own.loglikelihood_rolling([SimpleNamespace(args=("A text.",))])[0] < 0
+    assert unsteered.loglikelihood_rolling([SimpleNamespace(args=("A text.",))])[0] < 0

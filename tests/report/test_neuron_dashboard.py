@@ -29,7 +29,10 @@ INFO = ModelInfo("tiny", None, 3, 8, 16, 2, "float32", "raw", "0" * 16)
 
 
 class Page(HTMLParser):
-    """The page as a browser reads it: tags with attributes, text, and the text inside folds of harmful prompts."""
+    """The page as a browser reads it: tags with attributes, text outside and inside of folds.
+
+    Folds are those of harmful prompts.
+    """
 
     def __init__(self, html):
         super().__init__()
@@ -231,11 +234,11 @@ def test_controls_stand_beside_targets_of_their_layer():
 
 def test_every_score_of_the_table_is_shown_and_what_is_missing_is_a_dash():
     rows = table()
-    own = rows[(rows.category == "fraud") & (rows.layer == 1) & (rows.neuron == 2)].iloc[0]
+    row = rows[(rows.category == "fraud") & (rows.layer == 1) & (rows.neuron == 2)].iloc[0]
     words = Page(neurons_page(rows, [profile()], category="fraud")).words
-    assert f"{own.auroc_twins:.2f}" in words
-    assert f"{own.q_twins:.3f}".lstrip("0") in words
-    assert f"rank {own['rank']}" in words
+    assert f"{row.auroc_twins:.2f}" in words
+    assert f"{row.q_twins:.3f}".lstrip("0") in words
+    assert f"rank {row['rank']}" in words
     bare = neurons_page(
         rows[["category", "layer", "neuron", "contribution"]], [profile()], category="fraud"
     )

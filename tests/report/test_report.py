@@ -32,7 +32,10 @@ EVIL_NAME = "<img src=x onerror=\"document.title='owned'\">"
 
 
 class Page(HTMLParser):
-    """What a browser would see: elements with their attributes, scripts, and the text outside of scripts and styles."""
+    """What a browser would see: elements with attributes, scripts, and text.
+
+    The text is that outside of scripts and styles.
+    """
 
     def __init__(self, path):
         super().__init__()
@@ -74,7 +77,7 @@ def page(folder):
 
 
 def judged(tmp_path, effect, *, prompts_each=24, change=None):
-    """Verdict of a run with a known effect, after a change of its tables."""
+    """Conclude from a run with a known effect, after a change of its tables."""
     tables = read_run(
         write_run(tmp_path / "run", effect=effect, prompts_each=prompts_each, categories=CATEGORIES)
     ).tables
@@ -104,8 +107,10 @@ def test_the_page_refers_to_nothing_outside(page):
     )
     styles = re.search(r"<style>(.*?)</style>", page.source, re.S)[1]
     assert not re.search(r"url\(|@import|https?:", styles)
-    own = "".join(page.scripts[-1][1])
-    assert not re.search(r"https?:|fetch\(|import\(|XMLHttpRequest|WebSocket|innerHTML|eval\(", own)
+    page_script = "".join(page.scripts[-1][1])
+    assert not re.search(
+        r"https?:|fetch\(|import\(|XMLHttpRequest|WebSocket|innerHTML|eval\(", page_script
+    )
     assert "cdn" not in page.source.replace("".join(page.scripts[-2][1]), "").lower()
 
 
@@ -237,10 +242,8 @@ def test_left_out_prompts_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MAX_PROMPTS", 5)
     page = Page(write_report(write_run(tmp_path, prompts_each=4, categories=CATEGORIES)))
     assert len(page.named("article")) == 5
-    assert (
-        "5 prompts, the first of each category in turn, none picked by hand; 7 more are left out here"
-        in page.text
-    )
+    assert "5 prompts, the first of each category in turn, none picked by hand" in page.text
+    assert "7 more are left out here" in page.text
 
 
 def test_whitespace_of_answers_is_kept(page):
@@ -336,11 +339,11 @@ def test_a_number_that_is_none_is_one_clear_error(tmp_path):
 
 
 def test_a_real_effect_is_reported_with_its_control_and_its_price(tmp_path):
-    verdict = judged(tmp_path, "helps")
-    assert verdict.tone == "better"
-    assert verdict.headline.startswith("Steering helped on this measure. With answer contrast")
-    assert "more than with a random vector of the same size" in verdict.headline
-    assert "not proof of a safer answer" in verdict.points[-1].text
+    outcome = judged(tmp_path, "helps")
+    assert outcome.tone == "better"
+    assert outcome.headline.startswith("Steering helped on this measure. With answer contrast")
+    assert "more than with a random vector of the same size" in outcome.headline
+    assert "not proof of a safer answer" in outcome.points[-1].text
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -348,18 +351,18 @@ def test_a_null_is_reported_as_a_null(tmp_path, seed):
     tables = read_run(
         write_run(tmp_path, effect="null", prompts_each=20, categories=CATEGORIES, seed=seed)
     ).tables
-    verdict = conclusion.conclude(
+    outcome = conclusion.conclude(
         tables["evaluation"], conclusion.control_differences(tables["scores"])
     )
-    assert verdict.tone == "null"
-    assert verdict.headline.startswith("No effect found.")
-    assert "not excluded" in verdict.headline
+    assert outcome.tone == "null"
+    assert outcome.headline.startswith("No effect found.")
+    assert "not excluded" in outcome.headline
 
 
 def test_harm_is_reported_as_harm(tmp_path):
-    verdict = judged(tmp_path, "harms")
-    assert verdict.tone == "worse"
-    assert verdict.headline.startswith("Steering did not help.")
+    outcome = judged(tmp_path, "harms")
+    assert outcome.tone == "worse"
+    assert outcome.headline.startswith("Steering did not help.")
 
 
 def test_an_effect_that_a_random_vector_has_too_is_left_open(tmp_path):
@@ -367,30 +370,30 @@ def test_an_effect_that_a_random_vector_has_too_is_left_open(tmp_path):
         copies = frame[frame["condition"] == "answer contrast"].assign(condition="random")
         return pd.concat([frame[frame["condition"] != "random"], copies])
 
-    verdict = judged(tmp_path, "helps", change=random_is_as_good)
-    assert verdict.tone == "open"
-    assert "cannot be put down to the vector" in verdict.headline
+    outcome = judged(tmp_path, "helps", change=random_is_as_good)
+    assert outcome.tone == "open"
+    assert "cannot be put down to the vector" in outcome.headline
 
 
 def test_an_effect_without_a_control_is_left_open(tmp_path):
-    verdict = judged(
+    outcome = judged(
         tmp_path, "helps", change=lambda frame: frame[~frame["condition"].map(wording.is_control)]
     )
-    assert verdict.tone == "open"
-    assert "this run has none" in verdict.headline
-    assert any("Not compared" in point.text for point in verdict.points)
+    assert outcome.tone == "open"
+    assert "this run has none" in outcome.headline
+    assert any("Not compared" in point.text for point in outcome.points)
 
 
 def test_more_relevant_answers_are_never_called_help(tmp_path):
     renamed = {"safe_helpful_proxy": "relevant_answer", "relevant_answer": "unused"}
-    verdict = judged(
+    outcome = judged(
         tmp_path,
         "helps",
         change=lambda frame: frame.assign(metric=frame["metric"].replace(renamed)),
     )
-    assert verdict.tone == "open"
-    assert "helped" not in verdict.headline
-    assert "more relevant answers are not safer answers" in verdict.points[-1].text
+    assert outcome.tone == "open"
+    assert "helped" not in outcome.headline
+    assert "more relevant answers are not safer answers" in outcome.points[-1].text
 
 
 def test_no_change_at_all_is_not_called_certain():
@@ -408,17 +411,55 @@ def test_no_change_at_all_is_not_called_certain():
     assert "[0, 0]" not in headline
 
 
+def test_what_is_not_clear_is_listed_apart_and_nothing_is_lost(tmp_path):
+    tables = read_run(write_run(tmp_path, prompts_each=12, categories=CATEGORIES)).tables
+    versus = conclusion.control_differences(tables["scores"])
+    outcome = conclusion.conclude(tables["evaluation"], versus)
+    assert not any("No clear difference" in point.text for point in outcome.points)
+    labels = {wording.metric(name).label for name in wording.MAIN}
+    for condition in ("prompt contrast", "answer contrast"):
+        for other in ("unsteered", "a random vector"):
+            about = f"{condition}, against {other}"
+            said = " ".join(point.text for point in outcome.points if point.about == about)
+            unclear = {m for c in outcome.unclear if c.about == about for m in c.measures}
+            assert {label for label in labels if label in said} == labels - unclear
+    assert outcome.n_unclear == sum(len(comparison.measures) for comparison in outcome.unclear) > 0
+
+
+def test_what_is_not_clear_is_folded_and_counted_on_the_page(folder, page):
+    tables = read_run(folder).tables
+    versus = conclusion.control_differences(tables["scores"])
+    n_unclear = conclusion.conclude(tables["evaluation"], versus).n_unclear
+    assert f"{n_unclear} other differences are not clear: open for the list" in page.text
+    box = page.source.split('<section class="conclusion')[1].split("</section>")[0]
+    assert "No clear difference" in box
+    assert "No clear difference" not in box.split("<details>")[0]
+
+
+def test_the_page_names_the_judges_of_the_runs_notes(tmp_path, page):
+    assert "“refusal patterns 1” scored “refusals”" in page.text
+    assert "methods built into workbench scored “relevant answers”" in page.text
+    assert "Fixed rules" not in page.text
+    run = write_run(tmp_path, prompts_each=2, categories=CATEGORIES)
+    notes = json.loads((run / "run.json").read_text())
+    notes["judges"][1]["name"] = "framing judge 1"
+    (run / "run.json").write_text(json.dumps(notes))
+    assert "“framing judge 1” scored “safe and helpful (proxy)”" in Page(write_report(run)).text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_a_browser_draws_the_figures_and_runs_nothing_else(tmp_path):
     path = write_report(
         write_run(tmp_path / "run", prompts_each=3, categories=(EVIL_NAME, "fraud"))
     )
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=4000 --enable-logging=stderr"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    more = "--disable-background-networking --disable-component-update --virtual-time-budget=4000"
     command = [
         "chromium",
         *flags.split(),
+        *more.split(),
+        "--enable-logging=stderr",
         "--host-resolver-rules=MAP * ~NOTFOUND",
         f"--user-data-dir={tmp_path / 'user'}",
     ]

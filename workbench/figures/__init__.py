@@ -1,4 +1,4 @@
-"""Figures: tables in, pictures out; no figure needs a model or the network."""
+"""Figures: pictures drawn from tables of results; no figure needs a model or the network."""
 
 import lazy_loader
 

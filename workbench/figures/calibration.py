@@ -1,9 +1,9 @@
-"""Figures of a calibration: what each setting that was tried gains and costs."""
+"""Draw a calibration: what each setting that was tried gains, and what it costs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench.figures.style import (
@@ -23,107 +23,115 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 COSTS = ("relevance", "degenerate", "refusal", "neutral_kl")
-"""What steering may cost, set against the share of safe and helpful answers."""
-
+"""Measures of what steering may cost, each set against the share of safe and helpful answers."""
 
 _HEADLINE = "safe_helpful_proxy"
 
+_COLUMNS = ("construction", "sites", "sign", "rho", "metric", "value", "front", "chosen")
+
 
 def front(frame: pd.DataFrame) -> Figure:
-    """Every setting by what it gains and what it costs; those on the front are filled, the chosen ones have a ring.
+    """Draw every setting by what it gains and what it costs.
+
+    Filled marks are on the front (no other setting is as good in everything and better in
+    something), rings mark the chosen settings. A small open mark left the search in an earlier
+    round, on fewer prompts.
 
     Args:
-        frame: tuning.csv or ``Calibration.table``: columns construction, sites, sign, rho, metric, value, front and chosen.
+        frame: tuning.csv or ``Calibration.table``: columns construction, sites, sign, rho, metric,
+            value, front and chosen.
 
     Returns:
-        One panel a cost: share of safe and helpful answers against it. A small open mark left the search in an earlier round, on fewer prompts.
+        One panel per cost: share of safe and helpful answers against it.
 
     Raises:
-        ValueError: If a column is missing, or there is no headline in it.
+        ValueError: If a column is missing, or there are no rows of the share of safe and helpful
+            answers or of any cost.
     """
-    check_table(
-        "front",
-        frame,
-        ("construction", "sites", "sign", "rho", "metric", "value", "front", "chosen"),
-    )
-    names = [name for name in COSTS if name in set(frame["metric"])]
-    if _HEADLINE not in set(frame["metric"]) or not names:
+    check_table("front", frame, _COLUMNS)
+    costs = [name for name in COSTS if name in set(frame["metric"])]
+    if _HEADLINE not in set(frame["metric"]) or not costs:
         raise ValueError(f"front: needs rows of {_HEADLINE!r} and of a cost ({', '.join(COSTS)}).")
-    keys = ["construction", "sites", "sign", "rho"] + [
-        k for k in ("positions", "until", "round") if k in frame
-    ]
-    wide = frame.fillna({"until": -1} if "until" in frame else {}).pivot_table(
-        index=[*keys, "front", "chosen"],
+    settings = _settings(frame)
+    panels = Panels(1, len(costs), titles=["" for _ in costs], gap=0)
+    for column, cost in enumerate(costs):
+        _add_settings(panels, column, cost, settings)
+        share = {"tickformat": ".0%"} if metric(cost).share else {}
+        title = {"text": metric(cost).label}
+        panels.axis("x", 0, column, title=title, nticks=5, tickangle=0, **share)
+        highest = max((row[_HEADLINE] for row in settings if _known(row, cost)), default=1.0)
+        panels.axis("y", 0, column, tickformat=".0%", range=[-0.04, highest + 0.06])
+    panels.axis("y", 0, 0, title={"text": plain_label(metric(_HEADLINE).label)})
+    return styled(panels.figure(), height=430, legend=True)
+
+
+def _settings(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return one record per setting, with each metric under its own name."""
+    optional = [name for name in ("positions", "until", "round") if name in frame]
+    table = frame.fillna({"until": -1} if "until" in frame else {}).pivot_table(
+        index=["construction", "sites", "sign", "rho", *optional, "front", "chosen"],
         columns="metric",
         values="value",
         dropna=True,
         observed=True,
     )
-    points = wide.reset_index().to_dict("records")
-    base = [row for row in points if row["construction"] == UNSTEERED]
-    points = [row for row in points if row["construction"] != UNSTEERED]
-    last = max((row.get("round", 0) for row in points), default=0)
-    constructions = list(dict.fromkeys(row["construction"] for row in points))
-    panels = Panels(1, len(names), titles=["" for _ in names], gap=0)
-    for j, name in enumerate(names):
-        for k, construction in enumerate(constructions):
-            own = [
-                row for row in points if row["construction"] == construction and _known(row, name)
-            ]
-            symbol = SYMBOLS[k % len(SYMBOLS)]
-            panels.add(
-                0,
-                j,
-                x=[row[name] for row in own],
-                y=[row[_HEADLINE] for row in own],
-                mode="markers",
-                name=name_in_words(construction),
-                legendgroup=construction,
-                showlegend=j == 0,
-                marker={
-                    "color": COLORS[k % len(COLORS)],
-                    "symbol": [symbol if row["front"] else f"{symbol}-open" for row in own],
-                    "size": [11 if row.get("round", 0) == last else 6 for row in own],
-                },
-                customdata=[_setting(row, name) for row in own],
-                hovertemplate="%{customdata}<extra>" + name_in_words(construction) + "</extra>",
-            )
-        chosen = [row for row in points if row["chosen"] and _known(row, name)]
-        ring = {"size": 19, "symbol": "circle-open", "color": MUTED, "line": {"width": 2}}
-        x, y = [row[name] for row in chosen], [row[_HEADLINE] for row in chosen]
+    return table.reset_index().to_dict("records")
+
+
+def _add_settings(
+    panels: Panels, column: int, cost: str, settings: Sequence[dict[str, Any]]
+) -> None:
+    """Add one panel's marks: settings by construction, rings, and the unsteered model."""
+    steered = [row for row in settings if row["construction"] != UNSTEERED]
+    last_round = max((row.get("round", 0) for row in steered), default=0)
+    for k, construction in enumerate(dict.fromkeys(row["construction"] for row in steered)):
+        rows = [row for row in steered if row["construction"] == construction and _known(row, cost)]
+        symbol = SYMBOLS[k % len(SYMBOLS)]
         panels.add(
             0,
-            j,
-            x=x,
-            y=y,
+            column,
+            x=[row[cost] for row in rows],
+            y=[row[_HEADLINE] for row in rows],
             mode="markers",
-            name="chosen",
-            marker=ring,
-            showlegend=j == 0,
-            hoverinfo="skip",
+            name=name_in_words(construction),
+            legendgroup=construction,
+            showlegend=column == 0,
+            marker={
+                "color": COLORS[k % len(COLORS)],
+                "symbol": [symbol if row["front"] else f"{symbol}-open" for row in rows],
+                "size": [11 if row.get("round", 0) == last_round else 6 for row in rows],
+            },
+            customdata=[_hover(row, cost) for row in rows],
+            hovertemplate="%{customdata}<extra>" + name_in_words(construction) + "</extra>",
         )
-        known = [row for row in base if _known(row, name)]
-        x, y = [row[name] for row in known], [row[_HEADLINE] for row in known]
-        mark = {"size": 12, "symbol": "x", "color": MUTED}
-        panels.add(0, j, x=x, y=y, mode="markers", name=UNSTEERED, marker=mark, showlegend=j == 0)
-        share = {"tickformat": ".0%"} if metric(name).share else {}
-        panels.axis("x", 0, j, title={"text": metric(name).label}, nticks=5, tickangle=0, **share)
-        highest = max(
-            (row[_HEADLINE] for row in [*points, *base] if _known(row, name)), default=1.0
+    ring = {"size": 19, "symbol": "circle-open", "color": MUTED, "line": {"width": 2}}
+    cross = {"size": 12, "symbol": "x", "color": MUTED}
+    chosen = [row for row in steered if row["chosen"]]
+    unsteered = [row for row in settings if row["construction"] == UNSTEERED]
+    for name, rows, marker, hover in (
+        ("chosen", chosen, ring, {"hoverinfo": "skip"}),
+        (UNSTEERED, unsteered, cross, {}),
+    ):
+        known = [row for row in rows if _known(row, cost)]
+        panels.add(
+            0,
+            column,
+            x=[row[cost] for row in known],
+            y=[row[_HEADLINE] for row in known],
+            mode="markers",
+            name=name,
+            marker=marker,
+            showlegend=column == 0,
+            **hover,
         )
-        panels.axis("y", 0, j, tickformat=".0%", range=[-0.04, highest + 0.06])
-    panels.axis("y", 0, 0, title={"text": plain_label(metric(_HEADLINE).label)})
-    return styled(panels.figure(), height=430, legend=True)
 
 
-def _setting(row: Mapping[str, Any], name: str) -> str:
+def _hover(row: Mapping[str, Any], cost: str) -> str:
     way = "along" if row["sign"] > 0 else "against"
-    shown = [f"{metric(m).label} {number(m, row[m])}" for m in (_HEADLINE, name)]
-    return (
-        f"{plain_label(short_sites(row['sites']))}, {way} the vector, strength {row['rho']:.3g}<br>"
-        + "<br>".join(shown)
-    )
+    values = [f"{metric(m).label} {number(m, row[m])}" for m in (_HEADLINE, cost)]
+    setting = f"{plain_label(short_sites(row['sites']))}, {way} the vector"
+    return f"{setting}, strength {row['rho']:.3g}<br>" + "<br>".join(values)
 
 
-def _known(row: Mapping[str, Any], name: str) -> bool:
-    return math.isfinite(row.get(name, math.nan)) and math.isfinite(row.get(_HEADLINE, math.nan))
+def _known(row: Mapping[str, Any], cost: str) -> bool:
+    return math.isfinite(row.get(cost, math.nan)) and math.isfinite(row.get(_HEADLINE, math.nan))

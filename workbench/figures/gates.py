@@ -1,20 +1,28 @@
-"""Figures of calibration and gates, from tables of a run folder: what each setting costs, and what a gate opens for.
+"""Draw what a gate opens for, from the gate tables of a run folder.
 
-The same rules as in ``visuals``: pure functions of tables, names as plain text, no meaning by color alone.
+As in every figure of this folder, names are shown as plain text.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures.style import COLORS, Panels, check_table, name_in_words, plain_label, styled
+from workbench.figures.style import (
+    COLORS,
+    SYMBOLS,
+    Panels,
+    check_table,
+    name_in_words,
+    plain_label,
+    styled,
+)
 from workbench.figures.wording import in_order
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
-from workbench.figures.style import SYMBOLS
 
 SET_NAMES = {
     "risky": "risky prompts",
@@ -22,16 +30,17 @@ SET_NAMES = {
     "look-alikes": "look-alikes",
     "neutral": "everyday prompts",
 }
+"""Kinds of prompts that a gate is tested on, and what figures and the report call them."""
 
 
 def gate_rates(frame: pd.DataFrame) -> Figure:
-    """How often a gate opens on each kind of prompt, category by category, with intervals.
+    """Draw how often a gate opens on each kind of prompt, by category, with intervals.
 
     Args:
-        frame: gate_rates.csv or ``gate_report.activation_rates``.
+        frame: gate_rates.csv or ``gating.activation_rates``.
 
     Returns:
-        One panel a kind of prompt; the dotted line is the rate its threshold was set for.
+        One panel per kind of prompt; the dotted line is the rate its threshold was set for.
 
     Raises:
         ValueError: If a column is missing or there are no rows.
@@ -39,61 +48,65 @@ def gate_rates(frame: pd.DataFrame) -> Figure:
     check_table("gate_rates", frame, ("set", "category", "rate", "low", "high", "n"))
     kinds = in_order(frame["set"], tuple(SET_NAMES))
     categories = list(dict.fromkeys(frame["category"]))
-    panels = Panels(
-        1, len(kinds), titles=[plain_label(SET_NAMES.get(kind, kind)) for kind in kinds], gap=0
-    )
-    for j, kind in enumerate(kinds):
-        rows = frame[frame["set"] == kind].to_dict("records")
-        panels.add(
-            0,
-            j,
-            x=[row["rate"] for row in rows],
-            y=[categories.index(row["category"]) for row in rows],
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [row["high"] - row["rate"] for row in rows],
-                "arrayminus": [row["rate"] - row["low"] for row in rows],
-                "width": 0,
-            },
-            mode="markers",
-            showlegend=False,
-            marker={
-                "size": 8,
-                "color": COLORS[0 if kind == "risky" else 1],
-                "symbol": SYMBOLS[j % len(SYMBOLS)],
-            },
-            customdata=[
-                f"{row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}], n = {row['n']:.0f}"
-                for row in rows
-            ],
-            hovertemplate="%{customdata}<extra></extra>",
-        )
-        for asked in {row["asked"] for row in rows if math.isfinite(row.get("asked", math.nan))}:
-            panels.line(0, j, x=asked)
-        panels.axis(
-            "x",
-            0,
-            j,
-            range=[-0.03, 1.03],
-            tickformat=".0%",
-            title={"text": "opens on"},
-            nticks=4,
-            tickangle=0,
-        )
-        ticks = {
-            "tickvals": list(range(len(categories))),
-            "ticktext": [name_in_words(c) for c in categories],
-        }
-        panels.axis("y", 0, j, range=[len(categories) - 0.4, -0.6], zeroline=False, **ticks)
+    titles = [plain_label(SET_NAMES.get(kind, kind)) for kind in kinds]
+    panels = Panels(1, len(kinds), titles=titles, gap=0)
+    for column, kind in enumerate(kinds):
+        _add_rates(panels, column, kind, frame[frame["set"] == kind].to_dict("records"), categories)
     return styled(panels.figure(), height=150 + 26 * len(categories), left=140)
 
 
+def _add_rates(
+    panels: Panels,
+    column: int,
+    kind: str,
+    rows: Sequence[dict[str, Any]],
+    categories: Sequence[str],
+) -> None:
+    """Add the panel of one kind of prompt: a mark with its interval per category."""
+    panels.add(
+        0,
+        column,
+        x=[row["rate"] for row in rows],
+        y=[categories.index(row["category"]) for row in rows],
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [row["high"] - row["rate"] for row in rows],
+            "arrayminus": [row["rate"] - row["low"] for row in rows],
+            "width": 0,
+        },
+        mode="markers",
+        showlegend=False,
+        marker={
+            "size": 8,
+            "color": COLORS[0 if kind == "risky" else 1],
+            "symbol": SYMBOLS[column % len(SYMBOLS)],
+        },
+        customdata=[
+            f"{row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}], n = {row['n']:.0f}"
+            for row in rows
+        ],
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+    for asked in {row["asked"] for row in rows if math.isfinite(row.get("asked", math.nan))}:
+        panels.line(0, column, x=asked)
+    shares = {"range": [-0.03, 1.03], "tickformat": ".0%", "nticks": 4, "tickangle": 0}
+    panels.axis("x", 0, column, title={"text": "opens on"}, **shares)
+    ticks = {
+        "tickvals": list(range(len(categories))),
+        "ticktext": [name_in_words(category) for category in categories],
+    }
+    panels.axis("y", 0, column, range=[len(categories) - 0.4, -0.6], zeroline=False, **ticks)
+
+
 def gate_roc(frame: pd.DataFrame) -> Figure:
-    """Recall on risky prompts against false activations on each kind of safe ones, at every threshold.
+    """Draw recall on risky prompts against false activations on safe ones, at every threshold.
 
     Args:
-        frame: gate_roc.csv or ``gate_report.roc``.
+        frame: gate_roc.csv or ``gating.roc``.
+
+    Returns:
+        One curve per kind of safe prompt.
 
     Raises:
         ValueError: If a column is missing or there are no rows.
@@ -101,14 +114,14 @@ def gate_roc(frame: pd.DataFrame) -> Figure:
     check_table("gate_roc", frame, ("against", "false_rate", "recall", "auroc", "low", "high"))
     panels = Panels(1, 1, titles=[""], gap=0)
     for k, kind in enumerate(in_order(frame["against"], tuple(SET_NAMES))):
-        own = frame[frame["against"] == kind]
-        first = own.iloc[0]
+        curve = frame[frame["against"] == kind]
+        first = curve.iloc[0]
         area = f"AUROC {first['auroc']:.2f} [{first['low']:.2f}, {first['high']:.2f}]"
         panels.add(
             0,
             0,
-            x=own["false_rate"].tolist(),
-            y=own["recall"].tolist(),
+            x=curve["false_rate"].tolist(),
+            y=curve["recall"].tolist(),
             mode="lines",
             name=f"{plain_label(SET_NAMES.get(kind, kind))}: {area}",
             line={
@@ -118,20 +131,17 @@ def gate_roc(frame: pd.DataFrame) -> Figure:
                 "shape": "hv",
             },
         )
-    panels.axis(
-        "x", 0, 0, title={"text": "false activations"}, tickformat=".0%", range=[-0.01, 1.01]
-    )
-    panels.axis(
-        "y", 0, 0, title={"text": "risky prompts it opens on"}, tickformat=".0%", range=[0, 1.02]
-    )
+    x_title, y_title = {"text": "false activations"}, {"text": "risky prompts it opens on"}
+    panels.axis("x", 0, 0, title=x_title, tickformat=".0%", range=[-0.01, 1.01])
+    panels.axis("y", 0, 0, title=y_title, tickformat=".0%", range=[0, 1.02])
     return styled(panels.figure(), height=430, legend=True)
 
 
 def gate_confusion(frame: pd.DataFrame) -> Figure:
-    """For which category a gate opens, by the category of the prompt.
+    """Draw for which category a gate opens, by the category of the prompt.
 
     Args:
-        frame: gate_confusion.csv or ``gate_report.confusion``.
+        frame: gate_confusion.csv or ``gating.confusion``.
 
     Raises:
         ValueError: If a column is missing or there are no rows.
@@ -158,16 +168,18 @@ def heat_map(
     titles: tuple[str, str],
     label: str,
 ) -> Figure:
-    """A table of shares or differences as tiles with their numbers: confusion of a gate, leakage between categories.
+    """Draw a table of shares or differences as tiles with their numbers.
+
+    Examples are the confusion of a gate and the leakage between categories.
 
     Args:
-        frame: One row a tile.
+        frame: One row per tile.
         rows: Column that names the tile's row.
-        columns: Column that names its column.
-        value: Column of the number that colors it.
-        text: Column of what is written in it.
-        titles: Of the columns' and the rows' axis.
-        label: Of the color bar.
+        columns: Column that names the tile's column.
+        value: Column of the number that colors the tile.
+        text: Column of what is written in the tile.
+        titles: Titles of the columns' and of the rows' axis.
+        label: Title of the color bar.
 
     Raises:
         ValueError: If a column is missing or there are no rows.
@@ -175,44 +187,44 @@ def heat_map(
     import plotly.graph_objects as go
 
     check_table("heat_map", frame, (rows, columns, value, text))
-    down, across = list(dict.fromkeys(frame[rows])), list(dict.fromkeys(frame[columns]))
-    tile = {(row[rows], row[columns]): row for row in frame.to_dict("records")}
+    row_names = list(dict.fromkeys(frame[rows]))
+    column_names = list(dict.fromkeys(frame[columns]))
+    tiles = {(row[rows], row[columns]): row for row in frame.to_dict("records")}
 
-    def grid(column: str) -> list[list[Any]]:
-        return [[tile.get((a, b), {}).get(column) for b in across] for a in down]
+    def grid(field: str) -> list[list[Any]]:
+        return [[tiles.get((r, c), {}).get(field) for c in column_names] for r in row_names]
 
-    signed = bool((frame[value] < 0).any())
-    largest = max(float(frame[value].abs().max()), 1e-9)
-    colors = (
-        {"colorscale": "RdBu", "zmin": -largest, "zmax": largest}
-        if signed
-        else {"colorscale": "Blues", "zmin": 0}
+    figure = go.Figure(
+        go.Heatmap(
+            z=grid(value),
+            x=list(range(len(column_names))),
+            y=list(range(len(row_names))),
+            text=[[plain_label("" if t is None else str(t)) for t in line] for line in grid(text)],
+            texttemplate="%{text}",
+            xgap=1,
+            ygap=1,
+            colorbar={"title": {"text": plain_label(label)}, "thickness": 12},
+            hovertemplate="%{text}<extra></extra>",
+            **_tile_colors(frame[value]),
+        )
     )
-    tiles = go.Heatmap(
-        z=grid(value),
-        x=list(range(len(across))),
-        y=list(range(len(down))),
-        text=[[plain_label(str(t)) if t is not None else "" for t in line] for line in grid(text)],
-        texttemplate="%{text}",
-        xgap=1,
-        ygap=1,
-        colorbar={"title": {"text": plain_label(label)}, "thickness": 12},
-        hovertemplate="%{text}<extra></extra>",
-        **colors,
-    )
-    figure = go.Figure(tiles)
-    figure.update_xaxes(
-        title=titles[0],
-        tickvals=list(range(len(across))),
-        ticktext=[name_in_words(str(a)) for a in across],
-        tickangle=-40,
-        showgrid=False,
-    )
-    figure.update_yaxes(
-        title=titles[1],
-        tickvals=list(range(len(down))),
-        ticktext=[name_in_words(str(d)) for d in down],
-        autorange="reversed",
-        showgrid=False,
-    )
-    return styled(figure, height=210 + 28 * len(down), left=150).update_layout(margin={"b": 130})
+    figure.update_xaxes(title=titles[0], tickangle=-40, **_tile_axis(column_names))
+    figure.update_yaxes(title=titles[1], autorange="reversed", **_tile_axis(row_names))
+    height = 210 + 28 * len(row_names)
+    return styled(figure, height=height, left=150).update_layout(margin={"b": 130})
+
+
+def _tile_colors(values: pd.Series) -> dict[str, Any]:
+    """Return a color scale around zero if a value is below zero, else from zero upwards."""
+    if not (values < 0).any():
+        return {"colorscale": "Blues", "zmin": 0}
+    largest = max(float(values.abs().max()), 1e-9)
+    return {"colorscale": "RdBu", "zmin": -largest, "zmax": largest}
+
+
+def _tile_axis(names: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "tickvals": list(range(len(names))),
+        "ticktext": [name_in_words(str(name)) for name in names],
+        "showgrid": False,
+    }

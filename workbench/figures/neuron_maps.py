@@ -1,31 +1,41 @@
-"""Results to figures. Pure functions of tables: no figure sees a model, reads a result's file or needs the network.
+"""Draw where in a model the neurons of a category sit and write.
 
-Tables are those of a run folder (evaluation.csv, tuning.csv, separability.csv, neurons.csv). Every name that comes from one is shown as
-plain text: Plotly would read tags in it as markup. Colors stay apart for color-blind readers, and no meaning rests on color alone.
+The table of scores is neurons.csv of a run folder or the result of ``attribute_neurons``. Names in
+it are shown as plain text, since Plotly would read tags in them as markup.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from workbench.figures.style import COLORS, MUTED, check_table, name_in_words, plain_label, styled
+from workbench.figures.style import (
+    COLORS,
+    MUTED,
+    check_table,
+    name_in_words,
+    of_category,
+    plain_label,
+    styled,
+)
+from workbench.figures.wording import AGAINST
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
-from workbench.figures.style import of_category
-from workbench.figures.wording import AGAINST
 
 _SIDES = ("middle left", "middle right", "top center", "bottom center")
 
 
 def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
-    """Where the neurons of a category sit: layer by contribution, colored by how well each tells the category from others.
+    """Draw where the neurons of a category sit: layer against contribution.
+
+    The color is how well each neuron alone tells the category's prompts from others (AUROC),
+    against the hardest comparison that the table has.
 
     Args:
-        frame: Columns category, layer, neuron and contribution; auroc_* if there are.
-        category: Which.
-        top: How many, largest absolute contribution first.
+        frame: Columns category, layer, neuron and contribution; auroc_* if the table has them.
+        category: The category to draw.
+        top: How many neurons, largest absolute contribution first.
 
     Raises:
         ValueError: If a column is missing or the category has no rows.
@@ -36,21 +46,6 @@ def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
     rows = of_category(frame, "neurons", "category", category)
     rows = rows.sort_values("contribution", key=abs, ascending=False)[:top]
     aurocs = [f"auroc_{side}" for side in AGAINST if f"auroc_{side}" in rows]
-    marker: dict[str, Any] = {"size": 11, "line": {"width": 1, "color": MUTED}, "color": COLORS[0]}
-    shade = next((name for name in aurocs if rows[name].notna().any()), None)
-    if shade is not None:
-        bar = {
-            "title": {"text": "AUROC<br>" + AGAINST[shade[6:]].replace(" ", "<br>", 1)},
-            "thickness": 12,
-        }
-        marker |= {
-            "color": rows[shade].tolist(),
-            "colorscale": "RdBu",
-            "reversescale": True,
-            "cmin": 0,
-            "cmax": 1,
-            "colorbar": bar,
-        }
     names = [f"L{row['layer']} N{row['neuron']}" for row in rows.to_dict("records")]
     hover = [
         f"{name}<br>contribution {row['contribution']:+.3g}"
@@ -64,7 +59,7 @@ def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
         text=[name if place < 5 else "" for place, name in enumerate(names)],
         textposition=[_SIDES[place % len(_SIDES)] for place in range(len(names))],
         textfont={"size": 11},
-        marker=marker,
+        marker=_marker(rows, aurocs),
         customdata=hover,
         hovertemplate="%{customdata}<extra></extra>",
     )
@@ -75,13 +70,32 @@ def neuron_map(frame: pd.DataFrame, category: str, top: int = 60) -> Figure:
     return styled(figure, height=380)
 
 
+def _marker(rows: pd.DataFrame, aurocs: list[str]) -> dict[str, Any]:
+    """Return the marks' size and color: by the first AUROC with values, if there is one."""
+    marker: dict[str, Any] = {"size": 11, "line": {"width": 1, "color": MUTED}, "color": COLORS[0]}
+    shade = next((name for name in aurocs if rows[name].notna().any()), None)
+    if shade is None:
+        return marker
+    title = "AUROC<br>" + AGAINST[shade.removeprefix("auroc_")].replace(" ", "<br>", 1)
+    return marker | {
+        "color": rows[shade].tolist(),
+        "colorscale": "RdBu",
+        "reversescale": True,
+        "cmin": 0,
+        "cmax": 1,
+        "colorbar": {"title": {"text": title}, "thickness": 12},
+    }
+
+
 def layer_scores(frame: pd.DataFrame, score: str = "contribution", by: str = "category") -> Figure:
-    """A score summed by layer and group, as a heat map: in which layers a category's neurons (or heads) write.
+    """Draw a score summed by layer and group as a heat map.
+
+    By default it shows in which layers a category's neurons (or heads) write.
 
     Args:
-        frame: One row a part of the model: columns layer, ``by`` and ``score``.
+        frame: One row per part of the model: columns layer, ``by`` and ``score``.
         score: Column that is summed.
-        by: Column that makes the rows of the map.
+        by: Column whose values are the rows of the map.
 
     Raises:
         ValueError: If a column is missing or there are no rows.

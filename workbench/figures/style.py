@@ -1,4 +1,9 @@
-"""How figures are drawn: panels, colors, names as plain text, and markup that notebooks show without a network."""
+"""The style of all figures: colors, symbols, grids of panels, and names as plain text.
+
+Colors stay apart for color-blind readers. Marks with a meaning of their own (a control, a chosen
+setting, one that breaks too much text) differ by symbol, and what only a color tells apart, such as
+the lines of categories or the tiles of a heat map, is named on hover.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +24,21 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 INK, MUTED, GRID = "#24292f", "#808891", "rgba(128,136,145,0.25)"
 
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 
-_FONT = "ui-sans-serif, system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', Arial, sans-serif"
-
+_FONT = (
+    "ui-sans-serif, system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', "
+    "Arial, sans-serif"
+)
 
 _MAX_LABEL = 40
 
 
-_CONFIG = {
-    "responsive": True,
-    "displaylogo": False,
-    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-}
-"""Buttons are named one by one: among the default ones is an upload to a server."""
-
-
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
-
-
 class Panels:
-    """A grid of panels that is filled first and made a figure at the end: Plotly checks each change of a figure anew, which takes seconds."""
+    """A grid of panels that is filled first and becomes a figure at the end.
+
+    Plotly checks a whole figure again at each change of it, which would take seconds.
+    """
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Panels:
         self._layout: dict[str, Any] = {"shapes": []}
 
     def add(self, row: int, column: int, **trace: Any) -> None:
-        """A scatter trace in a panel; rows and columns count from 0."""
+        """Add a scatter trace to a panel; rows and columns count from 0."""
         place = self._place(row, column)
         self._traces.append(
             {"type": "scatter", "xaxis": f"x{place}", "yaxis": f"y{place}", **trace}
@@ -80,7 +80,7 @@ class Panels:
         y: float | None = None,
         dash: str = "dot",
     ) -> None:
-        """A line through the whole panel, at an x or at a y."""
+        """Draw a line through the whole panel, at an x or at a y."""
         place = self._place(row, column)
         ends = (
             {"x0": 0, "x1": 1, "y0": y, "y1": y}
@@ -102,11 +102,11 @@ class Panels:
         )
 
     def axis(self, which: str, row: int, column: int, **settings: Any) -> None:
-        """Settings of a panel's "x" or "y" axis."""
+        """Change settings of a panel's "x" or "y" axis."""
         self._layout.setdefault(f"{which}axis{self._place(row, column)}", {}).update(settings)
 
     def figure(self) -> Figure:
-        """All of it, once."""
+        """Return everything that was added as one figure; to be called once."""
         self._figure.add_traces(self._traces)
         return self._figure.update_layout(self._layout)
 
@@ -116,7 +116,10 @@ class Panels:
 
 
 def styled(figure: Figure, *, height: int, legend: bool = False, left: int = 70) -> Figure:
-    """The figure in this project's style: white, for a notebook or paper; a page may take other colors."""
+    """Give a figure this project's style: white, for a notebook or paper.
+
+    A page may replace the colors of text and grid; see the report's template.
+    """
     axis = {
         "gridcolor": GRID,
         "zerolinecolor": GRID,
@@ -145,10 +148,10 @@ def styled(figure: Figure, *, height: int, legend: bool = False, left: int = 70)
 
 
 def check_table(what: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Raise where a table lacks a column or has no rows.
+    """Check that a table has these columns and any rows.
 
     Raises:
-        ValueError: With the figure's name and what is missing.
+        ValueError: If not, with the figure's name and what is missing.
     """
     missing = [column for column in columns if column not in frame]
     if missing:
@@ -158,7 +161,7 @@ def check_table(what: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
 
 
 def plain_label(text: str) -> str:
-    """A name as Plotly shows it letter by letter, cut where it would fill the figure."""
+    """Write a name so that Plotly shows it letter by letter; a long one is cut."""
     text = visible(str(text).replace("\n", " "))
     return html.escape(
         text if len(text) <= _MAX_LABEL else text[: _MAX_LABEL - 1] + "…", quote=False
@@ -166,15 +169,18 @@ def plain_label(text: str) -> str:
 
 
 def name_in_words(name: str) -> str:
-    """A category's or construction's name, in words."""
+    """Write a category's or construction's name in words, as plain text."""
     return plain_label(name.replace("_", " "))
 
 
 def of_category(frame: pd.DataFrame, what: str, column: str, name: str) -> pd.DataFrame:
-    """The rows of a table whose column holds a name; an error that lists the names where there are none."""
+    """Return the rows of a table whose column holds a name.
+
+    Raises:
+        ValueError: If there are none; it lists the names that there are.
+    """
     rows = frame[frame[column] == name]
     if rows.empty:
-        raise ValueError(
-            f"{what}: no rows of {column} {name!r}; there are: {', '.join(map(repr, dict.fromkeys(frame[column])))}."
-        )
+        known = ", ".join(map(repr, dict.fromkeys(frame[column])))
+        raise ValueError(f"{what}: no rows of {column} {name!r}; there are: {known}.")
     return rows

@@ -1,4 +1,7 @@
-"""Results in words: names of metrics and conditions, numbers as a reader wants them, and the verdict of a run in plain sentences."""
+"""Results in words: names of metrics and conditions, and numbers as a reader wants them.
+
+Figures, the report and the command line take their words from here.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +16,36 @@ if TYPE_CHECKING:
 
 UNSTEERED = "unsteered"
 
-
 ALL_CATEGORIES = "all"
 
-
 CONTROLS = ("random", "shuffled", "other category")
-"""How the names of control conditions begin; the first is the one the verdict rests on."""
-
+"""How the names of control conditions begin; the report's conclusion rests on the first one."""
 
 HARMLESS_CATEGORIES = ("harmless", "neutral", "hard_safe")
 """Categories of prompts without risk; they are no part of the pooled rows."""
 
-
 MAIN = ("safe_helpful_proxy", "relevant_answer", "refusal", "degenerate", "relevance")
-"""What the verdict speaks of, the first that is there being the main measure."""
-
+"""Metrics that the report's conclusion speaks of; the first that a run has is its main measure."""
 
 LEVEL = 0.05
 """Largest corrected p that is called an effect."""
-
 
 AGAINST = {
     "twins": "against safe twins",
     "other": "against other risks",
     "neutral": "against everyday prompts",
 }
-"""What a category is told from, hardest first."""
+"""Prompts that a category is told apart from, the hardest comparison first."""
 
 
 class Metric(NamedTuple):
-    """How a metric is shown: its name in words, whether it is a share of prompts, which way is better (0: neither by itself)."""
+    """How a metric is shown.
+
+    Attributes:
+        label: Its name in words.
+        share: Whether it is a share of prompts.
+        better: 1 if higher is better, -1 if lower is, 0 if neither is better by itself.
+    """
 
     label: str
     share: bool
@@ -64,24 +67,27 @@ METRICS = {
     "rouge_l": Metric("ROUGE-L to unsteered", False, 0),
     "bleu": Metric("BLEU to unsteered", False, 0),
     "neutral_kl": Metric("KL on everyday prompts, nats", False, -1),
-    "n_words": Metric("words an answer", False, 0),
+    "n_words": Metric("words per answer", False, 0),
 }
-"""Known metrics, most telling first. Relevant answers are not better as such: going along with a bad request is relevant too."""
+"""Known metrics, most telling first.
+
+Relevant answers are not better as such: one that goes along with a bad request is relevant too.
+"""
 
 
 def metric(name: str) -> Metric:
-    """How a metric is shown; an unknown one by its own name."""
+    """Look up how a metric is shown; an unknown one goes by its own name."""
     return METRICS.get(name, Metric(name.replace("_", " "), False, 0))
 
 
 def main_metrics(names: Iterable[str]) -> list[str]:
-    """The metrics a verdict speaks of, most telling first, of those that are there."""
-    names = set(names)
-    return [name for name in MAIN if name in names]
+    """Pick the metrics that a conclusion speaks of from the given ones, most telling first."""
+    given = set(names)
+    return [name for name in MAIN if name in given]
 
 
 def in_order(names: Iterable[str], first: Sequence[str]) -> list[str]:
-    """Names without repeats: those of ``first`` in its order, then the others as they come."""
+    """Return names once each: those of ``first`` in its order, then the others as they come."""
     unique = list(dict.fromkeys(names))
     return [name for name in first if name in unique] + [
         name for name in unique if name not in first
@@ -89,19 +95,20 @@ def in_order(names: Iterable[str], first: Sequence[str]) -> list[str]:
 
 
 def is_control(condition: str) -> bool:
-    """Whether a condition is a control: steering by a vector that should do nothing in particular."""
+    """Tell whether a condition is a control: a vector that should do nothing in particular."""
     return condition.startswith(CONTROLS)
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as a list in a sentence; nothing for none."""
+    """Join names as a list in a sentence; the empty text for none."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def visible(text: str) -> str:
-    """The text with characters spelled out that hide or reorder others (bidi marks, zero width, control codes, lone surrogates).
+    """Spell out the characters of a text that hide or reorder others.
 
-    Line ends, tabs and the joiners that emoji and several scripts need stay as they are.
+    These are bidi marks, zero-width characters, control codes and lone surrogates. Line ends, tabs
+    and the joiners that emoji and several scripts need stay as they are.
     """
     return "".join(
         f"⟨U+{ord(char):04X}⟩"
@@ -113,7 +120,10 @@ def visible(text: str) -> str:
 
 
 def number(name: str, value: float, *, signed: bool = False) -> str:
-    """A metric's value as it is read: shares as per cent (changes as points), the rest with two or three digits; a dash for none."""
+    """Write a metric's value as it is read, and a dash where there is none.
+
+    Shares are per cent (their changes are points), other values have two or three digits.
+    """
     if not math.isfinite(value):
         return "–"
     sign = "+" if signed else ""
@@ -126,7 +136,7 @@ def number(name: str, value: float, *, signed: bool = False) -> str:
 
 
 def interval(name: str, low: float, high: float, *, signed: bool = False) -> str:
-    """An interval in the units of ``number``, in brackets; nothing where it has no ends."""
+    """Write an interval in the units of ``number``, in brackets; nothing where it has no ends."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return ""
     low_text, high_text = (number(name, end, signed=signed).split(" ")[0] for end in (low, high))
@@ -138,49 +148,51 @@ def _minus(text: str) -> str:
 
 
 def gate_lines(threshold: float, reading: Any) -> list[str]:
-    """What a gate makes of a question, as lines of text: the decision, and the scores token by token of the category that scores highest.
+    """Say what a gate makes of a question: its decision, and the scores token by token.
+
+    The scores are those of the category that scores highest.
 
     Args:
         threshold: Score above which the gate opens.
-        reading: ``steered.GateReading``.
+        reading: A ``GateReading`` (``workbench.safesteer.saved_run``).
+
+    Returns:
+        Two lines of text.
     """
     order = reading.decided.argsort(descending=True).tolist()
     ranked = ", ".join(
         f"{reading.categories[i]} {_minus(f'{float(reading.decided[i]):+.1f}')}" for i in order[:3]
     )
     opened = [reading.categories[i] for i in order if reading.opening[i] > 0]
-    said = f"opens for {listed(opened)}" if opened else "stays closed"
+    decision = f"opens for {listed(opened)}" if opened else "stays closed"
     tokens = " ".join(
         f"{visible(token).strip() or '␣'}({_minus(f'{float(score):+.0f}')})"
         for token, score in zip(reading.tokens, reading.scores[:, order[0]], strict=True)
     )
     return [
-        f"gate: {said}; it opens above {_minus(f'{threshold:.1f}')}, highest scores: {ranked}",
+        f"gate: {decision}; it opens above {_minus(f'{threshold:.1f}')}, highest scores: {ranked}",
         f"{reading.categories[order[0]]} by token: {tokens}",
     ]
 
 
 def p_value(p: float) -> str:
-    """A p-value in three digits, without the zero before the point."""
-    return (
-        ""
-        if not math.isfinite(p)
-        else "< .001"
-        if p < 0.0005
-        else f"{p:.3f}".replace("0.", ".", 1)
-        if p < 1
-        else "1"
-    )
+    """Write a p-value with three digits, without the zero before the point; nothing for none."""
+    if not math.isfinite(p):
+        return ""
+    if p < 0.0005:
+        return "< .001"
+    return f"{p:.3f}".replace("0.", ".", 1) if p < 1 else "1"
 
 
 def short_sites(sites: str) -> str:
-    """Sites of one kind in a row of layers as a range: ``L12.attn_out L13.attn_out`` is ``L12–13.attn_out``."""
-    found = [re.fullmatch(r"L(\d+)\.(\w+)", site) for site in re.split(r"[\s,;]+", sites.strip())]
-    if len(found) < 2 or not all(found):
+    """Write sites of one kind in neighboring layers as a range; other sites stay as they are.
+
+    ``L12.attn_out L13.attn_out`` becomes ``L12–13.attn_out``.
+    """
+    names = re.split(r"[\s,;]+", sites.strip())
+    matches = [match for match in (re.fullmatch(r"L(\d+)\.(\w+)", n) for n in names) if match]
+    if len(names) < 2 or len(matches) < len(names):
         return sites
-    layers, kinds = (
-        [int(match[1]) for match in found if match],
-        {match[2] for match in found if match},
-    )
+    layers, kinds = [int(match[1]) for match in matches], {match[2] for match in matches}
     in_a_row = layers == list(range(layers[0], layers[-1] + 1))
     return f"L{layers[0]}–{layers[-1]}.{kinds.pop()}" if in_a_row and len(kinds) == 1 else sites

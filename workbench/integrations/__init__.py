@@ -1,4 +1,4 @@
-"""The steered model inside other evaluation tools."""
+"""The steered model inside other evaluation tools: Inspect and the LM Evaluation Harness."""
 
 import lazy_loader
 

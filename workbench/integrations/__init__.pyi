@@ -1,8 +1,7 @@
-from .inspect_ai import SteeredModel, workbench
+from .inspect_ai import SteeredModel
 from .lm_eval import SteeredLM
 
 __all__ = [
     "SteeredLM",
     "SteeredModel",
-    "workbench",
 ]

@@ -1,8 +1,12 @@
-"""The steered model as a model of Inspect (inspect_ai), so that its evaluations run on it: ``get_model("workbench/RUN_FOLDER")``.
+"""Offer a run's steered model as a model of Inspect, so that its evaluations run on it.
+
+In Python it is ``get_model("workbench/RUN_FOLDER")``, on the command line
 
     inspect eval my_task.py --model workbench/runs/mine -M steering=gated
 
-Needs ``pip install inspect_ai``; importing this module, or installing workbench (an entry point of inspect_ai), makes the name known.
+Needs ``pip install inspect_ai``. Installing workbench makes the name known (by an entry point of
+inspect_ai), and so does importing this module. The module is named like the library it imports;
+absolute imports keep the two apart.
 """
 
 from __future__ import annotations
@@ -35,14 +39,17 @@ if TYPE_CHECKING:
 
 
 class SteeredModel(ModelAPI):
-    """A run's model with its steering; one user turn a sample, greedy unless a temperature is asked for.
+    """A run's model with its steering.
+
+    It answers one user turn per sample, and greedily unless a temperature is asked for.
 
     Args:
         model_name: Folder of a run.
         base_url: Not used.
         api_key: Not used.
-        config: Inspect's settings; max_tokens, temperature, seed and system messages count.
-        steering: "gated" (the run's gate decides), "off", or a risk category whose vectors are always on.
+        config: Inspect's settings; max_tokens, temperature and seed count.
+        steering: "gated" (the run's gate decides), "off", or a risk category whose vectors are
+            always on.
         hooked: A loaded model, instead of loading the run's.
     """
 
@@ -80,24 +87,29 @@ class SteeredModel(ModelAPI):
         tool_choice: ToolChoice,  # noqa: ARG002 - inspect_ai passes it
         config: GenerateConfig,
     ) -> ModelOutput:
-        """Answer the last user turn.
+        """Answer the user's turn; several user messages are joined, and so are system messages.
 
         Raises:
-            ValueError: If there is no user turn, tools are asked for, or earlier assistant turns are given.
+            ValueError: If there is no user turn, tools are asked for, or assistant turns are given.
         """
         if tools:
-            raise ValueError("the steered model calls no tools; use a task without them.")
+            raise ValueError(
+                f"the steered model calls no tools, got {len(tools)}; use a task without them."
+            )
         if any(isinstance(message, ChatMessageAssistant) for message in input):
             raise ValueError(
-                "the steered model answers single turns; this task has assistant turns in its input."
+                "the steered model answers single turns, got assistant turns in the input; "
+                "use a task without them."
             )
-        asked = [message.text for message in input if isinstance(message, ChatMessageUser)]
+        questions = [message.text for message in input if isinstance(message, ChatMessageUser)]
         system = "\n\n".join(
             message.text for message in input if isinstance(message, ChatMessageSystem)
         )
-        if not asked:
-            raise ValueError("there is no user turn to answer.")
-        prompt = Prompt("sample", "\n\n".join(asked), None, HARMLESS, "neutral", "inspect")
+        if not questions:
+            raise ValueError(
+                f"the steered model answers a user turn, got none in {len(input)} messages."
+            )
+        prompt = Prompt("sample", "\n\n".join(questions), None, HARMLESS, "neutral", "inspect")
 
         def answer() -> str:
             with self._one_at_a_time:
@@ -117,11 +129,11 @@ class SteeredModel(ModelAPI):
         return ModelOutput.from_content(self.model_name, await asyncio.to_thread(answer))
 
     def max_connections(self) -> int:
-        """One answer at a time: the model is one object."""
+        """Allow one answer at a time, since the model is one object."""
         return 1
 
 
 @modelapi(name="workbench")
 def workbench() -> type[ModelAPI]:
-    """Inspect's registry asks for this."""
+    """Return the class that Inspect's registry asks for."""
     return SteeredModel

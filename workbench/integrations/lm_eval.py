@@ -1,9 +1,11 @@
-"""The steered model as a model of the LM Evaluation Harness (lm_eval), so that its tasks run on it.
+"""Offer a run's steered model as a model of the LM Evaluation Harness.
 
     from workbench.integrations.lm_eval import SteeredLM
     lm_eval.simple_evaluate(model=SteeredLM("runs/mine", steering="gated"), tasks=["arc_easy"])
 
-Needs ``pip install lm_eval``. Contexts are user turns, as everywhere in workbench: a chat model is asked the way its users ask it.
+Needs ``pip install lm_eval``. Contexts are user turns, as everywhere in workbench: a chat model is
+asked the way its users ask it. The module is named like the library it imports; absolute imports
+keep the two apart.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from workbench.safesteer.run_folder import read_run
 from workbench.safesteer.saved_run import gated_steering_from, steering_from
 
 MAX_NEW_TOKENS = 128
+"""Longest answer where a task does not say how long one may be."""
 
 
 class SteeredLM(LM):
@@ -29,8 +32,9 @@ class SteeredLM(LM):
 
     Args:
         folder: Folder of a run.
-        steering: "gated" (the run's gate decides), "off", or a risk category whose vectors are always on.
-        batch_size: Rows a batch.
+        steering: "gated" (the run's gate decides), "off", or a risk category whose vectors are
+            always on.
+        batch_size: Rows per batch.
         model: A loaded model, instead of loading the run's.
     """
 
@@ -53,7 +57,11 @@ class SteeredLM(LM):
         self.rows = batch_size
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation behind its context, and whether greedy decoding would give it."""
+        """Score each continuation behind its context.
+
+        Returns:
+            Its log-probability, and whether greedy decoding would give it.
+        """
         pairs = [request.args for request in requests]
         fixed = [
             self._fixed(i, context or " ", continuation)
@@ -64,64 +72,67 @@ class SteeredLM(LM):
         )
         greedy = self._greedy(fixed)
         return [
-            (float(own.sum()), is_greedy) for own, is_greedy in zip(scored, greedy, strict=True)
+            (float(log_probs.sum()), is_greedy)
+            for log_probs, is_greedy in zip(scored, greedy, strict=True)
         ]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Log-probability of whole texts, as answers to "Continue."."""
+        """Score whole texts by their log-probability as answers to "Continue."."""
         fixed = [self._fixed(i, "Continue.", request.args[0]) for i, request in enumerate(requests)]
         scored = steered_log_probs(
             self.hooked, fixed, [self.interventions] * len(fixed), batch_size=self.rows
         )
-        return [float(own.sum()) for own in scored]
+        return [float(log_probs.sum()) for log_probs in scored]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers, cut at the first stop text."""
-        said: dict[int, str] = {}
-        alike: dict[str, list[int]] = {}
+        """Answer each request, and cut the answer at the first stop text."""
+        # Requests with the same settings are answered together.
+        places_of: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            alike.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(i)
-        for places in alike.values():
+            key = repr(sorted(request.args[1].items(), key=str))
+            places_of.setdefault(key, []).append(i)
+        answers: dict[int, str] = {}
+        for places in places_of.values():
             settings = requests[places[0]].args[1]
+            sampled = settings.get("do_sample")
             completions = generate(
                 self.hooked,
-                [
-                    Prompt(
-                        f"request-{i}", requests[i].args[0], None, HARMLESS, "neutral", "lm_eval"
-                    )
-                    for i in places
-                ],
+                [self._prompt(i, requests[i].args[0]) for i in places],
                 self.interventions,
                 decoding=Decoding(
                     max_new_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
-                    temperature=float(settings.get("temperature", 0.0))
-                    if settings.get("do_sample")
-                    else 0.0,
+                    temperature=float(settings.get("temperature", 0.0)) if sampled else 0.0,
                     batch_size=self.rows,
                 ),
             )
             until = settings.get("until") or []
+            stops = [until] if isinstance(until, str) else until
             for i, completion in zip(places, completions, strict=True):
-                said[i] = completion.text
-                for stop in filter(None, [until] if isinstance(until, str) else until):
-                    said[i] = said[i].split(stop)[0]
-        return [said[i] for i in range(len(requests))]
+                answers[i] = completion.text
+                for stop in filter(None, stops):
+                    answers[i] = answers[i].split(stop)[0]
+        return [answers[i] for i in range(len(requests))]
 
     def _greedy(self, fixed: list[Completion]) -> list[bool]:
-        longest = max((len(c.tokens) for c in fixed), default=0)
+        """Tell for each given answer whether greedy decoding begins with it."""
+        longest = max((len(completion.tokens) for completion in fixed), default=0)
         if longest == 0:
             return [False] * len(fixed)
-        asked = {c.prompt.text: c.prompt for c in fixed}
-        made = generate(
+        prompts = {completion.prompt.text: completion.prompt for completion in fixed}
+        answers = generate(
             self.hooked,
-            list(asked.values()),
+            list(prompts.values()),
             self.interventions,
             decoding=Decoding(max_new_tokens=longest, batch_size=self.rows),
         )
-        said = {c.prompt.text: c.tokens for c in made}
-        return [said[c.prompt.text][: len(c.tokens)] == c.tokens for c in fixed]
+        tokens = {answer.prompt.text: answer.tokens for answer in answers}
+        return [tokens[c.prompt.text][: len(c.tokens)] == c.tokens for c in fixed]
 
     def _fixed(self, place: int, context: str, text: str) -> Completion:
+        """Return a given text as the answer to a context."""
         tokens = self.hooked.tokenizer(text, add_special_tokens=False)["input_ids"]
-        prompt = Prompt(f"request-{place}", context, None, HARMLESS, "neutral", "lm_eval")
-        return Completion(prompt, text, tuple(int(i) for i in tokens), "eos", UNSTEERED)
+        ids = tuple(int(i) for i in tokens)
+        return Completion(self._prompt(place, context), text, ids, "eos", UNSTEERED)
+
+    def _prompt(self, place: int, context: str) -> Prompt:
+        return Prompt(f"request-{place}", context, None, HARMLESS, "neutral", "lm_eval")

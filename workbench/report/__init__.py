@@ -1,4 +1,4 @@
-"""Reports: the pages that tell what a run found."""
+"""The pages that say what a run found, and a conclusion from its tables in words."""
 
 import lazy_loader
 

@@ -1,7 +1,9 @@
-"""One self-contained page a category: where its neurons lie, how they rank, and a card for each of the chosen ones beside its control.
+"""Write a page about a category's neurons: a map, a ranked list, and a card per neuron.
 
-Data in, text out: no model, no script, no network. Prompts and tokens are hostile text: the template escapes every value, characters that
-could reorder or hide text are written as their code, and the page's own policy allows nothing but its one style sheet.
+The card of each chosen neuron stands beside that of a random one, its control. The page is made of
+data alone: it needs no model, no script and no network. Prompts and tokens are hostile text: the
+template escapes every value, characters that could reorder or hide text are written as their code,
+and the page's own policy allows nothing but its one style sheet.
 """
 
 from __future__ import annotations
@@ -32,13 +34,11 @@ if TYPE_CHECKING:
 N_LISTED = 40
 """Neurons in the ranked list."""
 
-
 N_OF_CONTROL = 4
 """Tokens shown at either end of a control."""
 
-
 TESTS = {"twins": "safe twins", "neutral": "everyday prompts", "other": "other risks"}
-"""What AUROC and q are against, and what the page calls it."""
+"""Prompts that AUROC and q compare with, and what the page calls them."""
 
 
 _MAPS = {
@@ -49,10 +49,11 @@ _MAPS = {
 }
 
 
-_LONGEST = 80  # characters of one token
-
+_LONGEST = 80
+"""Characters of a token that are shown."""
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode categories of characters that hide or reorder others."""
 
 
 def neurons_page(
@@ -62,25 +63,27 @@ def neurons_page(
     *,
     category: str | None = None,
 ) -> str:
-    """A category's neurons as one HTML page that needs nothing else.
+    """Render a category's neurons as one HTML page that needs nothing else.
 
     Args:
-        table: From ``attribute_neurons`` (or neurons.csv): category, layer, neuron, contribution; all its other scores are shown where they are.
-            Keep every neuron in it: the map shows them all.
-        profiles: Cards, in this order; see ``profile_neurons``.
-        controls: Profiles of random neurons of the same layers (``random_neurons``), shown beside the card of their layer.
-        category: Which; may be left out where the table holds one.
+        table: Result of ``attribute_neurons`` (or neurons.csv) with columns category, layer, neuron
+            and contribution; its other scores are shown where it has them. Keep every neuron in it:
+            the map shows them all.
+        profiles: Neurons that get a card, in this order; see ``profile_neurons``.
+        controls: Profiles of random neurons of the same layers (``random_neurons``), each shown
+            beside a card of its layer.
+        category: The category to show; may be left out where the table holds only one.
 
     Raises:
         ValueError: If the table is no such table or does not hold the category.
     """
-    own = _rows_of(table, category)
-    name = str(own["category"].iloc[0])
+    rows = _rows_of(table, category)
+    name = str(rows["category"].iloc[0])
     controls = list(controls or ())
-    scores = {(int(row["layer"]), int(row["neuron"])): row for row in own.to_dict("records")}
+    scores = {(int(row["layer"]), int(row["neuron"])): row for row in rows.to_dict("records")}
     pairs, left = _beside(profiles, controls)
     marked = [(p.layer, p.neuron) for p in profiles] or [
-        tuple(pair) for pair in _ranked(own)[["layer", "neuron"]].to_numpy()[:N_LISTED]
+        tuple(pair) for pair in _ranked(rows)[["layer", "neuron"]].to_numpy()[:N_LISTED]
     ]
     marks = [(*pair, "target") for pair in marked] + [
         (c.layer, c.neuron, "control") for c in controls
@@ -93,17 +96,17 @@ def neurons_page(
 
     return _template().render(
         category=name,
-        facts=_facts(own, table.attrs, profiles, controls),
+        facts=_facts(rows, table.attrs, profiles, controls),
         maps=[
-            score_map(own, score, *titles, marks, linked)
+            score_map(rows, score, *titles, marks, linked)
             for score, titles in _MAPS.items()
-            if score in own and own[score].notna().any()
+            if score in rows and rows[score].notna().any()
         ],
-        ranked=_list(own, linked, words),
+        ranked=_list(rows, linked, words),
         tests={
             key: title
             for key, title in TESTS.items()
-            if f"auroc_{key}" in own and own[f"auroc_{key}"].notna().any()
+            if f"auroc_{key}" in rows and rows[f"auroc_{key}"].notna().any()
         },
         comparison=_comparison(profiles, controls, scores, name) if profiles and controls else [],
         pairs=[
@@ -122,14 +125,14 @@ def show_neurons(
     category: str | None = None,
     height: int = 900,
 ) -> Html:
-    """A category's neurons as a page inside a notebook: map, ranked list, a card for each profile with its control beside it.
+    """Show a category's neurons in a notebook: map, ranked list, and a card per profile.
 
     Args:
-        table: From ``attribute_neurons``, whole.
-        profiles: Cards, in this order; see ``neuron_profiles.profile_neurons``.
-        controls: Profiles of random neurons of the same layers.
-        category: Which; may be left out where the table holds one.
-        height: Of the frame, in pixels.
+        table: Result of ``attribute_neurons``, with all its neurons.
+        profiles: Neurons that get a card, in this order; see ``profile_neurons``.
+        controls: Profiles of random neurons of the same layers, shown beside the cards.
+        category: The category to show; may be left out where the table holds only one.
+        height: Height of the frame in pixels.
     """
     page = html.escape(neurons_page(table, profiles, controls, category=category), quote=True)
     return Html(
@@ -145,13 +148,16 @@ def write_dashboard(
     *,
     category: str | None = None,
 ) -> Path:
-    """Write the page of ``neurons`` to a file and return its path."""
+    """Write the page of ``neurons_page`` to a file and return its path."""
     write_text(path, neurons_page(table, profiles, controls, category=category))
     return Path(path)
 
 
 def visible_token(text: object) -> str:
-    """Text with line ends and tabs as arrows, and characters that hide or reorder text (bidi marks, NUL, lone surrogates) as their code."""
+    """Write line ends and tabs as arrows, and characters that hide or reorder text as codes.
+
+    The latter are bidi marks, control characters such as NUL, and lone surrogates.
+    """
     arrows = {"\n": "↵", "\t": "→", "\r": "␍"}
     return "".join(
         arrows.get(c) or (f"[U+{ord(c):04X}]" if unicodedata.category(c) in _UNSEEN else c)
@@ -160,6 +166,7 @@ def visible_token(text: object) -> str:
 
 
 def _template() -> Any:
+    """Load the template; whatever it prints is escaped, hidden characters written as codes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -187,44 +194,43 @@ def _template() -> Any:
 
 
 def _rows_of(table: pd.DataFrame, category: str | None) -> pd.DataFrame:
-    missing = [
-        name
-        for name in ("category", "layer", "neuron", "contribution")
-        if name not in table.columns
-    ]
+    """Return the rows of the category, or of the only one that the table holds."""
+    needed = ("category", "layer", "neuron", "contribution")
+    missing = [name for name in needed if name not in table.columns]
     if missing or table.empty:
         raise ValueError(
-            f"this is no table of attribute_neurons: {missing[0] if missing else 'every row'} is missing."
+            "this is no table of attribute_neurons: "
+            f"{missing[0] if missing else 'every row'} is missing."
         )
     known = list(dict.fromkeys(table["category"].astype(str)))
+    names = ", ".join(map(repr, known))
     if category is None and len(known) > 1:
         raise ValueError(
-            f"the table holds {len(known)} categories; say category=..., one of {', '.join(map(repr, known))}."
+            f"the table holds {len(known)} categories; say category=..., one of {names}."
         )
     category = known[0] if category is None else category
     if category not in known:
         raise ValueError(
-            f"no neurons of category {category!r}; categories: {', '.join(map(repr, known))}.{did_you_mean(category, known)}"
+            f"no neurons of category {category!r}; categories: {names}."
+            f"{did_you_mean(category, known)}"
         )
     return table[table["category"].astype(str) == category]
 
 
-def _ranked(own: pd.DataFrame) -> pd.DataFrame:
-    return (
-        own.sort_values("rank")
-        if "rank" in own
-        else own.sort_values("contribution", ascending=False)
-    )
+def _ranked(rows: pd.DataFrame) -> pd.DataFrame:
+    if "rank" in rows:
+        return rows.sort_values("rank")
+    return rows.sort_values("contribution", ascending=False)
 
 
 def _beside(
     profiles: Iterable[NeuronProfile], controls: Iterable[NeuronProfile]
 ) -> tuple[list[tuple[NeuronProfile, NeuronProfile | None]], list[NeuronProfile]]:
-    """Each profile with a control of its own layer, as far as they go, and the controls that are left."""
+    """Pair each profile with a control of its layer while there are any; return the rest too."""
     left = list(controls)
     pairs = []
     for profile in profiles:
-        control = next((own for own in left if own.layer == profile.layer), None)
+        control = next((other for other in left if other.layer == profile.layer), None)
         if control is not None:
             left.remove(control)
         pairs.append((profile, control))
@@ -232,12 +238,13 @@ def _beside(
 
 
 def _facts(
-    own: pd.DataFrame,
+    rows: pd.DataFrame,
     attrs: Mapping[Any, Any],
     profiles: Sequence[NeuronProfile],
     controls: Sequence[NeuronProfile],
 ) -> list[tuple[str, str]]:
-    facts = [("neurons", f"{len(own):,} in {own['layer'].nunique()} layers")]
+    """Return what the head of the page says: names and values."""
+    facts = [("neurons", f"{len(rows):,} in {rows['layer'].nunique()} layers")]
     if profiles:
         first = profiles[0]
         n_prompts = sum(map(sum, first.per_prompt.counts))
@@ -251,20 +258,24 @@ def _facts(
             ("direction", f"unsafe minus {attrs.get('reference', 'reference')} at {attrs['site']}")
         )
     for test, title in {**TESTS, "fwer": "family-wise error"}.items():
-        if f"survives_{test}" in own:
+        if f"survives_{test}" in rows:
             facts.append(
-                (f"survive: {title}", f"{int(own[f'survives_{test}'].astype(bool).sum()):,}")
+                (
+                    f"survive the test: {title}",
+                    f"{int(rows[f'survives_{test}'].astype(bool).sum()):,}",
+                )
             )
     return facts
 
 
 def _list(
-    own: pd.DataFrame, linked: set[tuple[int, int]], words: Mapping[tuple[int, int], list[str]]
+    rows: pd.DataFrame, linked: set[tuple[int, int]], words: Mapping[tuple[int, int], list[str]]
 ) -> list[dict[str, Any]]:
-    rows = []
-    for place, row in enumerate(_ranked(own).head(N_LISTED).to_dict("records"), start=1):
+    """Return the lines of the ranked list."""
+    lines = []
+    for place, row in enumerate(_ranked(rows).head(N_LISTED).to_dict("records"), start=1):
         pair = int(row["layer"]), int(row["neuron"])
-        rows.append(
+        lines.append(
             {
                 "rank": row.get("rank", place),
                 "name": f"L{pair[0]} N{pair[1]}",
@@ -273,11 +284,11 @@ def _list(
                 "scores": _scores(row),
             }
         )
-    return rows
+    return lines
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's scores as the template wants them; what the table does not have is None."""
+    """Return a row's scores for the template; what the table does not have is None."""
     names = (
         "rank",
         "contribution",
@@ -309,6 +320,7 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
 def _card(
     profile: NeuronProfile, row: Mapping[str, Any], category: str, role: str
 ) -> dict[str, Any]:
+    """Return what the card of a neuron shows; a control shows less."""
     largest = max(
         (abs(a) for e in (*profile.highest, *profile.lowest) for a in e.activations), default=0.0
     )
@@ -319,7 +331,7 @@ def _card(
     ]
     ends.sort(key=lambda end: -end["reach"])
     groups = _groups(category)
-    classes = sorted({own for own, label in profile.per_prompt.classes if label == "unsafe"})
+    risks = sorted({name for name, label in profile.per_prompt.classes if label == "unsafe"})
     return {
         "id": anchor(profile.layer, profile.neuron),
         "name": f"L{profile.layer} N{profile.neuron}",
@@ -328,7 +340,7 @@ def _card(
         "ends": ends,
         "per_prompt": ridges(profile.per_prompt, groups, "unsafe"),
         "per_token": ridges(profile.per_token, groups, "unsafe", root=True),
-        "by_category": ridges(profile.per_prompt, {own: _is(own) for own in classes}, category)
+        "by_category": ridges(profile.per_prompt, {name: _is(name) for name in risks}, category)
         if role == "target"
         else None,
         "vocabulary": profile.vocabulary,
@@ -338,7 +350,7 @@ def _card(
 
 
 def _all_cosines(profile: NeuronProfile) -> dict[str, Any] | None:
-    """Cosines as a table, a row a category; None where there is but one."""
+    """Return the cosines as a table, one row per category; None where there is only one."""
     sides = list(dict.fromkeys(cosine.side for cosine in profile.cosines))
     value = {(cosine.category, cosine.side): cosine.value for cosine in profile.cosines}
     categories = list(dict.fromkeys(cosine.category for cosine in profile.cosines))
@@ -347,6 +359,7 @@ def _all_cosines(profile: NeuronProfile) -> dict[str, Any] | None:
 
 
 def _end(title: str, examples: Sequence[Example], largest: float) -> dict[str, Any]:
+    """Return the tokens at one end of a neuron's range, those in harmful prompts apart."""
     shown = [_example(place, example, largest) for place, example in enumerate(examples, start=1)]
     return {
         "title": title,
@@ -360,6 +373,7 @@ def _end(title: str, examples: Sequence[Example], largest: float) -> dict[str, A
 
 
 def _example(place: int, example: Example, largest: float) -> dict[str, Any]:
+    """Return a prompt's tokens, each with its color class and value."""
     tokens = []
     for i, (text, value) in enumerate(zip(example.tokens, example.activations, strict=True)):
         shade = min(10, math.ceil(abs(value) / largest * 10 - 0.5)) if largest else 0
@@ -377,17 +391,18 @@ def _example(place: int, example: Example, largest: float) -> dict[str, Any]:
 
 
 def _is(category: str, label: str = "unsafe") -> Callable[[str, str], bool]:
-    return lambda own, its: own == category and its == label
+    """Return the test whether a prompt has this category and label."""
+    return lambda its_category, its_label: its_category == category and its_label == label
 
 
 def _groups(category: str) -> dict[str, Callable[[str, str], bool]]:
-    """The classes that a category is told apart from, each prompt in one of them."""
+    """Return tests for the category's prompts and those it is compared with; each fits one."""
     return {
         "unsafe": _is(category),
         "safe twins": _is(category, "safe"),
-        "other risks": lambda own, label: own != category and label == "unsafe",
-        "other safe": lambda own, label: own != category and label == "safe",
-        "everyday": lambda own, label: own != category and label == "neutral",
+        "other risks": lambda its, label: its != category and label == "unsafe",
+        "other safe": lambda its, label: its != category and label == "safe",
+        "everyday": lambda its, label: its != category and label == "neutral",
     }
 
 
@@ -397,64 +412,77 @@ def _comparison(
     scores: Mapping[tuple[int, int], Mapping[str, Any]],
     category: str,
 ) -> list[tuple[str, str, str]]:
-    """Targets and controls side by side, by what the cards show: whether being chosen goes with anything that random neurons lack."""
+    """Compare chosen and random neurons by what the cards show.
 
-    def median(
-        score: Callable[[Mapping[str, Any]], float],
-    ) -> Callable[[Sequence[NeuronProfile]], str]:
-        def of(side: Sequence[NeuronProfile]) -> str:
-            known = [
-                score(scores[p.layer, p.neuron]) for p in side if (p.layer, p.neuron) in scores
-            ]
-            known = [value for value in known if value == value]
-            return svg_number(float(np.median(known))) if known else "–"
+    It says whether being chosen goes with anything that random neurons lack. A line is the name of
+    a quantity, its value for the chosen neurons, and its value for the random ones.
+    """
+    lines = []
+    for name, score in (
+        ("contribution, median", lambda row: float(row["contribution"])),
+        ("distance of the AUROC from .5, safe twins, median", _distance("auroc_twins")),
+        ("distance of the AUROC from .5, other risks, median", _distance("auroc_other")),
+    ):
+        medians = [_median_score(side, scores, score) for side in (profiles, controls)]
+        lines.append((name, *medians))
+    for end in ("highest", "lowest"):
+        shares = [_share_in_category(side, end, category) for side in (profiles, controls)]
+        lines.append((f"{end} tokens that are in unsafe prompts of the category", *shares))
+    for name, inward in (
+        ("input weights, |cosine| to the category, larger of gate and up, median", True),
+        ("output weights, |cosine| to the category, median", False),
+    ):
+        cosines = [_median_cosine(side, category, inward=inward) for side in (profiles, controls)]
+        lines.append((name, *cosines))
+    pointed = [_n_pointed(side) for side in (profiles, controls)]
+    lines.append(("vocabulary more pointed than 97.5 % of the layer, at either end", *pointed))
+    return [(name, chosen, random) for name, chosen, random in lines]
 
-        return of
 
-    def from_category(end: str) -> Callable[[Sequence[NeuronProfile]], str]:
-        def of(side: Sequence[NeuronProfile]) -> str:
-            hits = [
-                e.category == category and e.label == "unsafe"
-                for p in side
-                for e in getattr(p, end)
-            ]
-            return f"{100 * sum(hits) / len(hits):.0f} % of {len(hits)}" if hits else "–"
+def _distance(column: str) -> Callable[[Mapping[str, Any]], float]:
+    return lambda row: abs(row.get(column, math.nan) - 0.5)
 
-        return of
 
-    def cosine(inward: bool) -> Callable[[Sequence[NeuronProfile]], str]:
-        def of(side: Sequence[NeuronProfile]) -> str:
-            known = [
-                [
-                    abs(c.value)
-                    for c in p.cosines
-                    if c.category == category and (c.side != "out") == inward
-                ]
-                for p in side
-            ]
-            largest = [max(values) for values in known if values]
-            return svg_number(float(np.median(largest)), ".3f") if largest else "–"
+def _median_score(
+    side: Sequence[NeuronProfile],
+    scores: Mapping[tuple[int, int], Mapping[str, Any]],
+    score: Callable[[Mapping[str, Any]], float],
+) -> str:
+    """Return the median of a score over the neurons that the table has it for."""
+    values = [score(scores[p.layer, p.neuron]) for p in side if (p.layer, p.neuron) in scores]
+    known = [value for value in values if not math.isnan(value)]
+    return svg_number(float(np.median(known))) if known else "–"
 
-        return of
 
-    def pointed(side: Sequence[NeuronProfile]) -> str:
-        return f"{sum(min(p.vocabulary.p_promoted, p.vocabulary.p_suppressed) <= 0.025 for p in side)} of {len(side)}"
+def _share_in_category(side: Sequence[NeuronProfile], end: str, category: str) -> str:
+    """Return the share of tokens at one end that are in unsafe prompts of the category."""
+    hits = [
+        example.category == category and example.label == "unsafe"
+        for profile in side
+        for example in getattr(profile, end)
+    ]
+    return f"{100 * sum(hits) / len(hits):.0f} % of {len(hits)}" if hits else "–"
 
-    rows: dict[str, Callable[[Sequence[NeuronProfile]], str]] = {
-        "contribution, median": median(lambda row: float(row["contribution"])),
-        "distance of the AUROC from .5, safe twins, median": median(
-            lambda row: abs(row.get("auroc_twins", math.nan) - 0.5)
-        ),
-        "distance of the AUROC from .5, other risks, median": median(
-            lambda row: abs(row.get("auroc_other", math.nan) - 0.5)
-        ),
-        "highest tokens that are in unsafe prompts of the category": from_category("highest"),
-        "lowest tokens that are in unsafe prompts of the category": from_category("lowest"),
-        "input weights, |cosine| to the category, larger of gate and up, median": cosine(True),
-        "output weights, |cosine| to the category, median": cosine(False),
-        "vocabulary more pointed than 97.5 % of the layer, at either end": pointed,
-    }
-    return [(name, of(profiles), of(controls)) for name, of in rows.items()]
+
+def _median_cosine(side: Sequence[NeuronProfile], category: str, *, inward: bool) -> str:
+    """Return the median of each neuron's largest absolute cosine to the category's direction."""
+    cosines = [
+        [
+            abs(cosine.value)
+            for cosine in profile.cosines
+            if cosine.category == category and (cosine.side != "out") == inward
+        ]
+        for profile in side
+    ]
+    largest = [max(values) for values in cosines if values]
+    return svg_number(float(np.median(largest)), ".3f") if largest else "–"
+
+
+def _n_pointed(side: Sequence[NeuronProfile]) -> str:
+    """Count neurons whose vocabulary is more pointed than that of 97.5 % of their layer."""
+    vocabularies = [profile.vocabulary for profile in side]
+    n_pointed = sum(min(v.p_promoted, v.p_suppressed) <= 0.025 for v in vocabularies)
+    return f"{n_pointed} of {len(side)}"
 
 
 def _percent(share: Any) -> str:
@@ -466,6 +494,6 @@ def _percent(share: Any) -> str:
 def _p_value(value: Any) -> str:
     if value is None or value != value:
         return "–"
-    return (
-        "<.001" if value < 0.001 else format(float(value), ".3f").lstrip("0") if value < 1 else "1"
-    )
+    if value < 0.001:
+        return "<.001"
+    return format(float(value), ".3f").lstrip("0") if value < 1 else "1"

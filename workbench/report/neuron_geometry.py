@@ -1,4 +1,7 @@
-"""Geometry of the neuron dashboard: numbers in, coordinates and path data out, for the template to draw as inline SVG."""
+"""Lay out the drawings of the neuron dashboard: numbers in, coordinates and SVG paths out.
+
+The template draws them as inline SVG.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +19,37 @@ if TYPE_CHECKING:
 
 
 SHADES = 7
-"""Steps from one neuron in a cell to the most."""
-
+"""Shades of a cell, from one neuron to the largest number of them."""
 
 _BINS = 72
+"""Cells along the axis of the score."""
 
 
 def score_map(
-    own: pd.DataFrame,
+    neurons: pd.DataFrame,
     score: str,
     title: str,
     note: str,
     marks: Sequence[tuple[int, int, str]],
     linked: set[tuple[int, int]],
 ) -> dict[str, Any]:
-    """All neurons, layer by score: shaded by how many there are, the chosen ones as dots."""
-    known = own[own[score].notna()]
+    """Lay out a map of all neurons, layer by score, shaded by how many neurons a cell holds.
+
+    Args:
+        neurons: One row per neuron: layer, neuron and the score.
+        score: Column of the score.
+        title: Title of the map.
+        note: What is written below the title.
+        marks: Layer, neuron and role ("target" or "control") of each dot.
+        linked: Neurons that have a card.
+    """
+    known = neurons[neurons[score].notna()]
     values, layers = known[score].to_numpy(dtype=float), known["layer"].to_numpy(dtype=int)
-    low, high = (
-        (0.0, 1.0)
-        if score.startswith("auroc")
-        else (min(0.0, values.min()), max(0.0, values.max()))
-    )
+    is_auroc = score.startswith("auroc")
+    low, high = (0.0, 1.0) if is_auroc else (min(0.0, values.min()), max(0.0, values.max()))
     high = high if high > low else low + 1.0
     n_layers, left, width = int(layers.max()) + 1, 30.0, 430.0
-    step = min(24.0, max(3.0, 270 / n_layers))
+    step = min(24.0, max(3.0, 270 / n_layers))  # height of a layer
 
     def x_of(value: float) -> float:
         return round(left + (value - low) / (high - low) * width, 1)
@@ -48,22 +57,8 @@ def score_map(
     column = np.clip(((values - low) / (high - low) * _BINS).astype(int), 0, _BINS - 1)
     counts = np.zeros((n_layers, _BINS), dtype=int)
     np.add.at(counts, (layers, column), 1)
-    shade = np.ceil(np.log1p(counts) / np.log1p(max(1, counts.max())) * SHADES).astype(int)
-    cell = width / _BINS
-    paths = []
-    for level in range(1, SHADES + 1):
-        cells = [
-            f"M{left + x * cell:.1f} {y * step:.1f}h{cell:.1f}v{step:.1f}h-{cell:.1f}z"
-            for y, x in np.argwhere(shade == level)
-        ]
-        paths.append((level, "".join(cells)))
-    value_of = dict(
-        zip(
-            zip(layers.tolist(), known["neuron"].tolist(), strict=True),
-            values.tolist(),
-            strict=True,
-        )
-    )
+    pairs = zip(layers.tolist(), known["neuron"].tolist(), strict=True)
+    value_of = dict(zip(pairs, values.tolist(), strict=True))
     dots = [
         {
             "x": x_of(value_of[layer, neuron]),
@@ -76,38 +71,62 @@ def score_map(
         for layer, neuron, role in sorted(marks, key=lambda mark: mark[2])
         if (layer, neuron) in value_of
     ]
-    every = 10 if n_layers > 40 else 5 if n_layers > 8 else 1
+    every = 10 if n_layers > 40 else 5 if n_layers > 8 else 1  # layers between two labels
     return {
         "title": title,
         "note": note,
-        "paths": paths,
+        "paths": _shaded_cells(counts, left, width / _BINS, step),
         "dots": dots,
         "left": left,
         "right": left + width,
         "bottom": round(n_layers * step, 1),
         "rows": [(layer, round((layer + 0.5) * step, 1)) for layer in range(0, n_layers, every)],
         "ticks": [(x_of(tick), svg_number(tick)) for tick in _ticks(low, high)],
-        "zero": x_of(0.5 if score.startswith("auroc") else 0.0),
+        "zero": x_of(0.5 if is_auroc else 0.0),
     }
+
+
+def _shaded_cells(
+    counts: np.ndarray, left: float, cell: float, step: float
+) -> list[tuple[int, str]]:
+    """Return a path per shade that draws all its cells; shades are logarithmic in the count."""
+    shade = np.ceil(np.log1p(counts) / np.log1p(max(1, counts.max())) * SHADES).astype(int)
+    paths = []
+    for level in range(1, SHADES + 1):
+        cells = [
+            f"M{left + x * cell:.1f} {y * step:.1f}h{cell:.1f}v{step:.1f}h-{cell:.1f}z"
+            for y, x in np.argwhere(shade == level)
+        ]
+        paths.append((level, "".join(cells)))
+    return paths
 
 
 def ridges(
     histogram: Histogram,
     groups: Mapping[str, Callable[[str, str], bool]],
-    own_name: str,
+    highlighted: str,
     *,
     root: bool = False,
 ) -> dict[str, Any]:
-    """A histogram as rows of steps on one axis, one row a group, each scaled to its share of the group's own count."""
+    """Lay out a histogram as rows of steps on one axis, one row per group.
+
+    A row's heights are shares of its own group, so that groups of different size compare.
+
+    Args:
+        histogram: Counts by class and bin.
+        groups: Name of each group, and the test of category and label for what belongs to it.
+        highlighted: Group that is drawn in another color.
+        root: Draw square roots of the shares, which shows small ones.
+    """
     edges, left, width, height = histogram.edges, 92.0, 216.0, 19.0
     counts = np.array(histogram.counts, dtype=float)
     span = (edges[-1] - edges[0]) or 1.0
     xs = [left + (edge - edges[0]) / span * width for edge in edges]
     rows = []
     for name, belongs in groups.items():
-        own = counts[[belongs(*key) for key in histogram.classes]].sum(axis=0)
-        if own.sum():
-            rows.append((name, int(own.sum()), own / own.sum()))
+        group = counts[[belongs(*key) for key in histogram.classes]].sum(axis=0)
+        if group.sum():
+            rows.append((name, int(group.sum()), group / group.sum()))
     top = max((float(shares.max()) for _, _, shares in rows), default=1.0)
     drawn = []
     for i, (name, n, shares) in enumerate(rows):
@@ -120,7 +139,7 @@ def ridges(
                 "n": n,
                 "y": base,
                 "path": f"M{xs[0]:.1f} {base:.1f}{steps}V{base:.1f}Z",
-                "own": name == own_name,
+                "own": name == highlighted,
             }
         )
     ticks = [
@@ -137,12 +156,12 @@ def ridges(
 
 
 def anchor(layer: int, neuron: int) -> str:
-    """Name of a neuron's card in the page, for links."""
+    """Return the name of a neuron's card in the page, for links."""
     return f"L{layer}N{neuron}"
 
 
 def _ticks(low: float, high: float, n: int = 6) -> list[float]:
-    """Round numbers between two, about n of them."""
+    """Return about n round numbers between two."""
     rough = (high - low) / n
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * k for k in (1, 2, 5, 10) if unit * k >= rough * 0.999)
@@ -153,7 +172,7 @@ def _ticks(low: float, high: float, n: int = 6) -> list[float]:
 
 
 def svg_number(value: Any, form: str = ".3g") -> str:
-    """A number as readers want it, or a dash where there is none."""
+    """Write a number as readers want it, or a dash where there is none."""
     if value is None or value != value:
         return "–"
     return format(float(value) + 0.0, form).replace("-", "−")

@@ -1,4 +1,4 @@
-"""The neurons of a finished run, looked at closely: the dashboard of one category, from its run folder."""
+"""Write the neuron dashboard of one category of a finished run, from its run folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from workbench.report.neuron_dashboard import write_dashboard
 from workbench.safesteer.config import config_from
 from workbench.safesteer.inputs import folds_of, load_run_model
 from workbench.safesteer.recipe import attributed_site
-from workbench.safesteer.run_folder import read_run
+from workbench.safesteer.run_folder import SavedRun, read_run
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jaxtyping import Float
     from torch import Tensor
 
@@ -33,45 +34,40 @@ def write_neuron_page(
     model: HookedModel | None = None,
     progress: bool = False,
 ) -> Path:
-    """Profile a category's first neurons and as many random ones of the same layers, and write neurons_CATEGORY.html into the run folder.
+    """Profile a category's first neurons and write neurons_CATEGORY.html into a run folder.
+
+    As many random neurons of the same layers are profiled beside them, as controls.
 
     Args:
-        folder: A run folder that has got to neurons.csv.
+        folder: A run folder that holds neurons.csv.
         category: One of the run's categories.
-        top: Neurons with a card of their own, by contribution.
+        top: How many neurons get a card of their own, by contribution.
         model: The run's model, instead of loading it again.
         progress: Show a progress bar.
 
+    Returns:
+        Path of the page.
+
     Raises:
-        ValueError: If the folder is no such run, the category is not in it, or the model is another one than the run's.
+        ValueError: If the folder is no such run, the category is not in it, or the model is another
+            one than the run's.
     """
-    run = read_run(folder)
-    table = run.tables["neurons"]
-    if table is None:
-        raise ValueError(
-            f"{str(folder)!r} has no neurons.csv yet; finish it with 'workbench run --resume'."
-        )
-    known = list(dict.fromkeys(table["category"]))
-    if category not in known:
-        raise ValueError(
-            f"no neurons of category {category!r}; the run has {', '.join(known)}.{did_you_mean(category, known)}"
-        )
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}.")
+    run, table = _checked(folder, category, top)
     config = config_from(run.notes["config"])
     model = model if model is not None else load_run_model(config)
     if model_info(model).fingerprint != run.notes["model"]["fingerprint"]:
         raise ValueError(
-            f"{str(folder)!r} was made with other weights than {model_info(model).name!r} has; give the run's model."
+            f"{str(folder)!r} was made with other weights than {model_info(model).name!r} has; "
+            "give the run's model."
         )
     folds = folds_of(config)
     site = attributed_site(model)
-    own = table[table["category"] == category].nlargest(top, "contribution")
-    targets = [(int(layer), int(neuron)) for layer, neuron in own[["layer", "neuron"]].to_numpy()]
+    first = table[table["category"] == category].nlargest(top, "contribution")
+    targets = [(int(layer), int(neuron)) for layer, neuron in first[["layer", "neuron"]].to_numpy()]
     controls = random_neurons(model, targets, seed=config.seed)
-    wanted = {site, *(reading_site(model, layer) for layer, _ in targets)}
+    read_at = {site, *(reading_site(model, layer) for layer, _ in targets)}
     directions = {
-        category: _directions(model, select_prompts(folds.fit, category=category), wanted)
+        category: _directions(model, select_prompts(folds.fit, category=category), read_at)
     }
     profiles = profile_neurons(
         model,
@@ -88,13 +84,35 @@ def write_neuron_page(
     )
 
 
+def _checked(folder: PathLike, category: str, top: int) -> tuple[SavedRun, pd.DataFrame]:
+    """Read the run and its table of neurons, or say why it has no such page."""
+    run = read_run(folder)
+    table = run.tables["neurons"]
+    if table is None:
+        raise ValueError(
+            f"{str(folder)!r} has no neurons.csv yet; finish it with 'workbench run --resume'."
+        )
+    known = list(dict.fromkeys(table["category"]))
+    if category not in known:
+        raise ValueError(
+            f"no neurons of category {category!r}; the run has {', '.join(known)}."
+            f"{did_you_mean(category, known)}"
+        )
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}.")
+    return run, table
+
+
 def _directions(
     model: HookedModel, prompts: list, sites: set[Site]
 ) -> dict[Site, Float[Tensor, " d_model"]]:
-    """Mean unsafe minus mean safe of a category, at each site; against neutral prompts there would be style in it."""
+    """Subtract a category's mean over safe prompts from that over unsafe ones, at each site.
+
+    Against neutral prompts the difference would hold style, too.
+    """
     acts = cache_activations(model, prompts, sorted(sites))
     return {
-        site: own.select(label="unsafe").values.mean(dim=0)
-        - own.select(label="safe").values.mean(dim=0)
-        for site, own in acts.items()
+        site: at_site.select(label="unsafe").values.mean(dim=0)
+        - at_site.select(label="safe").values.mean(dim=0)
+        for site, at_site in acts.items()
     }

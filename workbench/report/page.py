@@ -1,7 +1,12 @@
-"""One page that says what a run did and found, for somebody who did not run it. The page is a single file and needs no network.
+"""Write the page that says what a run did and found, for somebody who did not run it.
 
-Everything in a run folder is treated as foreign text: it is escaped, hidden characters are spelled out, and the page's Content-Security-
-Policy lets only its own two scripts run, by their hashes.
+The page is a single file and needs no network. Everything in a run folder is treated as foreign
+text: it is escaped, hidden characters are spelled out, and the page's Content-Security-Policy lets
+only its own two scripts run, by their hashes.
+
+For that reason figures are data here, drawn by the page's own script: Plotly's HTML export would
+add a script per figure, each with a hash of its own, and could not follow the page's light and dark
+colors.
 """
 
 from __future__ import annotations
@@ -30,30 +35,29 @@ if TYPE_CHECKING:
 MAX_PROMPTS = 60
 """Prompts whose answers are printed: a page that somebody reads, not an archive."""
 
-
 TOP_NEURONS = 15
-
+"""Neurons per category in the printed table."""
 
 NEURON_COLUMNS = {
     "layer": "layer",
     "neuron": "neuron",
     "contribution": "contribution",
     "inclusion": "inclusion",
-    "auroc_twins": "AUROC twins",
-    "auroc_other": "AUROC others",
-    "auroc_neutral": "AUROC everyday",
+    "auroc_twins": "AUROC, safe twins",
+    "auroc_other": "AUROC, other risks",
+    "auroc_neutral": "AUROC, everyday",
     "p_fwer": "family-wise p",
-    "survives_twins": "confirmed: twins",
-    "survives_other": "confirmed: others",
+    "survives_twins": "confirmed, safe twins",
+    "survives_other": "confirmed, other risks",
 }
-"""Columns of the neuron table that are printed, and their headings; columns of text are printed too."""
+"""Columns of the neuron table that are printed, with their headings; so are columns of text."""
 
 
 def write_report(folder: PathLike) -> Path:
     """Write report.html into a run folder.
 
     Args:
-        folder: What ``run`` wrote.
+        folder: A folder that ``run`` wrote.
 
     Returns:
         Path of the page.
@@ -68,29 +72,10 @@ def write_report(folder: PathLike) -> Path:
 
 
 def render(run: SavedRun) -> str:
-    """The page as text."""
-    from jinja2 import Environment, StrictUndefined
+    """Render the page of a run as text."""
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    def spelled_out(value: Any) -> Any:
-        return (
-            wording.visible(value)
-            if isinstance(value, str) and not isinstance(value, Markup)
-            else value
-        )
-
-    environment = Environment(
-        autoescape=True,
-        finalize=spelled_out,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"words": _words, "csp_hash": _csp_hash}
-    template = environment.from_string(
-        (Path(__file__).with_name("templates") / "report.html.jinja").read_text(encoding="utf-8")
-    )
     page = {
         "notes": run.notes,
         "title": f"Steering {run.notes['model'].get('name', 'a model')}",
@@ -111,36 +96,79 @@ def render(run: SavedRun) -> str:
         "plotly_js": Markup(get_plotlyjs().replace("\r\n", "\n")),
         "figure_json": lambda figure: Markup(script_safe(figure.to_json())),
     }
-    return template.render(page)
+    return _template().render(page)
+
+
+def _template() -> Any:
+    """Load the template; whatever it prints is escaped, hidden characters spelled out."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    def spelled_out(value: Any) -> Any:
+        return (
+            wording.visible(value)
+            if isinstance(value, str) and not isinstance(value, Markup)
+            else value
+        )
+
+    environment = Environment(
+        autoescape=True,
+        finalize=spelled_out,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"words": _words, "listed": wording.listed, "csp_hash": _csp_hash}
+    path = Path(__file__).with_name("templates") / "report.html.jinja"
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def _what_was_done(run: SavedRun) -> list[str]:
-    """Three sentences on the run."""
+    """Say in three paragraphs what was done in a run."""
+    model = run.notes["model"].get("name", "The model")
+    if not run.completions:
+        return [f"{model} was prepared for steering, but no answers to test prompts were made."]
     labels = {str(row.get("prompt_id")): row.get("label") for row in run.completions}
-    unsafe, harmless = (
-        sum((label == "unsafe") == side for label in labels.values()) for side in (True, False)
-    )
+    n_unsafe = sum(label == "unsafe" for label in labels.values())
+    n_harmless = len(labels) - n_unsafe
     conditions = list(dict.fromkeys(str(row.get("condition")) for row in run.completions))
     controls = [name for name in conditions if wording.is_control(name)]
-    others = [name for name in conditions if name != wording.UNSTEERED and name not in controls]
-    k = len(run.notes["categories"])
-    name = run.notes["model"].get("name", "The model")
-    asked = f"{unsafe} unsafe prompts of {k} risk {'category' if k == 1 else 'categories'}"
-    asked += f" and {harmless} harmless ones" if harmless else ""
-    if not run.completions:
-        return [f"{name} was prepared for steering, but no answers to test prompts were made."]
+    steered = [name for name in conditions if name != wording.UNSTEERED and name not in controls]
+    n_categories = len(run.notes["categories"])
+    categories = "risk category" if n_categories == 1 else "risk categories"
+    asked = f"{n_unsafe} unsafe prompts of {n_categories} {categories}"
+    asked += f" and {n_harmless} harmless ones" if n_harmless else ""
     beside = (
-        f" and against controls that should do nothing in particular ({wording.listed(controls)})"
+        " and against controls, which steer with vectors that should do nothing in particular "
+        f"({wording.listed(controls)})"
         if controls
         else ""
     )
     return [
-        f"{name} answered {asked}, as it is and while it was steered; none of these prompts was used to build or tune the steering.",
-        f"Steering adds a vector to the model's inner state while it writes: here {wording.listed(others) or 'none'}, each with its own "
-        f"vector a category, measured on one set of prompts ({_fold(run, 'fit')}), while its direction, place and strength were chosen on "
-        f"{_tuned_on(run)} of a second.",
-        f"Fixed rules scored every answer; each change is counted prompt by prompt against the unsteered model{beside}.",
+        f"{model} answered {asked}, first as it is (unsteered) and then while it was steered. None "
+        "of these prompts was used to build or tune the steering.",
+        "Steering adds a vector to the model's inner state while the model writes. The steered "
+        f"conditions here are {wording.listed(steered) or 'none'}. Each of them has its own vector "
+        f"per risk category, measured on one set of prompts ({_fold(run, 'fit')}); the vector's "
+        f"direction, place and strength were chosen on {_tuned_on(run)} of a second set.",
+        f"{_who_scored(run)} Each change is counted prompt by prompt against the unsteered "
+        f"model{beside}.",
     ]
+
+
+def _who_scored(run: SavedRun) -> str:
+    """Say what scored the answers: the judges of the run's notes, then built-in methods."""
+    measured: dict[str, list[str]] = {}
+    for judge in sections.judges(run):
+        measured.setdefault(str(judge["name"]), []).append(f"“{judge['measures']}”")
+    if not measured:
+        return "This run names no judge of the answers."
+    names = {sections.BUILT_IN: "methods built into workbench"}
+    scored = [
+        f"{names.get(judge, f'“{judge}”')} scored {wording.listed(measures)}"
+        for judge, measures in measured.items()
+    ]
+    return f"No person read the answers: {', '.join(scored)}."
 
 
 def _tuned_on(run: SavedRun) -> str:
@@ -157,13 +185,13 @@ def _fold(run: SavedRun, name: str) -> str:
 
 
 def _results(run: SavedRun) -> dict[str, Any]:
-    """Verdict, tables of the test fold by category, and the comparison with the controls."""
+    """Return the conclusion, the test fold's tables by category, and those of the controls."""
     frame, scores = run.tables["evaluation"], run.tables["scores"]
     if frame is None:
         nothing = conclusion.Conclusion(
             "none", "There is nothing to conclude: this run has no evaluation of test prompts."
         )
-        return {"verdict": nothing, "results": [], "controls": []}
+        return {"conclusion": nothing, "results": [], "controls": []}
     if "label" in frame:  # rows of harmless prompts are no part of the pooled ones
         harmless = (frame["label"] != "unsafe") & (frame["category"] == wording.ALL_CATEGORIES)
         frame = frame.assign(category=frame["category"].mask(harmless, frame["label"]))
@@ -172,7 +200,7 @@ def _results(run: SavedRun) -> dict[str, Any]:
     known = wording.in_order(frame["metric"], tuple(wording.METRICS))
     main = wording.main_metrics(known) or known[:5]
     return {
-        "verdict": conclusion.conclude(frame, versus),
+        "conclusion": conclusion.conclude(frame, versus),
         "results": [
             {
                 "name": "all risk categories" if category == wording.ALL_CATEGORIES else category,
@@ -191,12 +219,12 @@ def _results(run: SavedRun) -> dict[str, Any]:
 def _metric_tables(
     frame: pd.DataFrame, category: str, metrics: Iterable[str]
 ) -> list[dict[str, Any]]:
+    """Return a table per metric with a row per condition, the unsteered model first."""
     tables = []
     for name in metrics:
         rows = frame[(frame["category"] == category) & (frame["metric"] == name)].to_dict("records")
-        rows.sort(
-            key=lambda row: row["condition"] != wording.UNSTEERED
-        )  # a stable sort: the others keep their order
+        # a stable sort: the other conditions keep their order
+        rows.sort(key=lambda row: row["condition"] != wording.UNSTEERED)
         shown = wording.metric(name)
         if rows:
             tables.append(
@@ -210,6 +238,8 @@ def _metric_tables(
 
 
 def _cells(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a row of results as the page prints it."""
+
     def count(key: str) -> str:
         value = row.get(key, math.nan)
         return f"{value:.0f}" if math.isfinite(value) else "–"
@@ -228,23 +258,26 @@ def _cells(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "change_interval": wording.interval(name, *ends, signed=True),
         "beyond": conclusion.clear(row) != 0,
         "p": wording.p_value(row.get("p_holm", row.get("p", math.nan))),
-        "kept": "yes"
-        if row.get("no_loss_p", math.nan) <= wording.LEVEL
-        else "not shown"
-        if math.isfinite(row.get("no_loss_p", math.nan))
-        else "",
+        "kept": _no_loss(row.get("no_loss_p", math.nan)),
     }
 
 
+def _no_loss(p: float) -> str:
+    if not math.isfinite(p):
+        return ""
+    return "yes" if p <= wording.LEVEL else "not shown"
+
+
 def _control_tables(versus: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a table per steered condition: its differences, a line per metric, by control."""
     tables = []
-    for condition, own in versus.groupby("condition", sort=False):
-        controls = list(dict.fromkeys(own["control"]))
-        corrected = own.assign(p=own["p_holm"], value=math.nan).to_dict("records")
-        cells = {(row["metric"], row["control"]): row for row in corrected}
+    for condition, differences in versus.groupby("condition", sort=False):
+        controls = list(dict.fromkeys(differences["control"]))
+        corrected = differences.assign(p=differences["p_holm"], value=math.nan)
+        cells = {(row["metric"], row["control"]): row for row in corrected.to_dict("records")}
         lines = [
             (wording.metric(m).label, [_cells(m, cells[m, c]) for c in controls])
-            for m in dict.fromkeys(own["metric"])
+            for m in dict.fromkeys(differences["metric"])
         ]
         tables.append({"condition": condition, "controls": controls, "lines": lines})
     return tables
@@ -255,7 +288,10 @@ def _figure(draw: Any, frame: pd.DataFrame | None, *arguments: Any) -> Figure | 
 
 
 def _best_layer(frame: pd.DataFrame | None) -> dict[str, Any] | None:
-    """Layer and kind where categories are told best from their twins (or the hardest comparison there is), and all means there."""
+    """Return the layer and kind of site that tell categories apart best, and all means there.
+
+    Best means against their safe twins, or in the hardest comparison that the table has.
+    """
     if frame is None:
         return None
     hardest = wording.in_order(frame["against"], tuple(wording.AGAINST))[0]
@@ -276,19 +312,18 @@ def _best_layer(frame: pd.DataFrame | None) -> dict[str, Any] | None:
 
 
 def _chosen(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the chosen setting of each construction as the page prints it."""
     rows = []
     for construction, setting in chosen.items():
         setting = setting if isinstance(setting, Mapping) else {}
         sites, sign = setting.get("sites") or [], setting.get("sign")
+        names = " ".join(map(str, sites)) if isinstance(sites, list) else str(sites)
+        ways = {1: "along the vector", -1: "against the vector"}
         rows.append(
             {
                 "construction": construction,
-                "sites": wording.short_sites(" ".join(map(str, sites)))
-                if isinstance(sites, list)
-                else str(sites),
-                "sign": {1: "along the vector", -1: "against the vector"}.get(sign, "–")
-                if isinstance(sign, int)
-                else "–",
+                "sites": wording.short_sites(names) if isinstance(sites, list) else names,
+                "sign": ways.get(sign, "–") if isinstance(sign, int) else "–",
                 "rho": _short(setting.get("rho")),
                 "reason": setting.get("reason", ""),
             }
@@ -297,7 +332,7 @@ def _chosen(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _neurons(frame: pd.DataFrame | None) -> dict[str, Any] | None:
-    """Figure and ranked table for each category."""
+    """Return the map of all layers, and a figure and a ranked table per category."""
     import pandas as pd
 
     if frame is None:
@@ -330,7 +365,10 @@ def _neurons(frame: pd.DataFrame | None) -> dict[str, Any] | None:
 
 
 def _answers(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Answers by category and prompt, at most ``MAX_PROMPTS`` prompts: the first of each category in turn, none picked by hand."""
+    """Group answers by category and prompt, for at most ``MAX_PROMPTS`` prompts.
+
+    They are the first prompts of each category in turn, so that none is picked by hand.
+    """
     prompts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in completions:
         prompts.setdefault(
@@ -339,22 +377,23 @@ def _answers(completions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     by_category: dict[str, list[list[Mapping[str, Any]]]] = {}
     for (category, _), rows in prompts.items():
         by_category.setdefault(category, []).append(rows)
-    each = [0] * len(by_category)
-    while sum(each) < min(MAX_PROMPTS, len(prompts)):
-        for place, rows_of in enumerate(by_category.values()):
-            each[place] += int(each[place] < len(rows_of) and sum(each) < MAX_PROMPTS)
-    groups = [
-        {
-            "name": category,
-            "unsafe": any(rows[0].get("label", "unsafe") == "unsafe" for rows in rows_of[:n]),
-            "prompts": [_side_by_side(rows) for rows in rows_of[:n]],
-        }
-        for (category, rows_of), n in zip(by_category.items(), each, strict=True)
-    ]
-    return {"answers": groups, "n_shown": sum(each), "n_left_out": len(prompts) - sum(each)}
+    # Take prompts one by one from each category in turn, until there are enough of them.
+    n_taken = [0] * len(by_category)
+    while sum(n_taken) < min(MAX_PROMPTS, len(prompts)):
+        for place, in_category in enumerate(by_category.values()):
+            has_more = n_taken[place] < len(in_category)
+            n_taken[place] += int(has_more and sum(n_taken) < MAX_PROMPTS)
+    groups = []
+    for (category, in_category), n in zip(by_category.items(), n_taken, strict=True):
+        unsafe = any(rows[0].get("label", "unsafe") == "unsafe" for rows in in_category[:n])
+        shown = [_side_by_side(rows) for rows in in_category[:n]]
+        groups.append({"name": category, "unsafe": unsafe, "prompts": shown})
+    n_shown = sum(n_taken)
+    return {"answers": groups, "n_shown": n_shown, "n_left_out": len(prompts) - n_shown}
 
 
 def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a prompt with its answers: unsteered first, then steered, and the controls apart."""
     answers = [
         _answer(row)
         for row in sorted(rows, key=lambda row: row.get("condition") != wording.UNSTEERED)
@@ -368,6 +407,7 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer as the page prints it, with badges for what its judges found."""
     scores = row["scores"] if isinstance(row.get("scores"), Mapping) else {}
     badges = [
         (kind, text)
@@ -383,19 +423,22 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
         if "refusal" in scores and scores["refusal"] is None
         else []
     )
-    near = scores.get("relevance")
+    relevance = scores.get("relevance")
     condition, text = str(row.get("condition", "")), row.get("text")
     return {
         "condition": condition,
         "control": wording.is_control(condition),
         "text": text if isinstance(text, str) else "",
         "badges": badges,
-        "relevance": wording.number("relevance", near) if isinstance(near, int | float) else "–",
+        "relevance": wording.number("relevance", relevance)
+        if isinstance(relevance, int | float)
+        else "–",
         "cut": row.get("finish") == "length",
     }
 
 
 def _how_it_was_made(run: SavedRun) -> dict[str, Any]:
+    """Return the run's settings, versions, times and files as the page prints them."""
     notes = run.notes
     durations = {
         name: _duration(s) for name, s in notes["durations"].items() if isinstance(s, int | float)
@@ -430,7 +473,7 @@ def _how_it_was_made(run: SavedRun) -> dict[str, Any]:
 
 
 def _file(path: Path) -> tuple[str, str, str]:
-    """Name, size, and the start of the checksum; a folder is one line."""
+    """Return name, size, and the start of the checksum; a folder has no checksum."""
     if path.is_file():
         return path.name, _size(path.stat().st_size), file_checksum(path)[:16]
     inside = [p.stat().st_size for p in path.rglob("*") if p.is_file()]
@@ -438,6 +481,7 @@ def _file(path: Path) -> tuple[str, str, str]:
 
 
 def _short(value: Any) -> str:
+    """Write a value of the notes or of a table in few characters."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool):
@@ -474,5 +518,5 @@ def _size(n: int) -> str:
 
 
 def _csp_hash(script: str) -> str:
-    """What a Content-Security-Policy calls a script: nothing with another text runs."""
+    """Return what a Content-Security-Policy calls a script: nothing with another text runs."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode()}"

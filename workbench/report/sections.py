@@ -1,4 +1,7 @@
-"""Sections of the report: its judges, the calibration's front, the gate. Figures and tables from the run folder, escaped by the page."""
+"""Prepare sections of the report: its judges, the calibration's front, the gate.
+
+Figures and texts are handed to the page's template, which escapes them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from workbench.safesteer.run_folder import SavedRun
 
 
+BUILT_IN = "built-in method"
+"""What the page calls the origin of a measure that no judge of the run's notes covers."""
+
 COMPARED = (
     ("all", "safe_helpful_proxy"),
     ("all", "refusal"),
@@ -25,14 +31,17 @@ COMPARED = (
     ("harmless", "refusal"),
     ("harmless", "relevance"),
 )
-"""Prompts and measures in which ways of gating are compared."""
-
+"""Kinds of prompts and measures in which ways of gating are compared."""
 
 _PROMPTS = {"all": "risky", "hard_safe": "safe, look risky", "harmless": "everyday"}
 
 
 def judges(run: SavedRun) -> list[dict[str, Any]]:
-    """The judges a run names, and a line for each main measure that none of them measures: a built-in rule, with no known agreement."""
+    """List the judges that a run names, and what none of them measures.
+
+    Each main measure without a named judge gets a line of its own: it comes from a method built
+    into workbench, whose agreement with labels is not known.
+    """
     named = [judge for judge in run.notes["judges"] if isinstance(judge, Mapping)]
     rows = [
         {name: judge.get(name) for name in ("name", "measures", "agreement")} for judge in named
@@ -41,7 +50,7 @@ def judges(run: SavedRun) -> list[dict[str, Any]]:
     measured = [] if frame is None else wording.main_metrics(frame["metric"])
     covered = {row["measures"] for row in rows}
     rows += [
-        {"name": "built-in rule", "measures": name, "agreement": None}
+        {"name": BUILT_IN, "measures": name, "agreement": None}
         for name in measured
         if name not in covered
     ]
@@ -49,14 +58,16 @@ def judges(run: SavedRun) -> list[dict[str, Any]]:
 
 
 def two_judges(run: SavedRun) -> list[dict[str, str]]:
-    """How far the judge of safety and the list of safety phrases agree, condition by condition."""
+    """Say how far the judge of safety and the list of safety phrases agree, per condition."""
     frame = run.tables["judge_agreement"]
     return [
         {
             "condition": "all conditions"
             if row["condition"] == wording.ALL_CATEGORIES
             else row["condition"],
-            "kappa": f"{wording.number('kappa', row['kappa'])} {wording.interval('kappa', row['low'], row['high'])}",
+            "kappa": wording.number("kappa", row["kappa"])
+            + " "
+            + wording.interval("kappa", row["low"], row["high"]),
             "first": wording.number("safe", row["first_yes"]),
             "second": wording.number("safe", row["second_yes"]),
             "n": f"{row['n']:.0f}",
@@ -66,7 +77,7 @@ def two_judges(run: SavedRun) -> list[dict[str, str]]:
 
 
 def front_figure(run: SavedRun) -> Figure | None:
-    """The front of the calibration; None for a run without one."""
+    """Draw the front of the calibration; None for a run without one."""
     frame = run.tables["tuning"]
     if frame is None or "front" not in frame or wording.MAIN[0] not in set(frame["metric"]):
         return None
@@ -74,7 +85,7 @@ def front_figure(run: SavedRun) -> Figure | None:
 
 
 def gate(run: SavedRun) -> dict[str, Any] | None:
-    """Figures and tables of the gate; None for a run that has none."""
+    """Return figures and tables of the gate; None for a run that has none."""
     rates, confusion, roc = (run.tables[f"gate_{name}"] for name in ("rates", "confusion", "roc"))
     notes = run.notes.get("gate")
     if rates is None or confusion is None or not isinstance(notes, Mapping):
@@ -111,6 +122,7 @@ def gate(run: SavedRun) -> dict[str, Any] | None:
 
 
 def _cells(frame: pd.DataFrame | None) -> list[dict[str, str]]:
+    """Return the four cells of an open or closed gate and of risky or safe prompts."""
     if frame is None:
         return []
     shown = ("safe_helpful_proxy", "refusal", "degenerate")
@@ -119,7 +131,8 @@ def _cells(frame: pd.DataFrame | None) -> list[dict[str, str]]:
             "gate": str(row["gate"]),
             "prompts": str(row["prompts"]),
             "n": f"{row['n']:.0f}",
-            "identical": f"{_share(row['identical'])} [{_share(row['identical_low'])}, {_share(row['identical_high'])}]",
+            "identical": f"{_share(row['identical'])} "
+            f"[{_share(row['identical_low'])}, {_share(row['identical_high'])}]",
             **{
                 name: f"{_share(row[f'{name}_before'])} → {_share(row[f'{name}_after'])}"
                 for name in shown
@@ -130,7 +143,10 @@ def _cells(frame: pd.DataFrame | None) -> list[dict[str, str]]:
 
 
 def _comparison(frame: pd.DataFrame | None) -> dict[str, Any] | None:
-    """Rows of conditions, columns of prompts and measures: the value, and the paired change with its interval."""
+    """Return a table of conditions by kinds of prompts and measures.
+
+    A cell is the value, and the paired change with its interval.
+    """
     if frame is None:
         return None
     rows = {
