@@ -30,7 +30,7 @@ from workbench.neurons.attribution import (
 )
 from workbench.neurons.splits import (
     ROLES,
-    gate_split,
+    split_mlp_gate,
     head_sources,
     scaled_activations,
     writing_activations,
@@ -208,7 +208,7 @@ def test_gate_value_and_covariance_add_up_to_the_neuron(
 ) -> None:
     model = family_model(family)
     split, neurons = (
-        gate_split(model, UNSAFE, SAFE, DIRECTION, batch_size=5),
+        split_mlp_gate(model, UNSAFE, SAFE, DIRECTION, batch_size=5),
         attributed(model).neurons,
     )
     torch.testing.assert_close(
@@ -222,7 +222,7 @@ def test_gate_value_and_covariance_add_up_to_the_neuron(
 @pytest.mark.parametrize("family", PLAIN)
 def test_a_plain_mlp_has_no_gate(family_model: Callable[[str], Any], family: str) -> None:
     with pytest.raises(ValueError, match="no gate and value"):
-        gate_split(family_model(family), UNSAFE, SAFE, DIRECTION)
+        split_mlp_gate(family_model(family), UNSAFE, SAFE, DIRECTION)
 
 
 @pytest.mark.parametrize("span", ["content", "last", "response"])
@@ -248,7 +248,7 @@ def test_some_layers_alone_give_the_same_rows(family_model: Callable[[str], Any]
         head_sources(model, UNSAFE, SAFE, DIRECTION),
     )
     torch.testing.assert_close(one["content"][0], every["content"][2])
-    assert gate_split(model, UNSAFE, SAFE, DIRECTION, layers=[1, 3]).gate.shape == (2, 64)
+    assert split_mlp_gate(model, UNSAFE, SAFE, DIRECTION, layers=[1, 3]).gate.shape == (2, 64)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_what_is_missing_is_named(family_model: Callable[[str], Any]) -> None:
     with pytest.raises(ValueError, match="direction is zero"):
         direct_attribution(model, SITE, torch.zeros(32), class_difference(cached, UNSAFE, SAFE))
     with pytest.raises(ValueError, match="both classes need prompts"):
-        gate_split(model, UNSAFE, [], DIRECTION)
+        split_mlp_gate(model, UNSAFE, [], DIRECTION)
 
 
 def test_an_attribution_prints_its_parts(family_model: Callable[[str], Any]) -> None:

@@ -24,6 +24,19 @@ HOOK_NAMES = {
 }
 
 
+INNER_HOOK_NAMES = {
+    "v": "blocks.{layer}.attn.hook_v",
+    "pattern": "blocks.{layer}.attn.hook_pattern",
+    "mlp_gate": "blocks.{layer}.mlp.hook_pre",
+    "mlp_value": "blocks.{layer}.mlp.hook_pre_linear",
+    "ln1_post_scale": "blocks.{layer}.ln1_post.hook_scale",
+    "ln2_post_scale": "blocks.{layer}.ln2_post.hook_scale",
+}
+"""Hook points that are no site (not one vector per token, or only a step on the way to one): values
+and attention pattern of the heads, gate before its activation function and value of a gated MLP,
+scales of the norms behind attention and MLP."""
+
+
 KINDS = tuple(HOOK_NAMES)
 
 

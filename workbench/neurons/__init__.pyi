@@ -29,7 +29,13 @@ from .silencing import (
     neuron_interventions,
     neuron_reference,
 )
-from .splits import GateSplit, gate_split, head_sources, scaled_activations, writing_activations
+from .splits import (
+    MlpGateSplit,
+    split_mlp_gate,
+    head_sources,
+    scaled_activations,
+    writing_activations,
+)
 from .summaries import notable_neurons, overlap, shared_neurons, stability, survivors
 from .weights import Vocabulary, WeightCosine, reading_site, vocabulary_of, weight_cosines
 
@@ -41,7 +47,7 @@ __all__ = [
     "Controls",
     "CopyNeurons",
     "Example",
-    "GateSplit",
+    "MlpGateSplit",
     "Histogram",
     "NeuronEffect",
     "NeuronProfile",
@@ -57,7 +63,7 @@ __all__ = [
     "contrast_activations",
     "direct_attribution",
     "effects_table",
-    "gate_split",
+    "split_mlp_gate",
     "halves",
     "head_sources",
     "matched_controls",
