@@ -64,6 +64,11 @@ class AttributedFolds:
     held_out: dict[str, Sides]
     attributions: dict[str, Attribution]
 
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Prompts of the held-out fold."""
+        return self.written[self.site].prompts
+
 
 def attribute_folds(
     model: HookedModel,
