@@ -1,7 +1,7 @@
 """Decode batches token by token; each row of a batch has interventions of its own.
 
 Every answer of the package is written here, but for those of dynamic activation patching, which
-runs two models side by side (``neurons.patching``).
+decodes two runs on one text side by side (``neurons.patching``).
 """
 
 from __future__ import annotations
