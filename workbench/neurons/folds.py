@@ -43,7 +43,7 @@ Weights = tuple["Float[Tensor, 'draw unsafe']", "Float[Tensor, 'draw reference']
 
 @dataclass(frozen=True, eq=False)
 class AttributedFolds:
-    """Hold two checked folds and the attribution of each category: what every table starts from.
+    """Hold two checked folds and each category's attribution: what every table starts from.
 
     Attributes:
         site: Residual site of the directions.

@@ -120,10 +120,10 @@ class CopyNeurons:
     """Overwrite neurons of a batch's first half by those of its second: row i by row i + n.
 
     Attributes:
-        chosen: Neurons to overwrite, for each row of the first half.
+        patched: Neurons to overwrite, for each row of the first half.
     """
 
-    chosen: Bool[Tensor, "row d_mlp"]
+    patched: Bool[Tensor, "row d_mlp"]
 
     def __call__(
         self, activation: Float[Tensor, "two_rows pos d_mlp"]
@@ -131,13 +131,13 @@ class CopyNeurons:
         """Return the batch with the first half's neurons overwritten, the second as it was."""
         receiver, donor = activation.chunk(2)
         return torch.cat(
-            [torch.where(self.chosen[:, None].to(activation.device), donor, receiver), donor]
+            [torch.where(self.patched[:, None].to(activation.device), donor, receiver), donor]
         )
 
     @property
     def width(self) -> int:
         """Width of the activations it fits."""
-        return self.chosen.shape[-1]
+        return self.patched.shape[-1]
 
 
 def contrast_activations(
@@ -383,12 +383,12 @@ class _PairLoop:
         with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                rows, chosen = [encoded[row] for _, row in batch], masks[[i for i, _ in batch]]
-                texts |= zip(batch, self.run(rows, chosen), strict=True)
+                rows, patched = [encoded[row] for _, row in batch], masks[[i for i, _ in batch]]
+                texts |= zip(batch, self.run(rows, patched), strict=True)
         return [[texts[i, row] for row in range(len(encoded))] for i in range(len(masks))]
 
     def run(
-        self, rows: Sequence[Encoded], chosen: Bool[Tensor, "row layer d_mlp"]
+        self, rows: Sequence[Encoded], patched: Bool[Tensor, "row layer d_mlp"]
     ) -> list[tuple[list[int], _Finish]]:
         """Return token ids and the way it ended, for each row."""
         n, device = len(rows), next(iter(self.model.parameters())).device
@@ -402,7 +402,7 @@ class _PairLoop:
         finish: list[_Finish] = ["length"] * n
         while len(alive) and written.shape[1] < self.max_new_tokens:
             # the same pairs are decoded until one of them ends
-            with self._paired(chosen[alive.cpu()], prompt_length=width):
+            with self._paired(patched[alive.cpu()], prompt_length=width):
                 ended = torch.zeros(len(alive), dtype=torch.bool, device=device)
                 while written.shape[1] < self.max_new_tokens and not bool(ended.any()):
                     logits, cache = forward(self.model, tokens, mask, cache=cache, use_cache=True)
@@ -425,14 +425,14 @@ class _PairLoop:
         return list(zip(texts, finish, strict=True))
 
     def _paired(
-        self, chosen: Bool[Tensor, "row layer d_mlp"], prompt_length: int
+        self, patched: Bool[Tensor, "row layer d_mlp"], prompt_length: int
     ) -> AbstractContextManager[Any]:
-        """Steer one half; then let the first half take over the second's chosen neurons."""
-        n = len(chosen)
+        """Steer one half; then let the first half take over the second's patched neurons."""
+        n = len(patched)
         steered = range(n) if self.patched_is_steered else range(n, 2 * n)
         copies = [
-            Intervention(Site(layer, "mlp_post"), CopyNeurons(chosen[:, layer]), self.positions)
-            for layer in chosen.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
+            Intervention(Site(layer, "mlp_post"), CopyNeurons(patched[:, layer]), self.positions)
+            for layer in patched.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
         ]
         both = [*(intervention.for_rows(steered) for intervention in self.interventions), *copies]
         return intervene(self.model, both, prompt_length=prompt_length, transfer=self.transfer)
