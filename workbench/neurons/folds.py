@@ -22,10 +22,10 @@ from workbench.neurons.attribution import (
 )
 from workbench.neurons.splits import writing_activations
 from workbench.prompts.contrasts import Sides, sides_of
-from workbench.prompts.prompt import categories_of
+from workbench.prompts.prompt import Prompt, categories_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
