@@ -69,7 +69,7 @@ NEURON_COLUMNS = {
     "all neurons of the category (labels are swapped inside pairs of twins)",
     **{
         f"auroc_{contrast}": "chance that an unsafe prompt activates the neuron more than a "
-        f"prompt of contrast {contrast!r} does; nan where the fold holds none"
+        f"prompt of {contrast!r} does (see CONTRASTS); nan where the fold holds none"
         for contrast in CONTRASTS
     },
     **{
