@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from workbench.files.store import PathLike, data_path
 from workbench.files.tables import read_rows
 from workbench.generation.answers import UNSTEERED, Completion, Condition
 from workbench.generation.likelihood import steered_log_probs
+from workbench.models.tokens import token_ids
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 
@@ -212,8 +213,7 @@ def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Interven
 def _fixed(
     model: HookedModel, prompt: Prompt, text: str, max_tokens: int | None = None
 ) -> Completion:
-    ids: Callable[..., Any] = model.tokenizer
-    tokens = tuple(int(i) for i in ids(text, add_special_tokens=False)["input_ids"][:max_tokens])
+    tokens = token_ids(model, text)[:max_tokens]
     return Completion(prompt, text, tokens, "eos", UNSTEERED)
 
 

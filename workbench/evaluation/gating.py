@@ -15,6 +15,7 @@ import torch
 
 from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion
+from workbench.models.tokens import token_ids
 from workbench.prompts.contrasts import CLOSED_FOR, KINDS, RISKY, kind_of
 from workbench.stats.estimates import rate
 from workbench.stats.selectivity import auroc, auroc_interval
@@ -190,7 +191,7 @@ def refusing(
     completions: Sequence[Completion], opened: Mapping[str, bool], model: HookedModel
 ) -> list[Completion]:
     """The condition "refuse when it fires": a fixed refusal where the gate opened, the unsteered answer elsewhere."""
-    tokens = tuple(int(i) for i in model.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"])
+    tokens = token_ids(model, REFUSAL)
     return [
         Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING)
         if opened[c.prompt.id]

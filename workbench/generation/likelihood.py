@@ -7,15 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workbench.models.forward import (
-    allows_padding_behind,
-    has_key_value_cache,
-    last_logits,
-    prefix_cache,
-    rows_of_cache,
-    shared_prefix_length,
-)
-from workbench.models.tokens import encode, pad, pad_id, span_mask
+from workbench.models.batches import batches_by_length, pad, pad_ids, share_prefix, span_mask
+from workbench.models.forward import last_logits
+from workbench.models.tokens import encode, pad_id
 from workbench.steering.apply import intervene
 
 if TYPE_CHECKING:
@@ -66,34 +60,27 @@ def answer_log_probs(
                 response=(n, n + len(completion.tokens)),
             )
         )
-    order = sorted(
-        (i for i, row in enumerate(rows) if completions[i].tokens), key=lambda i: -len(rows[i].ids)
-    )
-    if not order:
+    answered = [i for i, completion in enumerate(completions) if completion.tokens]
+    if not answered:
         return scored
+    lengths = [len(rows[i].ids) for i in answered]
     with torch.no_grad():
-        n_prefix, prefix = 0, None
-        if has_key_value_cache(model):
-            n_prefix = shared_prefix_length(
-                [rows[i] for i in order], keep=lambda row: row.response[0] - 1
-            )
-            prefix = prefix_cache(model, rows[order[0]].ids[:n_prefix]) if n_prefix else None
-            if prefix is not None and not allows_padding_behind(prefix, len(rows[order[0]].ids)):
-                n_prefix, prefix = 0, None
-        for start in range(0, len(order), batch_size):
-            own = order[start : start + batch_size]
+        prefix = share_prefix(
+            model,
+            [rows[i] for i in answered],
+            keep=lambda row: row.response[0] - 1,
+            padded_columns=max(lengths),
+        )
+        for places in batches_by_length(lengths, batch_size):
+            own = [answered[place] for place in places]
             batch = pad(
-                [dataclasses.replace(rows[i], ids=rows[i].ids[n_prefix:]) for i in own],
+                [dataclasses.replace(rows[i], ids=rows[i].ids[prefix.length :]) for i in own],
                 pad_id=pad_id(model),
                 side="left",
                 device=device,
             )
-            mask = torch.cat([batch.mask.new_ones(len(own), n_prefix), batch.mask], dim=1)
-            cache = (
-                rows_of_cache(prefix, torch.zeros(len(own), dtype=torch.long, device=device))
-                if prefix is not None
-                else None
-            )
+            mask = torch.cat([batch.mask.new_ones(len(own), prefix.length), batch.mask], dim=1)
+            cache = prefix.for_rows(len(own))
             longest = max(len(completions[i].tokens) for i in own)
             logits, _ = last_logits(model, batch.tokens, mask, longest + 1, cache=cache)
             targets = batch.tokens[:, -longest:]
@@ -180,23 +167,19 @@ def _fixed_answers(
 ]:
     """Batches of answers behind their prompts: places, which tokens are real, the tokens, and a pass to log-probabilities."""
     rows = encode(model, [completion.prompt for completion in completions])
-    places = sorted(
-        (i for i, c in enumerate(completions) if c.tokens), key=lambda i: len(rows[i].ids)
-    )
+    answered = [i for i, completion in enumerate(completions) if completion.tokens]
+    lengths = [len(rows[i].ids) for i in answered]
     device = next(iter(model.parameters())).device
-    for start in range(0, len(places), batch_size):
-        own = places[start : start + batch_size]
+    for places in batches_by_length(lengths, batch_size, longest_first=False):
+        own = [answered[place] for place in places]
         asked = [rows[i] for i in own]
         prompt = pad(asked, pad_id=pad_id(model), side="left", device=device)
-        longest = max(len(completions[i].tokens) for i in own)
-        tokens = torch.full((len(own), longest), pad_id(model), device=device)
-        real = torch.zeros((len(own), longest), dtype=torch.bool, device=device)
-        for row, i in enumerate(own):
-            n = len(completions[i].tokens)
-            tokens[row, :n], real[row, :n] = (
-                torch.tensor(completions[i].tokens, device=device),
-                True,
+        tokens, real = (
+            tensor.to(device)
+            for tensor in pad_ids(
+                [completions[i].tokens for i in own], pad_id=pad_id(model), side="right"
             )
+        )
         both, mask = (
             torch.cat([prompt.tokens, tokens], dim=1),
             torch.cat([prompt.mask, real], dim=1),

@@ -13,15 +13,9 @@ import torch
 
 from workbench.generation.answers import sweep
 from workbench.generation.decoding import Decoding
-from workbench.models.forward import (
-    forward,
-    has_key_value_cache,
-    prefix_cache,
-    reading,
-    rows_of_cache,
-    shared_prefix_length,
-)
-from workbench.models.tokens import Batch, Encoded, encode, pad, pad_id, span_mask
+from workbench.models.batches import Batch, order_by_length, pad, share_prefix, span_mask
+from workbench.models.forward import forward, reading
+from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.silencing import (
     Method,
     Neuron,
@@ -404,13 +398,12 @@ class _Run:
         The template prefix that all prompts share up to ``keep`` is computed once, unedited.
         """
         device = next(iter(self.model.parameters())).device
-        n_prefix = shared_prefix_length(encoded, keep) if has_key_value_cache(self.model) else 0
-        prefix = prefix_cache(self.model, encoded[0].ids[:n_prefix]) if n_prefix else None
-        order = np.array(sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids)))
+        prefix = share_prefix(self.model, encoded, keep)
+        order = np.array(order_by_length([len(row.ids) for row in encoded]))
         donors = self._donors(len(encoded))
         n_prompts = min(_PROMPTS_PER_PASS, self.batch_size)
         for prompts in np.split(order, range(n_prompts, len(order), n_prompts)):
-            block = [_without_prefix(encoded[i], n_prefix) for i in prompts]
+            block = [_without_prefix(encoded[i], prefix.length) for i in prompts]
             n_sets = self.batch_size // len(block)
             for sets in np.split(np.arange(len(self.sets)), range(n_sets, len(self.sets), n_sets)):
                 rows = block * len(sets)
@@ -428,9 +421,9 @@ class _Run:
                     lists, None if bool((where == batch.mask).all()) else where[..., None]
                 )
                 # every row continues the same prefix
-                copies = torch.zeros(len(rows), dtype=torch.long, device=device)
-                cache = rows_of_cache(prefix, copies) if prefix is not None else None
-                mask = torch.cat([batch.mask.new_ones(len(rows), n_prefix), batch.mask], dim=1)
+                cache = prefix.for_rows(len(rows))
+                prefix_mask = batch.mask.new_ones(len(rows), prefix.length)
+                mask = torch.cat([prefix_mask, batch.mask], dim=1)
                 yield _Pass(sets, prompts, rows, batch, mask, cache, interventions)
 
     def _edits(self, number: int, donor: int | None) -> list[Intervention]:

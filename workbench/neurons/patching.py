@@ -16,10 +16,11 @@ import torch
 
 from workbench.generation.answers import Completion, sweep
 from workbench.generation.decoding import Decoding
+from workbench.models.batches import batches_by_length, pad
 from workbench.models.forward import forward, reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, sites_of_kind
-from workbench.models.tokens import Encoded, decode, encode, pad, pad_id, stop_ids
+from workbench.models.tokens import Encoded, decode, encode, pad_id, stop_ids
 from workbench.neurons.effects import Scorer
 from workbench.stats.estimates import Estimate, ratio_of_means, to_floats
 from workbench.steering.apply import intervene
@@ -175,13 +176,11 @@ def contrast_activations(
         raise ValueError(
             "no answers to contrast: give completions of the unsteered model that hold tokens."
         )
-    order = sorted(range(len(answers)), key=lambda i: -len(answers[i].tokens))
-    encoded = encode(model, [answers[i].prompt for i in order], system_prompt=system_prompt)
+    encoded = encode(model, [answer.prompt for answer in answers], system_prompt=system_prompt)
     sums = _ContrastSums.of(model)
     with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            rows = encoded[start : start + batch_size]
-            texts = [answers[i].tokens for i in order[start : start + batch_size]]
+        for batch in batches_by_length([len(answer.tokens) for answer in answers], batch_size):
+            rows, texts = [encoded[i] for i in batch], [answers[i].tokens for i in batch]
             sums.add(model, rows, texts, interventions, transfer)
     n_tokens = sum(len(answer.tokens) for answer in answers)
     rms, mean = (sums.squares / n_tokens).sqrt(), sums.differences / n_tokens
@@ -378,11 +377,11 @@ class _PairLoop:
     ) -> list[list[tuple[list[int], _Finish]]]:
         """Write an answer for each set and prompt, longest prompts first, in batches."""
         pairs = [(i, row) for i in range(len(masks)) for row in range(len(encoded))]
-        order = sorted(pairs, key=lambda pair: -len(encoded[pair[1]].ids))
+        lengths = [len(encoded[row].ids) for _, row in pairs]
         texts: dict[tuple[int, int], tuple[list[int], _Finish]] = {}
         with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
+            for places in batches_by_length(lengths, batch_size):
+                batch = [pairs[place] for place in places]
                 rows, patched = [encoded[row] for _, row in batch], masks[[i for i, _ in batch]]
                 texts |= zip(batch, self.run(rows, patched), strict=True)
         return [[texts[i, row] for row in range(len(encoded))] for i in range(len(masks))]

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import einops
 import torch
 
-from workbench.models.forward import (
-    has_key_value_cache,
-    prefix_cache,
-    reading,
-    rows_of_cache,
-    shared_prefix_length,
+from workbench.models.batches import (
+    SharedPrefix,
+    order_by_length,
+    pad,
+    share_prefix,
+    span_mask,
 )
+from workbench.models.forward import reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
-from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask, token_strings
+from workbench.models.tokens import Encoded, encode, pad_id, token_strings
 from workbench.neurons.weights import Vocabulary, WeightCosine, vocabulary_of, weight_cosines
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ class _Stream:
         neurons: Those read, layer by layer: the columns of all tensors here.
         rows: Encoded prompts, longest first.
         span: Which tokens count.
-        first: Position of the first column read; what comes before it is shared by all rows.
+        prefix: Tokens that all rows share; the columns read begin behind it.
         classes: (category, label) of each row of the histograms.
         ends: Top tokens, highest and lowest.
         means: Histograms of each prompt's mean.
@@ -243,7 +244,7 @@ class _Stream:
     neurons: list[Neuron]
     rows: list[Encoded]
     span: str
-    first: int
+    prefix: SharedPrefix
     classes: tuple[tuple[str, str], ...]
     ends: tuple[_TopTokens, _TopTokens]
     means: _Counts
@@ -254,7 +255,7 @@ class _Stream:
         cls,
         model: HookedModel,
         neurons: Iterable[Neuron],
-        encoded: Iterable[Encoded],
+        encoded: Sequence[Encoded],
         span: str,
         n_examples: int,
         tokens_per_prompt: int,
@@ -262,23 +263,19 @@ class _Stream:
     ) -> _Stream:
         """Begin with nothing read."""
         columns = sorted(set(neurons))
-        rows = sorted(encoded, key=lambda row: -len(row.ids))
-        first = (
-            shared_prefix_length(rows, keep=lambda row: _shown(row, span).start)
-            if has_key_value_cache(model)
-            else 0
-        )
+        rows = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
+        prefix = share_prefix(model, rows, keep=lambda row: _shown(row, span).start)
         classes = tuple(sorted({(row.prompt.category, row.prompt.label) for row in rows}))
         highest, lowest = (
             _TopTokens.empty(len(columns), n_examples, tokens_per_prompt, context, sign)
             for sign in (1, -1)
         )
         means, values = (_Counts.empty(len(columns), len(classes)) for _ in range(2))
-        return cls(model, columns, rows, span, first, classes, (highest, lowest), means, values)
+        return cls(model, columns, rows, span, prefix, classes, (highest, lowest), means, values)
 
     def read(self, batch_size: int, progress: bool) -> None:
         """Run all prompts and take in every neuron's activations."""
-        model, first = self.model, self.first
+        model, first = self.model, self.prefix.length
         device = next(iter(model.parameters())).device
         layers = sorted({layer for layer, _ in self.neurons})
         parts: dict[int, Tensor] = {}
@@ -291,15 +288,12 @@ class _Stream:
 
             return Site(layer, "mlp_post").hook_name, read
 
-        prefix = prefix_cache(model, self.rows[0].ids[:first]) if first else None
         with torch.no_grad(), reading(model, [reader(layer) for layer in layers]) as run:
             for start in _progress(range(0, len(self.rows), batch_size), progress):
                 rows = self.rows[start : start + batch_size]
                 batch = pad(rows, pad_id=pad_id(model), side="right", device=device)
                 inside = span_mask(rows, batch, self.span)[:, first:].cpu()
-                copies = torch.zeros(len(rows), dtype=torch.long, device=device)
-                cache = rows_of_cache(prefix, copies) if prefix is not None else None
-                run(batch.tokens[:, first:], batch.mask, cache)
+                run(batch.tokens[:, first:], batch.mask, self.prefix.for_rows(len(rows)))
                 self._take_in(start, torch.cat([parts[layer] for layer in layers], dim=2), inside)
 
     def _take_in(
@@ -333,7 +327,8 @@ class _Stream:
     ) -> NeuronProfile:
         """Put together what was read of one neuron and what its weights say."""
         highest, lowest = (
-            end.examples(self.model, self.rows, self.span, self.first, place) for end in self.ends
+            end.examples(self.model, self.rows, self.span, self.prefix.length, place)
+            for end in self.ends
         )
         return NeuronProfile(
             *self.neurons[place],

@@ -15,10 +15,11 @@ import einops
 import torch
 
 from workbench.models.activations import ActivationSet
+from workbench.models.batches import batches_by_length, in_given_order, pad, span_mask
 from workbench.models.forward import reading
 from workbench.models.load import model_info
 from workbench.models.sites import INNER_HOOK_NAMES, Site, check_sites
-from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask
+from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.attribution import output_norm, unit_vector, write_weights, writing_sites
 
 if TYPE_CHECKING:
@@ -122,11 +123,11 @@ def scaled_activations(
         order += rows
         for name, part in parts.items():
             part.append(pooled[name].float().cpu())
-    back, info = torch.tensor(order).argsort(), model_info(model)
-    return {
-        site: ActivationSet(site, torch.cat(parts[str(site)])[back], tuple(prompts), span, info)
-        for site in sites
-    }
+    info, results = model_info(model), {}
+    for site in sites:
+        values = in_given_order(torch.cat(parts[str(site)]), order)
+        results[site] = ActivationSet(site, values, tuple(prompts), span, info)
+    return results
 
 
 def split_mlp_gate(
@@ -349,15 +350,13 @@ def _pooled(
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Run the prompts in batches; yield each one's row numbers and what was pooled (float64)."""
     encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))
     device, step = next(iter(model.parameters())).device, _Step(torch.empty(0), torch.empty(0))
 
     def reader(read: Callable[[Tensor, _Step], None]) -> Callable[[Tensor], None]:
         return lambda activation: read(activation, step)
 
     with torch.no_grad(), reading(model, [(name, reader(read)) for name, read in readers]) as run:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+        for places in batches_by_length([len(row.ids) for row in encoded], batch_size):
             rows = [encoded[i] for i in places]
             batch = pad(rows, pad_id=pad_id(model), side="right", device=device)
             inside = span_mask(rows, batch, span).double()

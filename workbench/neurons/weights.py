@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from workbench.models.sites import Site
-from workbench.models.tokens import token_strings
+from workbench.models.tokens import token_strings, vocabulary_size
 from workbench.stats.selectivity import permutation_p
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def _effects(
     """Compute what neurons of a layer add to the logits directly."""
     norm = _norm_of(model.ln_final, model)
     # padding rows of the matrix are no tokens
-    n_tokens = min(model.unembed.W_U.shape[1], len(model.tokenizer))
+    n_tokens = min(model.unembed.W_U.shape[1], vocabulary_size(model))
     unembedding = model.unembed.W_U.detach()[:, :n_tokens].float()
     kurtosis, top, bottom = [], [], []
     for rows in neurons.to(written.device).split(_ROWS):
