@@ -14,7 +14,8 @@ from helpers.tiny_models import sentences, tiny_model
 from workbench.generation.answers import generate
 from workbench.generation.decoding import Decoding
 from workbench.models.activations import ActivationSet, cache_activations
-from workbench.models.load import HookedModel, load_model
+from workbench.models.hooked_model import HookedModel
+from workbench.models.load import load_model
 from workbench.models.sites import Site, sites_of_kind
 from workbench.models.tokens import encode
 from workbench.neurons.effects import effects_table, neuron_effect, rank_curve

@@ -10,7 +10,8 @@ from helpers.tiny_models import tiny_model
 
 from workbench.generation.answers import generate
 from workbench.generation.decoding import Decoding
-from workbench.models.load import HookedModel, load_model
+from workbench.models.hooked_model import HookedModel
+from workbench.models.load import load_model
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
 from workbench.neurons.patching import contrast_activations, patched_answers, patching_effect

@@ -19,7 +19,7 @@ from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.models.activations import ActivationSet
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.steering.gates import Gate
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.generation.decoding import Decoding
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
 
 

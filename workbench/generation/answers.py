@@ -21,7 +21,7 @@ from workbench.models.tokens import Encoded, decode, encode, template_text
 from workbench.steering.interventions import Intervention, check_interventions, description
 
 if TYPE_CHECKING:
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.prompts.prompt import Prompt
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.generation.answers import Completion
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.activations import ActivationSet
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.prompts.prompt import Prompt
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.activations import ActivationSet
-    from workbench.models.load import HookedModel, ModelInfo
+    from workbench.models.hooked_model import HookedModel
+    from workbench.models.load import ModelInfo
     from workbench.prompts.prompt import Prompt
     from workbench.steering.vectors import SteeringVector
 
