@@ -1,7 +1,7 @@
 """Turn rows of unlike length into batches and their results back into the given order.
 
 The one place that sorts rows by length, cuts them into batches, pads them and computes the prefix
-that they share once.
+that they share once. (Decoding computes such a prefix per condition, for each has its own hooks.)
 """
 
 from __future__ import annotations
