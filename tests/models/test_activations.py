@@ -1,10 +1,7 @@
-"""Activations: means over a span that depend on nothing but prompt, model and site, and a store that never lies."""
+"""Activations: means over a span that depend on nothing but prompt, model and site."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import warnings
 import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from helpers.activation_sets import CLOSE, PROMPTS, SITES, close, few, relative
 from helpers.hugging_face import activations as hugging_face_activations
 from helpers.hugging_face import calls_of, plain_model
-from helpers.tiny_models import D_MLP, D_MODEL, FAMILIES, LAYERS, sentences, tiny_model
-from hypothesis import given, settings
+from helpers.tiny_models import D_MLP, D_MODEL, FAMILIES, LAYERS
+from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.models import activations as room
+from workbench.models import activations as activations_module
+from workbench.models import batches as batches_module
 from workbench.models.activations import (
     ActivationSet,
     cache_activations,
@@ -32,30 +31,6 @@ from workbench.prompts.prompt import Prompt, load_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
-
-TEXTS = [
-    "Explain a recipe for a friend, please!",
-    "x",
-    "Write a poem about a stolen bicycle in the city, before lunch, with \u00fcber-many \u00e9migr\u00e9s \U0001f327 in it.",
-    "Plan a garden.",
-    "How do I help with a password without being seen at home, in two steps, for beginners? I forgot mine and the party is at ten.",
-    *sentences(7),
-]
-PROMPTS = [
-    Prompt(
-        f"p{i}",
-        text,
-        f"Answer {'very ' * (i % 4)}{i}.",
-        ("fraud", "malware")[i % 2],
-        ("unsafe", "safe")[i % 3 == 0],
-        "s",
-    )
-    for i, text in enumerate(TEXTS)
-]
-SITES = [Site(3, "resid_post"), Site(1, "attn_out"), Site(2, "mlp_post"), Site(0, "z")]
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-few = settings(max_examples=12, deadline=None)
 
 
 def all_sites(model: Any) -> list[Site]:
@@ -65,22 +40,6 @@ def all_sites(model: Any) -> list[Site]:
         for kind in KINDS
         if Site(layer, kind).hook_name in model.hook_dict
     ]
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-def equal(one: dict[Site, ActivationSet], other: dict[Site, ActivationSet]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(one[site].values, other[site].values) for site in one
-    )
-
-
-def close(one: dict[Site, ActivationSet], other: dict[Site, ActivationSet]) -> None:
-    assert one.keys() == other.keys()
-    for site in one:
-        torch.testing.assert_close(one[site].values, other[site].values, **CLOSE)
 
 
 @pytest.fixture(scope="module")
@@ -208,26 +167,28 @@ def test_sharing_the_prefix_changes_nothing(
     family_model, monkeypatch, family: str, span: str
 ) -> None:
     model = family_model(family)
-    start = "Tell me in great detail, for beginners and with a poem, how a friend may plan a party at home in the city "
-    prompts = [
-        replace(p, text=f"{start}{p.text}") for p in PROMPTS[:5]
-    ]  # more in common than Gemma's window of 32
+    # They have more in common than Gemma's window of 32.
+    start = (
+        "Tell me in great detail, for beginners and with a poem, how a friend may plan a party at "
+        "home in the city "
+    )
+    prompts = [replace(p, text=f"{start}{p.text}") for p in PROMPTS[:5]]
     prefixes: list[int] = []
-    length = room.shared_prefix_length
+    length = batches_module.shared_prefix_length
     monkeypatch.setattr(
-        room,
+        batches_module,
         "shared_prefix_length",
         lambda *a, **k: prefixes.append(length(*a, **k)) or prefixes[-1],
     )
     shared = cache_activations(model, prompts, SITES, span=span)
     assert prefixes[0] > (0 if span == "content" else 32)
-    monkeypatch.setattr(room, "shared_prefix_length", lambda *_, **__: 0)
+    monkeypatch.setattr(batches_module, "shared_prefix_length", lambda *_, **__: 0)
     close(cache_activations(model, prompts, SITES, span=span), shared)
 
 
 def test_a_model_without_that_cache_gives_the_same(tiny, plainly, monkeypatch) -> None:
     monkeypatch.setattr("workbench.models.forward.has_key_value_cache", lambda model: False)
-    monkeypatch.setattr(room, "has_key_value_cache", lambda model: False)
+    monkeypatch.setattr(batches_module, "has_key_value_cache", lambda model: False)
     close(cache_activations(tiny, PROMPTS, SITES), plainly)
 
 
@@ -268,12 +229,11 @@ def test_half_precision_is_summed_in_full(tiny_path) -> None:
     _, tokens = token_activations(model, long[0], Site(2, "resid_post"))
     row = encode(model, long)[0]
     mean = tokens[slice(*row.content)].double().mean(dim=0)
-    assert (
-        relative(acts[0], mean) < 0.02
-    )  # bfloat16 differs a little between a whole pass and one behind a prefix
-    exact = cache_activations(model, long, Site(0, "resid_pre"))[
-        Site(0, "resid_pre")
-    ].values  # embeddings: no arithmetic before
+    # bfloat16 differs a little between a whole pass and one behind a prefix.
+    assert relative(acts[0], mean) < 0.02
+    # Embeddings: no arithmetic before.
+    embedding = Site(0, "resid_pre")
+    exact = cache_activations(model, long, embedding)[embedding].values
     embedded = (
         model.original_model.model.embed_tokens(torch.tensor(row.ids[slice(*row.content)]))
         .double()
@@ -305,21 +265,9 @@ def test_one_pass_serves_all_sites_and_runs_the_users_words_alone(tiny) -> None:
     assert all(row.content[1] < len(row.ids) for row in rows)
     with calls_of(tiny.original_model.model.layers[0]) as calls:
         cache_activations(tiny, PROMPTS, all_sites(tiny))
-    begin = rows[0].content[
-        0
-    ]  # the template before the words is run once, what comes behind them never
+    # The template before the words is run once, what comes behind them never.
+    begin = rows[0].content[0]
     assert [width for _, width in calls] == [begin, max(row.content[1] for row in rows) - begin]
-
-
-@few
-@given(st.integers(1, 8), st.integers(1, 300))
-def test_batches_keep_to_rows_and_tokens(tiny, batch_size, max_tokens) -> None:
-    rows = sorted(encode(tiny, PROMPTS), key=lambda row: -len(row.ids))
-    batches = list(room._batches(rows, batch_size, max_tokens))
-    assert [row for batch in batches for row in batch] == rows
-    for batch in batches:
-        assert len(batch) <= batch_size
-        assert len(batch) == 1 or len(batch) * max(len(row.ids) for row in batch) <= max_tokens
 
 
 def test_progress_counts_prompts(tiny, capsys) -> None:
@@ -337,11 +285,31 @@ def test_progress_counts_prompts(tiny, capsys) -> None:
 @pytest.mark.parametrize(("prompts", "sites", "keywords", "message"), [
     ([], SITES, {}, "nothing to run: give at least one prompt and one site."),
     (PROMPTS, [], {}, "nothing to run: give at least one prompt and one site."),
-    (PROMPTS, SITES, {"span": "answer"}, "unknown span 'answer'; spans: content, response, last, all."),
+    (
+        PROMPTS,
+        SITES,
+        {"span": "answer"},
+        "unknown span 'answer'; spans: content, response, last, all.",
+    ),
     ([*PROMPTS, PROMPTS[3]], SITES, {}, "prompt 'p3' comes twice; ids must be unique in a set."),
-    (PROMPTS, [Site(9, "z")], {}, "no hook point for Site(layer=9, kind='z'): 'tiny-llama3' has 4 layers (0-3)."),
-    (PROMPTS, SITES, {"batch_size": 0}, "batch_size and max_tokens must be at least 1, got 0 and 4096."),
-    (PROMPTS, SITES, {"max_tokens": 0}, "batch_size and max_tokens must be at least 1, got 32 and 0."),
+    (
+        PROMPTS,
+        [Site(9, "z")],
+        {},
+        "no hook point for Site(layer=9, kind='z'): 'tiny-llama3' has 4 layers (0-3).",
+    ),
+    (
+        PROMPTS,
+        SITES,
+        {"batch_size": 0},
+        "batch_size and max_tokens must be at least 1, got 0 and 4096.",
+    ),
+    (
+        PROMPTS,
+        SITES,
+        {"max_tokens": 0},
+        "batch_size and max_tokens must be at least 1, got 32 and 0.",
+    ),
 ])  # fmt: skip
 def test_bad_input_is_one_line_before_anything_is_written(
     tiny, tmp_path, prompts, sites, keywords, message
@@ -429,7 +397,7 @@ def test_moments_of_far_away_values_do_not_cancel(tiny, monkeypatch) -> None:
         for i in range(0, len(encoded), 5):
             yield encoded[i : i + 5], {sites[0]: drawn[i : i + 5]}
 
-    monkeypatch.setattr(room, "pooled_batches", batches)
+    monkeypatch.setattr(activations_module, "pooled_batches", batches)
     one_class = [replace(p, category="c", label="safe") for p in PROMPTS]
     found = class_moments(tiny, one_class, SITES[0])[SITES[0]]
     np.testing.assert_allclose(found.variance[0], drawn.numpy().var(axis=0, ddof=1), rtol=1e-6)
@@ -448,7 +416,7 @@ def test_a_class_of_one_has_no_variance(tiny) -> None:
 
 def test_moments_hold_one_batch_at_a_time(tiny, monkeypatch) -> None:
     given_out: list[weakref.ref] = []
-    batches = room.pooled_batches
+    batches = activations_module.pooled_batches
 
     def watched(*args: Any) -> Any:
         for rows, pooled in batches(*args):
@@ -457,7 +425,7 @@ def test_moments_hold_one_batch_at_a_time(tiny, monkeypatch) -> None:
             del pooled
             assert sum(values() is not None for values in given_out) <= 2 * len(SITES)
 
-    monkeypatch.setattr(room, "pooled_batches", watched)
+    monkeypatch.setattr(activations_module, "pooled_batches", watched)
     class_moments(tiny, PROMPTS, SITES, batch_size=1)
     assert len(given_out) == len(PROMPTS) * len(SITES)
 
@@ -472,223 +440,6 @@ def test_activations_of_tokens_average_to_those_of_the_prompt(tiny, plainly) -> 
         assert relative(plainly[site].values[4], values[slice(*row.content)].mean(dim=0)) < 1e-5
     row, values = token_activations(tiny, PROMPTS[4], SITES[0])
     assert values.shape[0] == row.response[1] > row.response[0]
-
-
-# The store
-
-
-@pytest.fixture
-def small_shards(monkeypatch) -> None:
-    monkeypatch.setattr(room, "SHARD", 5)
-
-
-def shards_in(store: Path) -> list[Path]:
-    return sorted(store.rglob("*.safetensors"))
-
-
-def forward_calls(model: Any) -> Any:
-    return calls_of(model.original_model.model.layers[0])
-
-
-def test_a_second_call_reads_back_without_running_the_model(
-    tiny, tmp_path, small_shards, plainly
-) -> None:
-    first = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    close(first, plainly)
-    assert len(shards_in(tmp_path)) == 3
-    with forward_calls(tiny) as calls:
-        second = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    assert calls == []
-    assert equal(first, second)
-    assert [acts.prompts for acts in second.values()] == [tuple(PROMPTS)] * len(SITES)
-
-
-def test_another_batch_size_reads_the_same_store(tiny, tmp_path) -> None:
-    first = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    with forward_calls(tiny) as calls:
-        assert equal(cache_activations(tiny, PROMPTS, SITES, store=tmp_path, batch_size=2), first)
-    assert calls == []
-
-
-def test_an_interrupted_call_goes_on_at_its_last_shard(
-    tiny, tmp_path, small_shards, monkeypatch
-) -> None:
-    write, written = room._write_shard, []
-
-    def write_two(folder: Path, manifest: dict, number: int, values: dict) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(number)
-        write(folder, manifest, number, values)
-
-    monkeypatch.setattr(room, "_write_shard", write_two)
-    with pytest.raises(KeyboardInterrupt):
-        cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    assert len(shards_in(tmp_path)) == 2
-    monkeypatch.setattr(room, "_write_shard", write)
-    with forward_calls(tiny) as calls, warnings.catch_warnings():
-        warnings.simplefilter("error")
-        resumed = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    assert (
-        sum(rows for rows, _ in calls[1:]) == len(PROMPTS) - 10
-    )  # behind the template, only the last shard
-    close(resumed, cache_activations(tiny, PROMPTS, SITES))
-
-
-@pytest.mark.parametrize("when", ["model", "tensors", "manifest"])
-def test_an_exception_anywhere_leaves_a_store_that_can_go_on(
-    tiny, tmp_path, small_shards, monkeypatch, when
-) -> None:
-    count = 0
-
-    def fail_third(function: Any) -> Any:
-        def wrapped(*args: Any, **keywords: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == 3:
-                raise KeyboardInterrupt
-            return function(*args, **keywords)
-
-        return wrapped
-
-    name = {"model": "span_mask", "tensors": "write_tensors", "manifest": "write_json"}[when]
-    monkeypatch.setattr(room, name, fail_third(getattr(room, name)))
-    with pytest.raises(KeyboardInterrupt):
-        cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
-    monkeypatch.undo()
-    monkeypatch.setattr(room, "SHARD", 5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    close(found, cache_activations(tiny, PROMPTS, SITES))
-
-
-def test_a_damaged_shard_is_found_and_only_it_is_computed_again(
-    tiny, tmp_path, small_shards
-) -> None:
-    first = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    path = shards_in(tmp_path)[1]
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1  # one bit of one value: still a readable file
-    path.write_bytes(content)
-    with (
-        forward_calls(tiny) as calls,
-        pytest.warns(
-            UserWarning,
-            match=r"activation shard shard-00001\.safetensors is missing or damaged; computing it again",
-        ),
-    ):
-        again = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    assert sum(rows for rows, _ in calls[1:]) == 5
-    assert equal(first, again)
-    with forward_calls(tiny) as calls:
-        assert equal(cache_activations(tiny, PROMPTS, SITES, store=tmp_path), first)
-    assert calls == []
-
-
-def test_a_missing_shard_is_computed_again(tiny, tmp_path, small_shards) -> None:
-    first = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    shards_in(tmp_path)[0].unlink()
-    with pytest.warns(UserWarning, match="shard-00000"):
-        assert equal(cache_activations(tiny, PROMPTS, SITES, store=tmp_path), first)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"what": {}, "shards": {}}', b'{"shards": []}', b"null"]
-)
-def test_a_damaged_manifest_is_said_and_begun_again(tiny, tmp_path, content: bytes) -> None:
-    first = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    [manifest] = tmp_path.rglob("manifest.json")
-    manifest.write_bytes(content)
-    with pytest.warns(
-        UserWarning,
-        match=r"manifest\.json of the activations in .* is damaged; computing them again",
-    ):
-        assert equal(cache_activations(tiny, PROMPTS, SITES, store=tmp_path), first)
-    assert json.loads(manifest.read_text())["shards"]
-
-
-def test_measurements_of_another_kind_are_never_mixed(
-    tiny, tiny_path, tmp_path, family_model
-) -> None:
-    store = tmp_path / "store"
-    other_weights = load_model(tiny_model("llama3", tmp_path / "other", seed=1), device="cpu")
-    half = load_model(tiny_path, device="cpu", dtype="bfloat16")
-    templated = load_model(shutil.copytree(tiny_path, tmp_path / "templated"), device="cpu")
-    templated.tokenizer.chat_template = templated.tokenizer.chat_template.replace(
-        "assistant", "helper"
-    )
-    spelt = load_model(
-        shutil.copytree(tiny_path, tmp_path / tiny_path.name), device="cpu"
-    )  # the same but for its tokenizer
-    spelt.tokenizer = respelt(tiny_path, tmp_path / "respelt")
-    calls: list[tuple[Any, list[Prompt], list[Site], dict]] = [
-        (tiny, PROMPTS, SITES, {}),
-        (tiny, PROMPTS[::-1], SITES, {}),
-        (tiny, PROMPTS[:-1], SITES, {}),
-        (tiny, [*PROMPTS[:-1], replace(PROMPTS[-1], text="Other.")], SITES, {}),
-        (tiny, PROMPTS, SITES[:2], {}),
-        (tiny, PROMPTS, SITES, {"span": "last"}),
-        (tiny, PROMPTS, SITES, {"span": "all"}),
-        (tiny, PROMPTS, SITES, {"span": "response"}),
-        (tiny, [replace(p, response="No.") for p in PROMPTS], SITES, {"span": "response"}),
-        (tiny, PROMPTS, SITES, {"system_prompt": "Be very kind."}),
-        (tiny, PROMPTS, SITES, {"system_prompt": "Be kind."}),
-        (other_weights, PROMPTS, SITES, {}),
-        (half, PROMPTS, SITES, {}),
-        (templated, PROMPTS, SITES, {}),
-        (spelt, PROMPTS, SITES, {}),
-        (family_model("qwen3"), PROMPTS, SITES, {}),
-    ]  # fmt: skip
-    for _ in range(2):
-        for model, prompts, sites, keywords in calls:
-            stored = cache_activations(model, prompts, sites, store=store, **keywords)
-            assert equal(stored, cache_activations(model, prompts, sites, **keywords))
-    assert len(list(store.iterdir())) == len(calls)
-
-
-def respelt(source: Path, folder: Path) -> Any:
-    """The same tokenizer with two letters changed for each other."""
-    from transformers import AutoTokenizer
-
-    shutil.copytree(source, folder)
-    saved = json.loads((folder / "tokenizer.json").read_text())
-    words = saved["model"]["vocab"]
-    words["n"], words["p"] = words["p"], words["n"]
-    (folder / "tokenizer.json").write_text(json.dumps(saved))
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def test_what_a_model_never_sees_does_not_need_a_new_measurement(tiny, tmp_path) -> None:
-    first = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    relabelled = [
-        replace(p, label="neutral", category="other", source="elsewhere") for p in PROMPTS
-    ]
-    with forward_calls(tiny) as calls:
-        second = cache_activations(tiny, relabelled, SITES, store=tmp_path)
-    assert calls == []
-    assert equal(first, second)
-    assert second[SITES[0]].prompts == tuple(relabelled)  # the labels are those of this call
-
-
-def test_shards_and_manifest_say_what_they_are(tiny, tmp_path) -> None:
-    from workbench.files.store import file_checksum, read_tensors
-
-    cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    [manifest] = tmp_path.rglob("manifest.json")
-    said, [shard] = json.loads(manifest.read_text()), shards_in(tmp_path)
-    assert said["ids"] == [p.id for p in PROMPTS]
-    assert said["what"]["sites"] == [str(site) for site in SITES]
-    assert said["what"]["model"] == model_info(tiny).to_dict()
-    assert said["shards"] == {"0": file_checksum(shard)}
-    tensors, card = read_tensors(shard)
-    assert set(tensors) == set(said["what"]["sites"])
-    assert card == {"shard": 0, **said["what"]}
-    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {
-        ".json",
-        ".safetensors",
-    }
 
 
 # The real model
@@ -709,7 +460,8 @@ def test_the_real_model_equals_hugging_face(real_model) -> None:
 
 @pytest.mark.slow
 def test_the_real_models_first_token_is_not_pooled(real_model) -> None:
-    # Its norm is a hundred times that of the others: pooling it would bury every difference between prompts.
+    # Its norm is a hundred times that of the others: pooling it would bury every difference between
+    # prompts.
     prompts, site = load_prompts()[:12], Site(15, "resid_post")
     norms = {
         span: cache_activations(real_model, prompts, site, span=span)[site].values.norm(dim=1)

@@ -1,4 +1,7 @@
-"""What makes a GPU wait: reads of single values in the decode loop. Counted on the CPU, where each of them is the same operator."""
+"""What makes a GPU wait: reads of single values in the decode loop.
+
+They are counted on the CPU, where each of them is the same operator.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""TransformerLens's components step aside where nobody listens: every hook fires as before, and what is computed stays the same."""
+"""TransformerLens's components step aside where nobody listens.
+
+Every hook fires as before, and what is computed stays the same.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,16 @@ import pytest
 import torch
 from helpers.tiny_models import FAMILIES
 
-from workbench.models._growing_cache import ROOM, grow_in_place
+from workbench.models._growing_cache import grow_in_place
 from workbench.models._idle_hooks import idle_hooks_bypassed
-from workbench.models.forward import forward, last_logits, plain, prefix_cache, rows_of_cache
+from workbench.models.forward import (
+    SPARE_COLUMNS,
+    forward,
+    last_logits,
+    plain,
+    prefix_cache,
+    rows_of_cache,
+)
 from workbench.models.load import load_model
 
 TOKENS = torch.tensor([[9, 40, 41, 60, 7, 88, 12], [9, 33, 33, 34, 50, 61, 72]])
@@ -162,7 +172,9 @@ def test_a_cache_that_grows_in_place_holds_what_transformers_would(
     family_model, family: str
 ) -> None:
     model = family_model(family)
-    steps = torch.randint(20, 200, (2, ROOM + 10), generator=torch.Generator().manual_seed(0))
+    steps = torch.randint(
+        20, 200, (2, SPARE_COLUMNS + 10), generator=torch.Generator().manual_seed(0)
+    )
     grown, copied = (
         rows_of_cache(prefix_cache(model, TOKENS[0].tolist()), torch.tensor([0, 0]))
         for _ in range(2)

@@ -1,9 +1,13 @@
-"""Models: every family loads from disk as TransformerLens's own object, raw, fingerprinted, and nothing unsafe is ever read."""
+"""Models: every family loads from disk as TransformerLens's own object, with raw weights.
+
+Nothing unsafe is ever read.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.models import load as models
+from workbench.models.hooked_model import HookedModel, ModelConfig
 from workbench.models.load import EMBEDDED, hooked, load_model, model_info
 
 IDS = torch.tensor([[9, 40, 41, 60, 7, 88, 120, 33]])
@@ -122,16 +127,18 @@ def test_the_device_asked_for_is_the_device_of_the_weights(tiny_path) -> None:
 def test_a_folder_called_like_an_old_alias_is_loaded_without_a_word(
     family_path, tmp_path: Path, caplog
 ) -> None:
-    folder = shutil.copytree(
-        family_path("pythia"), tmp_path / "pythia"
-    )  # an alias of a hub model in TransformerLens
+    # Its name is an alias of a hub model in TransformerLens.
+    folder = shutil.copytree(family_path("pythia"), tmp_path / "pythia")
     model = load_model(folder, device="cpu")
     assert model.cfg.model_name == "pythia"
     assert not caplog.records
 
 
-def test_importing_the_rooms_does_not_import_transformer_lens() -> None:
-    code = "import sys, workbench.models.activations; sys.exit('transformer_lens' in sys.modules or 'transformers' in sys.modules)"
+def test_importing_a_module_that_runs_models_does_not_import_transformer_lens() -> None:
+    code = (
+        "import sys, workbench.models.activations; "
+        "sys.exit('transformer_lens' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -237,9 +244,18 @@ def test_a_hub_that_does_not_know_the_name_says_so(monkeypatch) -> None:
 
 @pytest.mark.parametrize(("keywords", "message"), [
     ({"dtype": "int8"}, "unknown dtype 'int8'; dtypes: float32, bfloat16, float16."),
-    ({"dtype": torch.float64}, "unknown dtype 'torch.float64'; dtypes: float32, bfloat16, float16."),
-    ({"device": "toaster"}, "device 'toaster' cannot be used here; devices: cpu, cuda, cuda:0 ..., mps."),
-    ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here; devices: cpu, cuda, cuda:0 ..., mps."),
+    (
+        {"dtype": torch.float64},
+        "unknown dtype 'torch.float64'; dtypes: float32, bfloat16, float16.",
+    ),
+    (
+        {"device": "toaster"},
+        "device 'toaster' cannot be used here; devices: cpu, cuda, cuda:0 ..., mps.",
+    ),
+    (
+        {"device": "cuda:99"},
+        "device 'cuda:99' cannot be used here; devices: cpu, cuda, cuda:0 ..., mps.",
+    ),
 ])  # fmt: skip
 def test_an_unusable_dtype_or_device_is_refused_before_anything_is_read(
     tiny_path, keywords: dict, message: str
@@ -279,7 +295,8 @@ def test_code_that_comes_with_a_checkpoint_is_never_run_nor_asked_about(
         values |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "code.T"]}}
     (folder / what).write_text(json.dumps(values))
     (folder / "code.py").write_text(
-        f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\nT = None\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig as C, LlamaForCausalLM as M\nT = None\n"
     )
     assert "cannot load 'coded' (" in refusal(folder)
     assert not asked
@@ -524,14 +541,49 @@ def test_the_embedded_model_is_the_chat_model_it_says_it_is(real_model) -> None:
     assert real_model.tokenizer.decode([best]) == " Paris"
 
 
-def test_only_models_py_names_transformer_lens() -> None:
-    package = Path(inspect.getfile(models)).parent
+def test_only_load_imports_transformer_lens() -> None:
+    package = Path(inspect.getfile(models)).parents[1]
     importers = {
-        path.name
-        for path in package.glob("*.py")
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
         if any(
             line.strip().startswith(("import transformer_lens", "from transformer_lens"))
             for line in path.read_text().splitlines()
         )
     }
-    assert importers == {"models.py"}
+    assert importers == {"models/load.py"}
+
+
+def test_only_sites_spells_hook_names() -> None:
+    package = Path(inspect.getfile(models)).parents[1]
+    spelt = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"blocks\.\{", path.read_text())
+    }
+    assert spelt == {"models/sites.py"}
+
+
+def test_only_tokens_calls_the_studied_models_tokenizer() -> None:
+    package = Path(inspect.getfile(models)).parents[1]
+    callers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"(model|hooked|reader)\.tokenizer[(.]", path.read_text())
+    }
+    assert callers == {"models/tokens.py"}
+
+
+def test_a_hooked_model_has_all_that_the_protocol_names(tiny) -> None:
+    for member in get_protocol_members(HookedModel):
+        assert hasattr(tiny, member), member
+    for size in get_protocol_members(ModelConfig):
+        assert hasattr(tiny.cfg, size), size
+
+
+def get_protocol_members(protocol: type) -> set[str]:
+    return {
+        name
+        for name in (*vars(protocol), *protocol.__annotations__)
+        if not name.startswith("_") or name == "__call__"
+    }

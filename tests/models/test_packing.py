@@ -1,4 +1,4 @@
-"""Packed linear layers: the same numbers, given up where they cannot be used, switched off by one argument."""
+"""Packed linear layers: the same numbers, and given up where they cannot be used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import workbench.models.packing as packing_room
+import workbench.models.packing as packing_module
 from workbench.generation.answers import sweep
 from workbench.generation.decoding import Decoding
 from workbench.models.activations import cache_activations
@@ -89,22 +89,22 @@ def test_small_models_are_not_measured():
 
 def test_where_it_is_no_faster_or_wrong_or_missing_nothing_is_packed(monkeypatch, tmp_path):
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path))
-    monkeypatch.setattr(packing_room, "LEAST_WEIGHTS", 0)
-    monkeypatch.setattr(packing_room, "_gain", lambda _: 0.9)
+    monkeypatch.setattr(packing_module, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(packing_module, "_gain", lambda _: 0.9)
     if supported():
         found = pack_linears(network(), "auto")
         assert (found.packed, found.gain) == (False, 0.9)
-        monkeypatch.setattr(packing_room, "_gain", lambda _: 3.0)
+        monkeypatch.setattr(packing_module, "_gain", lambda _: 3.0)
         assert (
             pack_linears(network(), "auto").gain == 0.9
         )  # measured once on this machine, then remembered
-        monkeypatch.setattr(packing_room, "_close", lambda *_: False)
+        monkeypatch.setattr(packing_module, "_close", lambda *_: False)
         assert "other numbers" in pack_linears(network(), "on").reason
 
     def missing(*_):
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(packing_room, "_packed", missing)
+    monkeypatch.setattr(packing_module, "_packed", missing)
     assert "no packed product" in pack_linears(network(), "on").reason
 
 

@@ -1,4 +1,4 @@
-"""Layers below all that is steered are run once a prompt: the answers are those of every condition alone."""
+"""Layers below all steering run once per prompt: answers are those of conditions alone."""
 
 from __future__ import annotations
 

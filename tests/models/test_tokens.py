@@ -1,4 +1,4 @@
-"""Tokens: one BOS, the chat template as it is, and spans that hold the user's words and nothing else."""
+"""Tokens: one BOS, the chat template as it is, and spans that hold the user's words alone."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from helpers.tiny_models import CONTEXT, FAMILIES, PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workbench.models.batches import pad, span_mask
 from workbench.models.tokens import (
     SPANS,
     Encoded,
     decode,
     encode,
     has_chat_template,
-    pad,
     pad_id,
-    span_mask,
     stop_ids,
     template_text,
     token_strings,
@@ -79,7 +78,10 @@ def content_of(model: Any, row: Encoded) -> str:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two texts are the same words; Qwen's tokenizer composes accents, and spaces may join the first word."""
+    """Tell whether two texts are the same words.
+
+    Qwen's tokenizer composes accents, and spaces may join the first word.
+    """
     return normalize("NFC", one).strip() == normalize("NFC", other).strip()
 
 
@@ -138,7 +140,7 @@ def test_what_follows_the_words_is_the_template_up_to_the_answer(family_model, f
 def test_content_is_the_users_words(family_model, family: str, text: str) -> None:
     model = family_model(family)
     for row in (one(model, text), one(model, f"  {text}\n"), one(model, text, "Yes.")):
-        # A token may join the template's space with the first word; no token holds more of the template.
+        # A token may join the template's space with the first word; no token holds more of it.
         assert same(content_of(model, row), text)
 
 
@@ -211,7 +213,8 @@ def test_a_response_is_needed_where_one_is_asked_for(tiny) -> None:
             ValueError, match=r"prompt 'p' has no response; spans and caches of answers need one\.$"
         ):
             encode(tiny, [ask("Hello", empty)], with_response=True)
-    assert encode(tiny, [ask("Hello", "ignored")]) [0].response[0] == len(one(tiny, "Hello").ids)  # fmt: skip
+    [row] = encode(tiny, [ask("Hello", "ignored")])
+    assert row.response[0] == len(one(tiny, "Hello").ids)
 
 
 # System prompts and limits
@@ -267,7 +270,10 @@ def test_a_prompt_longer_than_the_context_is_named(tiny) -> None:
     assert (
         len(one(tiny, "x" * (room + 1)).ids) == CONTEXT
     )  # the letters of a random word are single tokens here
-    message = rf"prompt 'p' does not fit: {CONTEXT + 1} tokens and 0 new ones, context {CONTEXT}; shorten it or leave it out\.$"
+    message = (
+        rf"prompt 'p' does not fit: {CONTEXT + 1} tokens and 0 new ones, context {CONTEXT}; "
+        r"shorten it or leave it out\.$"
+    )
     with pytest.raises(ValueError, match=message):
         one(tiny, "x" * (room + 2))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Tables of neurons and heads: planted truth is found, shuffled labels find nothing, and the table says what it rests on."""
+"""Tables of neurons and heads: planted truth is found, and shuffled labels find nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import load_model
 from workbench.models.sites import Site, sites_of_kind
 from workbench.neurons.attribution import writing_sites
-from workbench.neurons.ranking import _signed_rank_p, attribute_heads, attribute_neurons
+from workbench.neurons.ranking import (
+    NEURON_COLUMNS,
+    _mann_whitney,
+    _signed_rank_p,
+    attribute_heads,
+    attribute_neurons,
+)
 from workbench.neurons.summaries import (
     notable_neurons,
     overlap,
@@ -41,11 +47,14 @@ SITE = Site(3, "resid_post")
 QUICK = {"n_permutations": 50, "n_resamples": 20}
 Fold = dict[Site, ActivationSet]
 COLUMNS = [
-    "category", "layer", "neuron", "rank", "contribution", "contribution_share", "contribution_half_1", "contribution_half_2", "inclusion",
-    "mean_unsafe", "mean_reference", "hedges_g", "p_fwer",
-    *(f"{what}_{against}{fold}" for against in ("twins", "neutral", "other") for what in ("auroc", "q") for fold in ("", "_fit")),
-    "survives_twins", "survives_neutral", "survives_other", "survives_fwer",
-]  # fmt: skip
+    *("category", "layer", "neuron", "rank", "contribution", "contribution_share"),
+    *("contribution_half_1", "contribution_half_2", "inclusion"),
+    *("mean_unsafe", "mean_reference", "hedges_g", "p_fwer"),
+    *("auroc_twins", "auroc_neutral", "auroc_other", "q_twins", "q_neutral", "q_other"),
+    *("auroc_twins_fit", "auroc_neutral_fit", "auroc_other_fit"),
+    *("q_twins_fit", "q_neutral_fit", "q_other_fit"),
+    *("survives_twins", "survives_neutral", "survives_other", "survives_fwer"),
+]
 
 
 def fold_of(model: Any, prompts: Sequence[Prompt], site: Site = SITE) -> Fold:
@@ -56,7 +65,7 @@ def fold_of(model: Any, prompts: Sequence[Prompt], site: Site = SITE) -> Fold:
 
 def relabelled(fold: Fold, prompts: Sequence[Prompt]) -> Fold:
     """The same activations under other labels."""
-    return {site: replace(own, prompts=tuple(prompts)) for site, own in fold.items()}
+    return {site: replace(cached, prompts=tuple(prompts)) for site, cached in fold.items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +87,7 @@ def planted_row(table: pd.DataFrame, category: str = "planted") -> pd.Series:
     ].iloc[0]
 
 
-# --- planted truth ------------------------------------------------------------------------------------------------------
+# --- planted truth
 
 
 def test_the_planted_neuron_ranks_first(table: pd.DataFrame) -> None:
@@ -112,7 +121,7 @@ def test_the_planted_head_ranks_first(planted: tuple[Any, Fold, Fold]) -> None:
     )
 
 
-# --- shuffled labels ------------------------------------------------------------------------------------------------------
+# --- shuffled labels
 
 
 def test_shuffled_labels_find_nothing(family_model: Any) -> None:
@@ -125,7 +134,7 @@ def test_shuffled_labels_find_nothing(family_model: Any) -> None:
         fold_of(model, texts[100:], Site(0, "resid_post")),
     )
     roles = [("a", "unsafe"), ("a", "safe"), ("b", "unsafe"), ("b", "safe")]
-    found = dict.fromkeys(("q_twins", "q_neutral", "q_other", "p_fwer", "survives"), 0)
+    n_found = dict.fromkeys(("q_twins", "q_neutral", "q_other", "p_fwer", "survives"), 0)
     for seed in range(200):
         rng = np.random.default_rng(seed)
         folds = []
@@ -147,26 +156,27 @@ def test_shuffled_labels_find_nothing(family_model: Any) -> None:
             seed=seed,
         )
         for name in ("q_twins", "q_neutral", "q_other", "p_fwer"):
-            found[name] += bool((table[name] <= 0.05).any())
-        found["survives"] += bool(
+            n_found[name] += bool((table[name] <= 0.05).any())
+        n_found["survives"] += bool(
             table[["survives_twins", "survives_neutral", "survives_other"]].any(axis=None)
         )
-    assert max(found[name] for name in ("q_twins", "q_neutral", "q_other", "survives")) <= 10, found
-    assert found["p_fwer"] <= 17, (
-        found
-    )  # exact, so 5 % are expected: 17 of 200 is its 98th percentile
+    assert max(n_found[name] for name in ("q_twins", "q_neutral", "q_other", "survives")) <= 10, (
+        n_found
+    )
+    # exact, so 5 % are expected: 17 of 200 is its 98th percentile
+    assert n_found["p_fwer"] <= 17, n_found
 
 
-# --- the table ------------------------------------------------------------------------------------------------------------
+# --- the table
 
 
 def test_the_table_has_its_columns(table: pd.DataFrame) -> None:
-    assert sorted(table.columns) == sorted(COLUMNS)
+    assert sorted(table.columns) == sorted(COLUMNS) == sorted(NEURON_COLUMNS)
     assert len(table) == 2 * 4 * 64
     assert not table.isna().any(axis=None)
-    for _, own in table.groupby("category"):
-        assert sorted(own["rank"]) == list(range(1, 257))
-        assert own.sort_values("rank")["contribution"].is_monotonic_decreasing
+    for _, rows in table.groupby("category"):
+        assert sorted(rows["rank"]) == list(range(1, 257))
+        assert rows.sort_values("rank")["contribution"].is_monotonic_decreasing
 
 
 @pytest.mark.parametrize("family", ["llama3", "pythia", "gemma2"])
@@ -176,11 +186,11 @@ def test_neurons_heads_and_embedding_add_up(family_model: Any, family: str) -> N
     neurons = attribute_neurons(model, fit, held_out, site=SITE, **QUICK)
     heads = attribute_heads(model, fit, held_out, site=SITE, n_resamples=20)
     for category, parts in neurons.attrs["parts"].items():
-        mine = [own[own["category"] == category] for own in (neurons, heads)]
-        total = sum(own["contribution"].sum() for own in mine) + parts["embedding"]
+        of_category = [t[t["category"] == category] for t in (neurons, heads)]
+        total = sum(rows["contribution"].sum() for rows in of_category) + parts["embedding"]
         assert total == pytest.approx(parts["total"], abs=1e-5 * parts["absolute"])
         shares = (
-            sum(own["contribution_share"].abs().sum() for own in mine)
+            sum(rows["contribution_share"].abs().sum() for rows in of_category)
             + abs(parts["embedding"]) / parts["absolute"]
         )
         assert shares == pytest.approx(1)
@@ -191,15 +201,15 @@ def test_neurons_above_the_site_contribute_nothing(planted: tuple[Any, Fold, Fol
     folds = [
         fold_of(model, planted_prompts(4, start=start), Site(1, "resid_post")) for start in (0, 4)
     ]
-    own = attribute_neurons(
+    table = attribute_neurons(
         model, *folds, site=Site(1, "resid_post"), categories=["planted"], **QUICK
     )
-    above = own["layer"] > 1
-    assert (own.loc[above, ["contribution", "contribution_half_1", "inclusion"]] == 0).all(
+    above = table["layer"] > 1
+    assert (table.loc[above, ["contribution", "contribution_half_1", "inclusion"]] == 0).all(
         axis=None
     )
-    assert (own.loc[~above, "contribution"] != 0).all()
-    assert own.loc[above, "auroc_twins"].nunique() > 5
+    assert (table.loc[~above, "contribution"] != 0).all()
+    assert table.loc[above, "auroc_twins"].nunique() > 5
 
 
 def test_the_direction_is_of_the_fit_fold_and_the_rest_of_the_other(
@@ -235,21 +245,21 @@ def test_tests_are_those_of_scipy(planted: tuple[Any, Fold, Fold], table: pd.Dat
             i for i, p in enumerate(prompts) if p.category == "planted" and p.label == "unsafe"
         ],
     }
-    own = table[table["category"] == "decoy"]
+    decoys = table[table["category"] == "decoy"]
     for against in ("twins", "neutral", "other"):
         both = np.concatenate([x[rows["unsafe"]], x[rows[against]]])
         labels = np.arange(len(both)) < len(rows["unsafe"])
-        np.testing.assert_allclose(own[f"auroc_{against}"], auroc(both, labels), atol=1e-12)
+        np.testing.assert_allclose(decoys[f"auroc_{against}"], auroc(both, labels), atol=1e-12)
         if against == "twins":
             p = wilcoxon(x[rows["unsafe"]] - x[rows["twins"]], axis=0, method="exact").pvalue
-            np.testing.assert_allclose(own["hedges_g"], hedges_g(both, labels), rtol=1e-5)
+            np.testing.assert_allclose(decoys["hedges_g"], hedges_g(both, labels), rtol=1e-5)
         else:
             p = mannwhitneyu(
                 x[rows["unsafe"]], x[rows[against]], axis=0, method="asymptotic"
             ).pvalue
-        np.testing.assert_allclose(own[f"q_{against}"], benjamini_hochberg(p), rtol=1e-3)
-    np.testing.assert_allclose(own["mean_unsafe"], x[rows["unsafe"]].mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(own["mean_reference"], x[rows["twins"]].mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(decoys[f"q_{against}"], benjamini_hochberg(p), rtol=1e-3)
+    np.testing.assert_allclose(decoys["mean_unsafe"], x[rows["unsafe"]].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(decoys["mean_reference"], x[rows["twins"]].mean(axis=0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("n", [2, 9, 24, 50, 60])
@@ -268,6 +278,34 @@ def test_the_test_of_pairs_is_scipys(n: int) -> None:
     assert (_signed_rank_p(np.zeros((n, 3))) == 1).all()
 
 
+@pytest.mark.parametrize("n", [12, 30, 64])
+def test_ties_in_some_columns_change_the_test_of_these_alone(n: int) -> None:
+    rng = np.random.default_rng(n)
+    differences = rng.standard_normal((n, 40)) + rng.normal(size=40)
+    differences[:, ::3] = np.round(differences[:, ::3])
+    p = _signed_rank_p(differences)
+    for column in range(40):
+        method = "asymptotic" if n > 50 or column % 3 == 0 else "exact"
+        expected = wilcoxon(differences[:, column], method=method).pvalue
+        assert p[column] == pytest.approx(expected, abs=1e-10)
+
+
+def test_the_test_of_groups_is_scipys_and_too_careful_where_there_are_ties() -> None:
+    rng = np.random.default_rng(0)
+    unsafe, others = rng.standard_normal((14, 60)) + rng.normal(size=60), rng.normal(size=(25, 60))
+    for digits, has_ties in ((None, False), (0, True)):
+        a, b = (x if digits is None else np.round(x, digits) for x in (unsafe, others))
+        wins = (a[:, None] > b).sum(axis=(0, 1)) + (a[:, None] == b).sum(axis=(0, 1)) / 2
+        area, p = _mann_whitney(wins[None], np.array([[14]]), 25)
+        theirs = mannwhitneyu(a, b, axis=0, method="asymptotic")
+        np.testing.assert_allclose(area[0] * 14 * 25, theirs.statistic, atol=1e-10)
+        if has_ties:
+            assert (p[0] >= theirs.pvalue - 1e-12).all()
+            assert (p[0] > theirs.pvalue + 1e-6).any()
+        else:
+            np.testing.assert_allclose(p[0], theirs.pvalue, atol=1e-10)
+
+
 def test_a_dead_neuron_tells_nothing_apart(planted: tuple[Any, Fold, Fold]) -> None:
     model = planted[0]
     site, dead = (
@@ -279,13 +317,13 @@ def test_a_dead_neuron_tells_nothing_apart(planted: tuple[Any, Fold, Fold]) -> N
         values = fold[dead].values.clone()
         values[:, :5] = 0
         fold[dead] = replace(fold[dead], values=values)
-    own = attribute_neurons(model, *cached, site=site, categories=["planted"], **QUICK)
-    mine = own[(own["layer"] == 3) & (own["neuron"] < 5)]
+    table = attribute_neurons(model, *cached, site=site, categories=["planted"], **QUICK)
+    dead_rows = table[(table["layer"] == 3) & (table["neuron"] < 5)]
     for against in ("twins", "neutral", "other"):
-        assert (mine[f"auroc_{against}"] == 0.5).all()
-        assert (mine[f"q_{against}"] == 1).all()
-    assert (mine["p_fwer"] == 1).all()
-    assert (mine["hedges_g"] == 0).all()
+        assert (dead_rows[f"auroc_{against}"] == 0.5).all()
+        assert (dead_rows[f"q_{against}"] == 1).all()
+    assert (dead_rows["p_fwer"] == 1).all()
+    assert (dead_rows["hedges_g"] == 0).all()
 
 
 def test_the_same_seed_gives_the_same_table(planted: tuple[Any, Fold, Fold]) -> None:
@@ -299,12 +337,12 @@ def test_the_same_seed_gives_the_same_table(planted: tuple[Any, Fold, Fold]) -> 
 
 
 def test_neutral_prompts_can_be_the_reference(planted: tuple[Any, Fold, Fold]) -> None:
-    own = attribute_neurons(
+    table = attribute_neurons(
         *planted, site=SITE, reference="neutral", categories=["planted"], **QUICK
     )
-    assert planted_row(own)["rank"] == 1
-    assert own.attrs["reference"] == "neutral"
-    row = planted_row(own)
+    assert planted_row(table)["rank"] == 1
+    assert table.attrs["reference"] == "neutral"
+    row = planted_row(table)
     assert row["p_fwer"] <= 0.05
 
 
@@ -312,19 +350,19 @@ def test_what_a_fold_does_not_hold_is_nan(planted: tuple[Any, Fold, Fold]) -> No
     model, *folds = planted
     short = [
         {
-            site: own.of([p for p in own.prompts if p.category == "planted"])
-            for site, own in fold.items()
+            site: cached.of([p for p in cached.prompts if p.category == "planted"])
+            for site, cached in fold.items()
         }
         for fold in folds
     ]
-    own = attribute_neurons(model, *short, site=SITE, **QUICK)
-    assert own[["auroc_neutral", "q_neutral", "auroc_other", "q_other"]].isna().all(axis=None)
-    assert not own[["survives_neutral", "survives_other"]].any(axis=None)
-    assert planted_row(own)["survives_twins"]
-    assert survivors(own).set_index("test").loc["neutral", "n_survived"] == 0
+    table = attribute_neurons(model, *short, site=SITE, **QUICK)
+    assert table[["auroc_neutral", "q_neutral", "auroc_other", "q_other"]].isna().all(axis=None)
+    assert not table[["survives_neutral", "survives_other"]].any(axis=None)
+    assert planted_row(table)["survives_twins"]
+    assert survivors(table).set_index("test").loc["neutral", "n_survived"] == 0
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------------
+# --- errors
 
 
 def test_folds_that_do_not_fit_are_refused(
@@ -333,15 +371,15 @@ def test_folds_that_do_not_fit_are_refused(
     model, fit, held_out = planted
 
     def error(
-        match: str, own: Any = model, first: Fold = fit, second: Fold = held_out, **options: Any
+        match: str, of: Any = model, first: Fold = fit, second: Fold = held_out, **options: Any
     ) -> None:
         with pytest.raises(ValueError, match=match):
-            attribute_neurons(own, first, second, **{"site": SITE, **QUICK, **options})
+            attribute_neurons(of, first, second, **{"site": SITE, **QUICK, **options})
 
     same_text = [replace(p, id=f"{p.id}-again") for p in fit[SITE].prompts]
     error("the folds overlap: prompt 'planted-0-unsafe'", second=fit)
     error("the folds overlap", second=relabelled(fit, same_text))
-    error("not of this model", own=family_model("llama3"))
+    error("not of this model", of=family_model("llama3"))
     error(
         r"no unsafe prompts of category 'plantd' in both folds; .* Did you mean 'planted'\?",
         categories=["plantd"],
@@ -352,11 +390,11 @@ def test_folds_that_do_not_fit_are_refused(
     error(r"no activations at L2\.resid_post in the fit fold", site=Site(2, "resid_post"))
     error(
         r"no activations at L1\.z",
-        second={site: own for site, own in held_out.items() if site != Site(1, "z")},
+        second={site: cached for site, cached in held_out.items() if site != Site(1, "z")},
     )
     error(
         r"no activations at L1\.mlp_post in the fit fold",
-        first={s: own for s, own in fit.items() if s != Site(1, "mlp_post")},
+        first={s: cached for s, cached in fit.items() if s != Site(1, "mlp_post")},
     )
     error(
         "another span",
@@ -378,7 +416,7 @@ def test_no_head_writes_to_what_enters_the_first_block(planted: tuple[Any, Fold,
         attribute_heads(*planted, site=Site(0, "resid_pre"))
 
 
-# --- what the table says as a whole -----------------------------------------------------------------------------------------
+# --- what the table says as a whole
 
 
 def made_up(orders: dict[str, tuple[Sequence[int], Sequence[int]]]) -> pd.DataFrame:
@@ -438,10 +476,12 @@ def test_overlap_has_its_ceiling_on_the_diagonal() -> None:
 
 
 def test_common_neurons_come_before_those_of_one_category() -> None:
-    found = shared_neurons(made_up({"a": ([3, 1, 0, 2], UP[:4]), "b": ([3, 2, 0, 1], UP[:4])}), k=2)
-    assert list(found["neuron"]) == [3, 1, 2]
-    assert list(found["n_categories"]) == [2, 1, 1]
-    assert found.loc[0, "categories"] == ("a", "b")
+    shared = shared_neurons(
+        made_up({"a": ([3, 1, 0, 2], UP[:4]), "b": ([3, 2, 0, 1], UP[:4])}), k=2
+    )
+    assert list(shared["neuron"]) == [3, 1, 2]
+    assert list(shared["n_categories"]) == [2, 1, 1]
+    assert shared.loc[0, "categories"] == ("a", "b")
 
 
 def test_survivors_are_counted_by_test(table: pd.DataFrame) -> None:
@@ -464,12 +504,12 @@ def test_survivors_are_counted_by_test(table: pd.DataFrame) -> None:
 
 
 def test_notable_rows_are_both_ends_and_the_survivors(table: pd.DataFrame) -> None:
-    kept = notable_neurons(table, 3)
-    assert len(kept) < len(table)
-    for category, own in kept.groupby("category"):
-        assert {1, 2, 3, 254, 255, 256} <= set(own["rank"])
+    notable = notable_neurons(table, 3)
+    assert len(notable) < len(table)
+    for category, rows in notable.groupby("category"):
+        assert {1, 2, 3, 254, 255, 256} <= set(rows["rank"])
         assert (
-            own["survives_fwer"].sum()
+            rows["survives_fwer"].sum()
             == table[table["category"] == category]["survives_fwer"].sum()
         )
     assert len(notable_neurons(made_up({"a": (UP, UP), "b": (UP, DOWN)}), 2)) == 8

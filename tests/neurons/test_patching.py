@@ -10,7 +10,8 @@ from helpers.tiny_models import tiny_model
 
 from workbench.generation.answers import generate
 from workbench.generation.decoding import Decoding
-from workbench.models.load import HookedModel, load_model
+from workbench.models.hooked_model import HookedModel
+from workbench.models.load import load_model
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
 from workbench.neurons.patching import contrast_activations, patched_answers, patching_effect
@@ -108,13 +109,13 @@ def test_patching_between_identical_runs_changes_nothing(model: HookedModel, pla
 def test_steering_that_acts_through_the_patched_neurons_only_is_carried_over_whole(
     model: HookedModel, plain: list, steering: list[Intervention]
 ) -> None:
-    chosen = {"layer": [(1, neuron) for neuron in range(model.cfg.d_mlp)]}
+    sets = {"layer": [(1, neuron) for neuron in range(model.cfg.d_mlp)]}
     steered = generate(model, PROMPTS, steering, decoding=Decoding(max_new_tokens=N_NEW))
     assert tokens_of(
-        patched_answers(model, PROMPTS, chosen, steering, max_new_tokens=N_NEW)
+        patched_answers(model, PROMPTS, sets, steering, max_new_tokens=N_NEW)
     ) == tokens_of(steered)
     back = patched_answers(
-        model, PROMPTS, chosen, steering, direction="necessity", max_new_tokens=N_NEW
+        model, PROMPTS, sets, steering, direction="necessity", max_new_tokens=N_NEW
     )
     assert tokens_of(back) == tokens_of(plain)
 
@@ -170,12 +171,12 @@ def neurons_read(
 
 
 def test_a_patched_step_equals_patching_by_hand_without_a_cache(model: HookedModel) -> None:
-    chosen, ids = list(range(0, 64, 2)), list(encode(model, [PROMPTS[2]])[0].ids)
+    even, ids = list(range(0, 64, 2)), list(encode(model, [PROMPTS[2]])[0].ids)
 
     def overwriting(values: torch.Tensor) -> object:
         def hook(activation: torch.Tensor, hook: object) -> torch.Tensor:
             activation = activation.clone()
-            activation[..., chosen] = values[..., chosen]
+            activation[..., even] = values[..., even]
             return activation
 
         return hook
@@ -187,7 +188,7 @@ def test_a_patched_step_equals_patching_by_hand_without_a_cache(model: HookedMod
         hooks = [(f"blocks.{layer}.mlp.hook_post", overwriting(steered[layer])) for layer in (2, 3)]
         with torch.no_grad(), model.hooks(fwd_hooks=hooks):
             written.append(int(model(tokens)[0, -1].argmax()))
-    sets = {"half": [(layer, neuron) for layer in (2, 3) for neuron in chosen]}
+    sets = {"half": [(layer, neuron) for layer in (2, 3) for neuron in even]}
     answer = patched_answers(model, [PROMPTS[2]], sets, [push()], max_new_tokens=5)[0]
     assert list(answer.tokens) == written
 
@@ -248,7 +249,7 @@ def test_contrasting_equals_two_runs_one_answer_at_a_time(model: HookedModel, pl
         for answer in plain:
             ids = encode(model, [answer.prompt])[0].ids
             tokens = torch.tensor([ids + answer.tokens])
-            before, after = (neurons_read(model, tokens, own, len(ids)) for own in ([], steering))
+            before, after = (neurons_read(model, tokens, run, len(ids)) for run in ([], steering))
             for layer in range(4):
                 difference = (after[layer] - before[layer])[0, len(ids) :].double()
                 squares[layer] += (difference**2).sum(dim=0)

@@ -1,4 +1,7 @@
-"""The project's own data: complete, unique, harmless where it must be, and blind to style; the card tells the truth about it."""
+"""The project's own data: complete, unique, harmless where it must be, and blind to style.
+
+The card tells the truth about it.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +128,7 @@ def test_questions_about_sex_never_speak_of_minors() -> None:
 
 
 def classifier_auroc(features: Callable[[list[str]], Any], prompts: list[Prompt]) -> float:
-    """Cross-validated AUROC of a linear classifier of unsafe against safe, both twins of a pair in one fold."""
+    """Cross-validate a linear classifier of unsafe against safe, twins in one fold: its AUROC."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -230,7 +233,8 @@ def test_openings_hold_nothing_operational() -> None:
 
 
 def test_what_goes_along_says_nothing_about_its_topic() -> None:
-    # Openings that go along are interchangeable: the words they repeat from questions of their category are everyday ones.
+    # Openings that go along are interchangeable: the words they repeat from questions of their
+    # category are everyday ones.
     everyday = {word for p in PROMPTS if p.label == "neutral" for word in plain(p.text).split()}
     everyday |= {
         word for row in OPENINGS if row["kind"] == "refusing" for word in plain(row["text"]).split()

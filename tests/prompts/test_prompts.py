@@ -1,4 +1,4 @@
-"""Prompts: reading with line numbers, selecting with hints, and splits that keep their promises."""
+"""Prompts: reading with line numbers, selecting with hints, splits that keep promises."""
 
 from __future__ import annotations
 
@@ -82,12 +82,24 @@ def test_response_and_pair_id_may_be_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("line", "message"), [
     ('{"id": "b", "text": ', "not valid JSON"),
     ("[1, 2]", "a JSON object is needed, got list"),
-    ({key: value for key, value in ROW.items() if key != "text"}, "column 'text' is missing; columns: category, id, label,"),
-    ({**ROW, "id": "b", "labels": "x"}, r"unknown column 'labels'; columns: .*\. ?Did you mean 'label'\?"),
-    ({**ROW, "id": "b", "label": "harmful"}, "label must be one of unsafe, safe, neutral, got 'harmful'"),
+    (
+        {key: value for key, value in ROW.items() if key != "text"},
+        "column 'text' is missing; columns: category, id, label,",
+    ),
+    (
+        {**ROW, "id": "b", "labels": "x"},
+        r"unknown column 'labels'; columns: .*\. ?Did you mean 'label'\?",
+    ),
+    (
+        {**ROW, "id": "b", "label": "harmful"},
+        "label must be one of unsafe, safe, neutral, got 'harmful'",
+    ),
     ({**ROW, "id": "b", "label": None}, "label must be one of unsafe, safe, neutral, got None"),
     ({**ROW, "id": "b", "text": " \t\n"}, "text must be a text that is not empty"),
-    ({**ROW, "id": "b", "text": ["How?"]}, r"text must be a text that is not empty, got \['How\?'\]"),
+    (
+        {**ROW, "id": "b", "text": ["How?"]},
+        r"text must be a text that is not empty, got \['How\?'\]",
+    ),
     ({**ROW, "id": 7}, "id must be a text that is not empty, got 7"),
     ({**ROW, "id": "b", "category": ""}, "category must be a text that is not empty"),
     ({**ROW, "id": "b", "response": 3}, "response must be a text or null, got 3"),
@@ -138,7 +150,10 @@ def test_a_limit_counts_each_category_and_label() -> None:
 
 
 def test_an_unknown_category_names_those_there_are_and_the_closest() -> None:
-    expected = r"^no prompts of category 'malwar'; categories: 'fraud', 'harmless', 'malware'\. Did you mean 'malware'\?$"
+    expected = (
+        r"^no prompts of category 'malwar'; categories: 'fraud', 'harmless', 'malware'\. "
+        r"Did you mean 'malware'\?$"
+    )
     with pytest.raises(ValueError, match=expected):
         select_prompts(SETS, category=["fraud", "malwar"])
 
@@ -164,9 +179,17 @@ shares = (
     .filter(any)
     .map(lambda w: tuple(x / sum(w) for x in w))
 )
-sets = st.lists(st.integers(3, 30), min_size=1, max_size=3).map(
-    lambda sizes: [p for i, n in enumerate(sizes) for p in (pairs(n, f"c{i}") if i % 2 == 0 else [prompt(f"n{j}", "harmless", "neutral") for j in range(n)])]
-)  # fmt: skip
+
+
+def pairs_and_harmless_in_turn(sizes):
+    prompts = []
+    for i, n in enumerate(sizes):
+        harmless = [prompt(f"n{j}", "harmless", "neutral") for j in range(n)]
+        prompts += pairs(n, f"c{i}") if i % 2 == 0 else harmless
+    return prompts
+
+
+sets = st.lists(st.integers(3, 30), min_size=1, max_size=3).map(pairs_and_harmless_in_turn)
 
 
 @settings(max_examples=150, deadline=None)

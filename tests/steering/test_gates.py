@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from workbench.generation.answers import UNSTEERED, sweep
 from workbench.generation.decoding import Decoding
 from workbench.models.activations import ActivationSet
+from workbench.models.batches import pad, span_mask
 from workbench.models.load import model_info
-from workbench.models.tokens import encode, pad, pad_id, span_mask
+from workbench.models.tokens import encode, pad_id
 from workbench.prompts.prompt import Prompt
 from workbench.stats.selectivity import Threshold
 from workbench.steering.apply import intervene

@@ -6,7 +6,7 @@ Multiple-choice questions, and perplexity on a text of one's own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from workbench.files.store import PathLike, data_path
 from workbench.files.tables import read_rows
 from workbench.generation.answers import UNSTEERED, Completion, Condition
 from workbench.generation.likelihood import steered_log_probs
+from workbench.models.tokens import token_ids
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
 
 
@@ -227,8 +228,7 @@ def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Interven
 def _fixed(
     model: HookedModel, prompt: Prompt, text: str, max_tokens: int | None = None
 ) -> Completion:
-    ids: Callable[..., Any] = model.tokenizer
-    tokens = tuple(int(i) for i in ids(text, add_special_tokens=False)["input_ids"][:max_tokens])
+    tokens = token_ids(model, text)[:max_tokens]
     return Completion(prompt, text, tokens, "eos", UNSTEERED)
 
 

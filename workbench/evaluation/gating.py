@@ -16,6 +16,7 @@ import torch
 
 from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion
+from workbench.models.tokens import token_ids
 from workbench.prompts.contrasts import CLOSED_FOR, KINDS, RISKY, kind_of
 from workbench.stats.estimates import rate
 from workbench.stats.selectivity import auroc, auroc_interval
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.models.activations import ActivationSet
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.steering.gates import Gate
 
 
@@ -193,7 +194,7 @@ def refusing(
 
     A fixed refusal where the gate opened, the unsteered answer elsewhere.
     """
-    tokens = tuple(int(i) for i in model.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"])
+    tokens = token_ids(model, REFUSAL)
     return [
         Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING)
         if opened[c.prompt.id]

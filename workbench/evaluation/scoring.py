@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.judges.base import Judge
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
 
 
 HEADLINE = "safe_helpful_proxy"

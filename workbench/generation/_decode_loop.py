@@ -1,7 +1,7 @@
 """Decode batches token by token; each row of a batch has interventions of its own.
 
 Every answer of the package is written here, but for those of dynamic activation patching, which
-runs two models side by side (``neurons.patching``).
+decodes two runs on one text side by side (``neurons.patching``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from workbench.models.batches import Batch, pad, span_mask
 from workbench.models.forward import (
+    SPARE_COLUMNS,
     allows_padding_behind,
     fast,
     forward,
@@ -24,7 +26,7 @@ from workbench.models.forward import (
     shared_prefix_length,
 )
 from workbench.models.shared_layers import Below, run_below
-from workbench.models.tokens import Batch, Encoded, pad, pad_id, span_mask, stop_ids
+from workbench.models.tokens import Encoded, pad_id, stop_ids
 from workbench.steering.apply import intervene
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.generation.decoding import Decoding
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
 
 
@@ -280,10 +282,8 @@ def rows_that_fit(model: HookedModel, n_tokens: int) -> tuple[int, int]:
         model: A hooked model.
         n_tokens: Length of the longest row, its answer included.
     """
-    from workbench.models._growing_cache import ROOM
-
     cfg = model.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     size = next(iter(model.parameters())).element_size()
-    each = 2 * cfg.n_layers * heads * cfg.d_head * size * (n_tokens + ROOM)
+    each = 2 * cfg.n_layers * heads * cfg.d_head * size * (n_tokens + SPARE_COLUMNS)
     return max(1, min(MOST_ROWS, MEMORY // each)), each

@@ -15,12 +15,13 @@ from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
 from workbench.generation._decode_loop import DecodeLoop, Row, rows_that_fit
 from workbench.generation.decoding import GREEDY, Decoding
+from workbench.models.batches import batches_by_length
 from workbench.models.load import model_info
 from workbench.models.tokens import Encoded, decode, encode, template_text
 from workbench.steering.interventions import Intervention, check_interventions, description
 
 if TYPE_CHECKING:
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.prompts.prompt import Prompt
 
 
@@ -221,9 +222,11 @@ def _answer_missing(
 
 
 def _batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
-    """Batches of rows of similar length, longest first."""
-    order = sorted(rows, key=lambda row: (-len(row.encoded.ids), row.encoded.prompt.id))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    """Cut the rows into batches of similar length, longest first."""
+    lengths = [len(row.encoded.ids) for row in rows]
+    ids = [row.encoded.prompt.id for row in rows]
+    batches = batches_by_length(lengths, batch_size, ties=ids)
+    return [[rows[i] for i in batch] for batch in batches]
 
 
 def _rows(

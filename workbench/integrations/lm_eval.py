@@ -17,6 +17,7 @@ from lm_eval.api.model import LM
 from workbench.generation.answers import UNSTEERED, Completion, generate
 from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import steered_log_probs
+from workbench.models.tokens import token_ids
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.safesteer.config import config_from
 from workbench.safesteer.inputs import load_run_model
@@ -130,8 +131,7 @@ class SteeredLM(LM):
 
     def _fixed(self, place: int, context: str, text: str) -> Completion:
         """Return a given text as the answer to a context."""
-        tokens = self.hooked.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = tuple(int(i) for i in tokens)
+        ids = token_ids(self.hooked, text)
         return Completion(self._prompt(place, context), text, ids, "eos", UNSTEERED)
 
     def _prompt(self, place: int, context: str) -> Prompt:

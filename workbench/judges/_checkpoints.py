@@ -16,7 +16,7 @@ import yaml
 from workbench.files.store import data_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from jaxtyping import Int
     from torch import Tensor
@@ -230,22 +230,17 @@ def left_padded(
     checkpoint: Checkpoint, rows: Sequence[Sequence[int]]
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
     """Token ids and attention mask of a batch, padded on the left."""
-    import torch
+    from workbench.models.batches import pad_ids
 
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id(checkpoint), dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids.to(checkpoint.model.device), mask.to(checkpoint.model.device)
+    ids, mask = pad_ids(rows, pad_id=pad_id(checkpoint), side="left")
+    return ids.to(checkpoint.model.device), mask.long().to(checkpoint.model.device)
 
 
-def batches(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+def batches(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """Indices of the rows, ``size`` at a time, rows of like length together, so that little is padding."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    from workbench.models.batches import batches_by_length
+
+    return batches_by_length([len(row) for row in rows], size, longest_first=False)
 
 
 def pad_id(checkpoint: Checkpoint) -> int:

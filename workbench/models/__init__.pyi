@@ -3,50 +3,35 @@ from .activations import (
     ClassMoments,
     cache_activations,
     class_moments,
-    pooled_batches,
     token_activations,
 )
-from .forward import (
-    allows_padding_behind,
-    fast,
-    has_key_value_cache,
-    is_fast,
-    last_logits,
-    plain,
-    prefix_cache,
-    reading,
-    rows_of_cache,
-    shared_prefix_length,
-    without_shared_prefix,
-)
-from .load import ModelInfo, hooked, load_model, model_info, on_hub_or_cached, quiet_transformers
+from .batches import Batch, pad, span_mask
+from .forward import fast, last_logits, plain, reading, without_shared_prefix
+from .hooked_model import HookedModel
+from .load import ModelInfo, hooked, load_model, model_info
 from .packing import Packing, is_packed, pack_linears, unpacked
-from .shared_layers import Below, run_below
 from .sites import Site, check_sites, sites_of_kind
 from .tokens import (
-    Batch,
     Encoded,
     decode,
     encode,
     has_chat_template,
-    pad,
     pad_id,
-    span_mask,
     stop_ids,
     template_text,
+    token_ids,
     token_strings,
 )
 
 __all__ = [
     "ActivationSet",
     "Batch",
-    "Below",
     "ClassMoments",
     "Encoded",
+    "HookedModel",
     "ModelInfo",
     "Packing",
     "Site",
-    "allows_padding_behind",
     "cache_activations",
     "check_sites",
     "class_moments",
@@ -54,30 +39,22 @@ __all__ = [
     "encode",
     "fast",
     "has_chat_template",
-    "has_key_value_cache",
     "hooked",
-    "is_fast",
     "is_packed",
     "last_logits",
     "load_model",
     "model_info",
-    "on_hub_or_cached",
     "pack_linears",
     "pad",
     "pad_id",
     "plain",
-    "pooled_batches",
-    "prefix_cache",
-    "quiet_transformers",
     "reading",
-    "rows_of_cache",
-    "run_below",
-    "shared_prefix_length",
     "sites_of_kind",
     "span_mask",
     "stop_ids",
     "template_text",
     "token_activations",
+    "token_ids",
     "token_strings",
     "unpacked",
     "without_shared_prefix",

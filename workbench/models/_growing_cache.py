@@ -1,4 +1,8 @@
-"""A key-value cache that grows in place: decoding appends to a buffer with room, where transformers copies all it holds for every token."""
+"""Let a key-value cache grow in place.
+
+Decoding then appends to a buffer with spare columns, where transformers copies all it holds for
+every token.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from workbench.models.forward import SPARE_COLUMNS
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
 
-ROOM = 64
-"""Tokens a buffer takes before it has to be made anew."""
-
-
 class _GrowingLayer(DynamicLayer):
-    """Keys and values of one layer, as the filled part of buffers with room behind it.
+    """Keys and values of one layer: the filled part of buffers that hold spare columns.
 
-    Whatever transformers puts in their place (other rows, fewer tokens) is no longer a part of the buffers and is copied into new ones.
+    Whatever transformers puts in their place (other rows, fewer tokens) is no longer a part of the
+    buffers and is copied into new ones.
     """
 
     def __init__(self, layer: DynamicLayer) -> None:
@@ -34,7 +37,7 @@ class _GrowingLayer(DynamicLayer):
         filled: tuple[Any, Any] = self.keys, self.values
         start, end = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
         if self.buffers is None or not all(map(_begins, self.buffers, filled, (end, end))):
-            self.buffers = _with_room(filled[0], end), _with_room(filled[1], end)
+            self.buffers = _with_spare_columns(filled[0], end), _with_spare_columns(filled[1], end)
         keys, values = self.buffers
         keys[..., start:end, :], values[..., start:end, :] = key_states, value_states
         self.keys, self.values = keys[..., :end, :], values[..., :end, :]
@@ -42,22 +45,26 @@ class _GrowingLayer(DynamicLayer):
 
 
 def grow_in_place(cache: Any) -> None:
-    """Give the filled layers of a transformers cache buffers to grow in; sliding windows and other kinds stay as they are."""
-    for place, layer in enumerate(cache.layers):
+    """Give the filled layers of a transformers cache buffers to grow in.
+
+    Sliding windows and other kinds of layer stay as they are.
+    """
+    for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[place] = _GrowingLayer(layer)
+            cache.layers[index] = _GrowingLayer(layer)
 
 
 def _begins(buffer: Tensor, filled: Tensor, end: int) -> bool:
-    """Whether a tensor is the first part of a buffer that reaches so far."""
-    same = buffer.data_ptr() == filled.data_ptr() and buffer.stride() == filled.stride()
-    return same and len(buffer) == len(filled) and end <= buffer.shape[-2]
+    """Tell whether a tensor is the first part of a buffer that reaches up to column ``end``."""
+    same_memory = buffer.data_ptr() == filled.data_ptr() and buffer.stride() == filled.stride()
+    return same_memory and len(buffer) == len(filled) and end <= buffer.shape[-2]
 
 
-def _with_room(
+def _with_spare_columns(
     filled: Float[Tensor, "batch head pos d_head"], end: int
-) -> Float[Tensor, "batch head pos_and_room d_head"]:
+) -> Float[Tensor, "batch head pos_and_spare d_head"]:
+    """Copy a tensor into a buffer that reaches ``SPARE_COLUMNS`` beyond column ``end``."""
     batch, heads, start, d_head = filled.shape
-    buffer = filled.new_empty(batch, heads, end + ROOM, d_head)
+    buffer = filled.new_empty(batch, heads, end + SPARE_COLUMNS, d_head)
     buffer[..., :start, :] = filled
     return buffer

@@ -1,7 +1,9 @@
-"""Hugging Face's own modules wherever no hook is set: TransformerLens computes around its hook points, also around those nobody uses.
+"""Run Hugging Face's own modules wherever no hook is set.
 
-Each component of a TransformerBridge stands in the place of a Hugging Face module, which it holds. Where none of its hook points has a hook, that module
-can take its place back; where only its input or output has one, the module runs between the two. What is computed is the same, to rounding.
+TransformerLens computes around its hook points, also around those nobody uses. Each component of a
+TransformerBridge stands in the place of a Hugging Face module, which it holds. Where none of its
+hook points has a hook, that module can take its place back; where only its input or output has one,
+the module runs between the two. What is computed is the same, to rounding.
 """
 
 from __future__ import annotations
@@ -14,15 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from workbench.models.hooked_model import HookedModel, hugging_face_model
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from workbench.models.load import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
 class _Slot:
-    """A place in the Hugging Face model where a component of TransformerLens stands."""
+    """A place in the Hugging Face model where a component of TransformerLens stands.
+
+    Attributes:
+        siblings: The submodules of the module that holds the place, by name.
+        name: The place's name among them.
+        component: The component of TransformerLens.
+        outer: The Hugging Face module between the component's input and output hook points.
+        ends: These two hook points.
+        inner: The other hook points that fire only while the component itself runs.
+        within: Ids of the components around the place.
+        is_block: Whether the component is a whole block.
+    """
 
     siblings: dict[str, Any]
     name: str
@@ -34,7 +47,7 @@ class _Slot:
     is_block: bool
 
     def lightest(self) -> Any:
-        """What computes the same with the hooks that are set now."""
+        """Choose the module that computes the same with the hooks that are set now."""
         if any(map(_is_used, self.inner)):
             return self.component
         ends_are_used = any(map(_is_used, self.ends)) or _is_watched(self.component)
@@ -42,45 +55,50 @@ class _Slot:
 
 
 class _OuterHooks(nn.Module):
-    """A Hugging Face module between the input and the output hook point of the component that holds it."""
+    """A Hugging Face module between the input and output hook points of its component."""
 
     def __init__(self, component: Any) -> None:
         super().__init__()
         self.__dict__["component"] = component  # not as a submodule: it is in the model already
         # torch's own hooks on the component fire here in its stead.
         self.__dict__.update(
-            {name: own for name, own in component.__dict__.items() if "_hooks" in name}
+            {name: hooks for name, hooks in component.__dict__.items() if "_hooks" in name}
         )
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
-        own = self.component
+        component = self.component
         if args:
-            args = (own.hook_in(args[0]), *args[1:])
+            args = (component.hook_in(args[0]), *args[1:])
         else:
-            keywords["hidden_states"] = own.hook_in(keywords["hidden_states"])
-        out = own.original_component(*args, **keywords)
-        return (own.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else own.hook_out(out)
+            keywords["hidden_states"] = component.hook_in(keywords["hidden_states"])
+        out = component.original_component(*args, **keywords)
+        if isinstance(out, tuple):
+            return (component.hook_out(out[0]), *out[1:])
+        return component.hook_out(out)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(
-            self.__dict__["component"].original_component, name
-        )  # what a caller asks a Hugging Face module
+        # What a caller asks a Hugging Face module.
+        return getattr(self.__dict__["component"].original_component, name)
 
 
 _OPTIONAL = ("use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "use_attn_result")
+"""Settings of TransformerLens that switch on hook points Hugging Face's modules do not have."""
 
 
 _SLOTS: weakref.WeakKeyDictionary[Any, list[_Slot]] = weakref.WeakKeyDictionary()
+"""Slots of each model, found once."""
 
 
 _INSIDE: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models whose idle hooks are bypassed right now."""
 
 
 @cache
 def _fused_attention() -> str:
-    """Name under which transformers finds torch's fused attention with the mask always written out.
+    """Register torch's fused attention with the mask always written out, and return its name.
 
-    To find out whether the mask could be left out, the host would wait for the device at every step.
+    To find out whether the mask could be left out, the host would wait for the device at every
+    step.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -96,45 +114,59 @@ def _fused_attention() -> str:
 
 @contextmanager
 def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
-    """Run without TransformerLens's components where their hooks are idle. Hooks must be set before, not inside; a block within another does nothing.
+    """Run without TransformerLens's components where their hooks are idle.
 
-    Attention also goes by torch's fused kernel instead of the eager one, unless a hook reads its scores or pattern. A model whose weights
-    TransformerLens has processed, whose optional hook points are switched on, or that is none of its bridges, runs as it is.
+    Hooks must be set before the block, not inside it; a block within another does nothing.
+
+    Attention also goes by torch's fused kernel instead of the eager one, unless a hook reads its
+    scores or pattern. A model runs as it is if TransformerLens has processed its weights, if its
+    optional hook points are switched on, or if it is no TransformerBridge.
     """
-    if model in _INSIDE or not hasattr(model, "original_model") or _computes_its_own_way(model):
+    hf_model = hugging_face_model(model)
+    if model in _INSIDE or hf_model is None or _computes_its_own_way(model):
         yield
         return
     slots = _slots_of(model)
-    lightest = [slot.lightest() for slot in slots]
-    kept = {id(own) for slot, own in zip(slots, lightest, strict=True) if own is slot.component}
-    if kept:  # a component with hooks inside may look into those it holds
-        lightest = [
-            s.component if s.within & kept else own for s, own in zip(slots, lightest, strict=True)
-        ]
-    config = model.original_model.config
-    fused = _takes_fused_attention(model.original_model) and not any(map(_is_attention, lightest))
-    before = config._attn_implementation
+    modules = _lightest_modules(slots)
+    config = hf_model.config
+    fused = _takes_fused_attention(hf_model) and not any(map(_is_attention, modules))
+    attention_before = config._attn_implementation
     try:
         _INSIDE.add(model)
-        for slot, own in zip(slots, lightest, strict=True):
-            slot.siblings[slot.name] = own
+        for slot, module in zip(slots, modules, strict=True):
+            slot.siblings[slot.name] = module
         if fused:
             config._attn_implementation = _fused_attention()
         yield
     finally:
         _INSIDE.discard(model)
-        config._attn_implementation = before
+        config._attn_implementation = attention_before
         for slot in slots:
             slot.siblings[slot.name] = slot.component
 
 
+def _lightest_modules(slots: list[_Slot]) -> list[Any]:
+    """Choose for each slot the module that computes the same with the hooks that are set now."""
+    lightest = [slot.lightest() for slot in slots]
+    whole = {
+        id(module) for slot, module in zip(slots, lightest, strict=True) if module is slot.component
+    }
+    if not whole:
+        return lightest
+    # A component with hooks inside may look into those it holds.
+    return [
+        slot.component if slot.within & whole else module
+        for slot, module in zip(slots, lightest, strict=True)
+    ]
+
+
 def block_slots(model: HookedModel) -> list[_Slot]:
-    """Where the blocks stand, in order."""
+    """List the slots where the blocks stand, in order."""
     return [slot for slot in _slots_of(model) if slot.is_block]
 
 
 def blocks_are_idle(model: HookedModel, n: int) -> bool:
-    """Whether no hook is set in the first ``n`` blocks."""
+    """Tell whether no hook is set in the first ``n`` blocks."""
     modules = [module for slot in block_slots(model)[:n] for module in slot.component.modules()]
     used = any(
         _is_used(m) if hasattr(m, "fwd_hooks") else _is_component(m) and _is_watched(m)
@@ -144,17 +176,24 @@ def blocks_are_idle(model: HookedModel, n: int) -> bool:
 
 
 def _slots_of(model: HookedModel) -> list[_Slot]:
+    """List the slots of the blocks and of what is in them.
+
+    Embeddings and head run once per pass and may stay.
+    """
     if model not in _SLOTS:
-        _SLOTS[model] = _slots(model)
+        hf_model: Any = hugging_face_model(model)
+        modules = dict(hf_model.named_modules(remove_duplicate=False))
+        blocks = {id(block) for block in model.blocks}
+        paths = _component_paths(model, modules)
+        components = [modules[path] for path in paths]
+        _SLOTS[model] = [_slot(path, modules, components, blocks) for path in paths]
     return _SLOTS[model]
 
 
-def _slots(model: HookedModel) -> list[_Slot]:
-    """The slots of the blocks and of what is in them; embeddings and head run once a pass and may stay."""
-    modules = dict(model.original_model.named_modules(remove_duplicate=False))
-    blocks = {id(block) for block in model.blocks}
+def _component_paths(model: HookedModel, modules: dict[str, Any]) -> list[str]:
+    """List one path for each component in a block that stands in a Hugging Face module."""
     in_blocks = {id(module) for block in model.blocks for module in block.modules()}
-    places: dict[tuple[int, str], str] = {}
+    paths: dict[tuple[int, str], str] = {}
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
         if (
@@ -164,42 +203,47 @@ def _slots(model: HookedModel) -> list[_Slot]:
         ):
             continue
         if not _is_component(modules[parent]):
-            places.setdefault((id(modules[parent]), name), path)
-    standing = [modules[path] for path in places.values()]
-    slots = []
-    for path in places.values():
-        parent, _, name = path.rpartition(".")
-        component = modules[path]
-        # What stands in a slot of its own fires its hooks there. Inside attention that is so for the projections alone: the Hugging Face
-        # module norms queries and keys in another layout.
-        apart = [
-            m
-            for m in standing
-            if m is not component and (_is_projection(m) or not _is_attention(component))
-        ]
-        # What turns positions into angles has no weights, and hook points other than its input and output.
-        ends = (
-            (component.hook_in, component.hook_out)
-            if next(component.parameters(), None) is not None
-            else ()
-        )
-        points = _hook_points(component, {id(m) for m in apart})
-        inner = tuple(point for point in points if not any(point is end for end in ends))
-        holders = path.split(".")[:-1]
-        within = frozenset(
-            id(modules[".".join(holders[:n])])
-            for n in range(1, len(holders) + 1)
-            if _is_component(modules[".".join(holders[:n])])
-        )
-        outer, siblings = _OuterHooks(component), modules[parent]._modules
-        slots.append(
-            _Slot(siblings, name, component, outer, ends, inner, within, id(component) in blocks)
-        )
-    return slots
+            paths.setdefault((id(modules[parent]), name), path)
+    return list(paths.values())
+
+
+def _slot(path: str, modules: dict[str, Any], components: list[Any], blocks: set[int]) -> _Slot:
+    """Describe the place of one component: its hook points and what is around it."""
+    parent, _, name = path.rpartition(".")
+    component = modules[path]
+    # What stands in a slot of its own fires its hooks there. Inside attention that is so for the
+    # projections alone: the Hugging Face module norms queries and keys in another layout.
+    apart = {
+        id(other)
+        for other in components
+        if other is not component and (_is_projection(other) or not _is_attention(component))
+    }
+    # What turns positions into angles has no weights, and hook points other than these two.
+    has_weights = next(component.parameters(), None) is not None
+    ends = (component.hook_in, component.hook_out) if has_weights else ()
+    inner = tuple(
+        point for point in _hook_points(component, apart) if not any(point is end for end in ends)
+    )
+    steps = path.split(".")[:-1]
+    holders = [modules[".".join(steps[:n])] for n in range(1, len(steps) + 1)]
+    within = frozenset(id(holder) for holder in holders if _is_component(holder))
+    return _Slot(
+        modules[parent]._modules,
+        name,
+        component,
+        _OuterHooks(component),
+        ends,
+        inner,
+        within,
+        id(component) in blocks,
+    )
 
 
 def _hook_points(module: nn.Module, apart: set[int]) -> Iterator[Any]:
-    """Hook points of a component and of what it holds, down to the components whose hooks fire by themselves."""
+    """Give the hook points of a component and of what it holds.
+
+    It goes down to the components in ``apart``, whose hooks fire by themselves.
+    """
     for child in module._modules.values():
         if child is None or id(child) in apart:
             continue
@@ -228,7 +272,7 @@ def _is_projection(component: Any) -> bool:
 
 
 def _is_watched(component: Any) -> bool:
-    """Whether anyone but TransformerLens has put a torch hook on a component."""
+    """Tell whether anyone but TransformerLens has put a torch hook on a component."""
     hooks = [*component._forward_hooks.values(), *component._forward_pre_hooks.values()]
     return any(
         not str(getattr(hook, "__module__", "")).startswith("transformer_lens.") for hook in hooks
@@ -248,7 +292,10 @@ def _computes_its_own_way(model: HookedModel) -> bool:
 
 
 def _takes_fused_attention(hf_model: Any) -> bool:
-    """Whether Hugging Face itself would take it for this architecture (soft-capped scores are what it cannot compute)."""
+    """Tell whether Hugging Face itself would take fused attention for this architecture.
+
+    Soft-capped scores are what it cannot compute.
+    """
     config = hf_model.config
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     nested = hasattr(config, "text_config")

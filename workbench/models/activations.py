@@ -1,4 +1,7 @@
-"""Activations of prompts at sites, pooled over a span of tokens: one forward pass for all sites, kept on disk when asked."""
+"""Read the activations of prompts at sites, pooled over a span of tokens.
+
+One forward pass serves all sites; results are kept on disk where that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import json
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +24,18 @@ from workbench.files.store import (
     write_json,
     write_tensors,
 )
-from workbench.models.forward import (
-    has_key_value_cache,
-    prefix_cache,
-    reading,
-    rows_of_cache,
-    shared_prefix_length,
+from workbench.models.batches import (
+    batches_under_budget,
+    in_given_order,
+    order_by_length,
+    pad,
+    share_prefix,
+    span_mask,
 )
+from workbench.models.forward import reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
-from workbench.models.tokens import SPANS, Encoded, encode, pad, pad_id, span_mask, template_text
+from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
 from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
 
 if TYPE_CHECKING:
@@ -38,11 +44,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
 
 
 SHARD = 256
-"""Prompts a shard on disk: what an interruption can lose."""
+"""Prompts per shard on disk: what an interruption can lose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +57,8 @@ class ActivationSet:
 
     Attributes:
         site: Where they were read.
-        values: Mean over the span's tokens, float32 on the CPU; one row a prompt. At ``z`` the heads are laid side by side.
+        values: Mean over the span's tokens, float32 on the CPU; one row per prompt. At ``z`` the
+            heads are laid side by side.
         prompts: What was run, row by row.
         span: Which tokens were pooled.
         model: What ran.
@@ -65,7 +72,8 @@ class ActivationSet:
 
     def __repr__(self) -> str:
         n, d = self.values.shape
-        return f"ActivationSet({self.site}, {n} prompts x {d}, span={self.span!r}, model={self.model.name!r})"
+        read = f"span={self.span!r}, model={self.model.name!r}"
+        return f"ActivationSet({self.site}, {n} prompts x {d}, {read})"
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -76,7 +84,7 @@ class ActivationSet:
         category: str | Iterable[str] | None = None,
         label: str | Iterable[str] | None = None,
     ) -> ActivationSet:
-        """The rows of prompts of a category and a label, in order.
+        """Take the rows of prompts of a category and a label, in order.
 
         Raises:
             ValueError: If there are none.
@@ -84,39 +92,41 @@ class ActivationSet:
         return self.of(select_prompts(self.prompts, category=category, label=label))
 
     def of(self, prompts: Sequence[Prompt]) -> ActivationSet:
-        """The rows of the given prompts, in their order.
+        """Take the rows of the given prompts, in their order.
 
         Raises:
             ValueError: If a prompt was not run, or with another text.
         """
-        row = {prompt.id: i for i, prompt in enumerate(self.prompts)}
+        row_of = {prompt.id: row for row, prompt in enumerate(self.prompts)}
         for prompt in prompts:
-            if prompt.id not in row:
+            if prompt.id not in row_of:
                 raise ValueError(
                     f"no activations of prompt {prompt.id!r} at {self.site}; cache it first."
                 )
-            ran = self.prompts[row[prompt.id]]
+            ran = self.prompts[row_of[prompt.id]]
             if ran.text != prompt.text or (
                 self.span == "response" and ran.response != prompt.response
             ):
                 raise ValueError(
-                    f"prompt {prompt.id!r} was run at {self.site} with another text; cache it again."
+                    f"prompt {prompt.id!r} was run at {self.site} with another text; cache it "
+                    "again."
                 )
-        return replace(
-            self, values=self.values[[row[prompt.id] for prompt in prompts]], prompts=tuple(prompts)
-        )
+        values = self.values[[row_of[prompt.id] for prompt in prompts]]
+        return replace(self, values=values, prompts=tuple(prompts))
 
 
 @dataclass(frozen=True, eq=False)
 class ClassMoments:
-    """Mean and variance of activations a class, from a stream: memory does not grow with the number of prompts.
+    """Mean and variance of the activations of each class, computed from a stream of prompts.
+
+    Memory does not grow with the number of prompts.
 
     Attributes:
         site: Where they were read.
         classes: (category, label) of each row.
-        n: Prompts a class.
-        mean: Mean a class, float64.
-        variance: Sample variance a class (n - 1), float64; zero where n is 1.
+        n: Prompts per class.
+        mean: Mean per class, float64.
+        variance: Sample variance per class (n - 1), float64; zero where n is 1.
         span: Which tokens were pooled.
         model: What ran.
     """
@@ -144,76 +154,52 @@ def cache_activations(
 ) -> dict[Site, ActivationSet]:
     """Run prompts once and keep their pooled activations at all sites.
 
-    Prompts are sorted by length and batched under a token budget; the chat template's common prefix is computed once, logits never,
-    and no layer above the last site runs.
+    Prompts are sorted by length and batched under a token budget; the chat template's common prefix
+    is computed once, logits never, and no layer above the last site runs.
 
     Args:
         model: A hooked model.
-        prompts: What to run. With span "response" each prompt's response is run behind it, teacher-forced.
+        prompts: What to run. With span "response" each prompt's response is run behind it,
+            teacher-forced.
         sites: One site or several.
-        span: "content" (the user's words), "response", "last" (the token before the answer), or "all" (BOS and template included: the
-            first token's massive activation then dominates many means).
+        span: "content" (the user's words), "response", "last" (the token before the answer), or
+            "all" (BOS and template included: the first token's massive activation then dominates
+            many means).
         system_prompt: Words for the system turn.
-        batch_size: Rows a batch, at most.
-        max_tokens: Tokens a batch, padding included, at most.
-        store: Folder for shards on disk. The same call reads them back; an interrupted one goes on where it was; other prompts, sites,
-            spans or models get a place of their own; a damaged shard is computed again.
+        batch_size: Largest number of rows per batch.
+        max_tokens: Largest number of tokens per batch, padding included.
+        store: Folder for shards on disk. The same call reads them back; an interrupted one goes on
+            where it was; other prompts, sites, spans or models get a folder of their own in it; a
+            damaged shard is computed again.
         progress: Show a progress bar.
 
     Returns:
-        One ``ActivationSet`` a site, rows in the order of ``prompts``.
+        One ``ActivationSet`` per site, rows in the order of ``prompts``.
 
     Raises:
         ValueError: If a site, span or prompt does not fit the model.
     """
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
     encoded, info = _prepare(model, prompts, sites, span, system_prompt)
-    order = sorted(
-        range(len(encoded)), key=lambda i: -len(encoded[i].ids)
-    )  # longest first: memory trouble shows at once
-    shards = [order[i : i + SHARD] for i in range(0, len(order), SHARD)]
-    folder: Path | None = None
-    manifest: dict[str, Any] = {}
+    order = order_by_length([len(row.ids) for row in encoded])
+    shards = None
     if store is not None:
-        what = {
-            "model": info.to_dict(),
-            "template": template_text(model, system_prompt),
-            "prompts": prompts_key(prompts),
-            "tokens": key_of(
-                [[row.ids, row.span(span)] for row in encoded]
-            ),  # tells tokenizers of one model apart
-            "span": span,
-            "sites": [str(site) for site in sites],
-            "shard": SHARD,
-        }
-        folder, manifest = _open_store(Path(store), what, [prompt.id for prompt in prompts])
+        what = _measurement(model, prompts, encoded, sites, span, system_prompt)
+        shards = _ShardFolder.open(Path(store), what, [prompt.id for prompt in prompts])
 
     bar = _progress_bar(len(prompts), "activations", progress)
-    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for number, shard in enumerate(shards):
-        values = _read_shard(folder, manifest, number) if folder is not None else None
-        if values is None:
-            columns: dict[Site, list[Tensor]] = {site: [] for site in sites}
-            for _, pooled in pooled_batches(
-                model, [encoded[i] for i in shard], sites, span, batch_size, max_tokens
-            ):
-                for site in sites:
-                    columns[site].append(pooled[site].cpu())
-                bar.update(len(pooled[sites[0]]))
-            values = {str(site): torch.cat(columns[site]) for site in sites}
-            if folder is not None:
-                _write_shard(folder, manifest, number, values)
-        else:
-            bar.update(len(shard))
-        for site in sites:
-            parts[site].append(values[str(site)])
+    parts = []
+    for number, start in enumerate(range(0, len(order), SHARD)):
+        rows = [encoded[i] for i in order[start : start + SHARD]]
+        pool = partial(_pool, model, rows, sites, span, batch_size, max_tokens, bar)
+        parts.append(shards.read_or_write(number, pool) if shards else pool())
+        bar.update(start + len(rows) - bar.n)  # counts those that were read from disk too
     bar.close()
-    inverse = torch.empty(len(order), dtype=torch.long)
-    inverse[torch.tensor(order)] = torch.arange(len(order))
-    return {
-        site: ActivationSet(site, torch.cat(parts.pop(site))[inverse], tuple(prompts), span, info)
-        for site in list(parts)
-    }
+    results = {}
+    for site in sites:
+        of_site = in_given_order(torch.cat([part.pop(str(site)) for part in parts]), order)
+        results[site] = ActivationSet(site, of_site, tuple(prompts), span, info)
+    return results
 
 
 def class_moments(
@@ -227,26 +213,27 @@ def class_moments(
     max_tokens: int = 4096,
     progress: bool = False,
 ) -> dict[Site, ClassMoments]:
-    """Run prompts once and keep only mean and variance of each (category, label): for sets too large to hold.
+    """Run prompts once and keep only mean and variance of each (category, label).
 
-    Arguments are those of ``cache_activations``. Batches are merged in float64 by the pairwise update of Chan et al. (1979).
+    This is for sets too large to hold. Arguments are those of ``cache_activations``. Batches are
+    merged in float64 by the pairwise update of Chan et al. (1979).
 
     Returns:
-        One ``ClassMoments`` a site.
+        One ``ClassMoments`` per site.
     """
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
     encoded, info = _prepare(model, prompts, sites, span, system_prompt)
-    encoded.sort(key=lambda row: -len(row.ids))
+    encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
     classes = tuple(sorted({(prompt.category, prompt.label) for prompt in prompts}))
     n = torch.zeros(len(classes), dtype=torch.long)
     mean: dict[Site, Tensor] = {}
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
     bar = _progress_bar(len(prompts), "moments", progress)
     for rows, pooled in pooled_batches(model, encoded, sites, span, batch_size, max_tokens):
-        label = torch.tensor(
+        class_of_row = torch.tensor(
             [classes.index((row.prompt.category, row.prompt.label)) for row in rows]
         )
-        member = torch.nn.functional.one_hot(label, len(classes)).double()
+        member = torch.nn.functional.one_hot(class_of_row, len(classes)).double()
         added = member.sum(dim=0)
         total = (n + added).clamp(min=1)
         for site in sites:
@@ -255,7 +242,7 @@ def class_moments(
                 mean[site] = torch.zeros(len(classes), values.shape[1], dtype=torch.float64)
                 squares[site] = torch.zeros_like(mean[site])
             batch_mean = (member.T @ values) / added.clamp(min=1)[:, None]
-            batch_squares = member.T @ (values - batch_mean[label]) ** 2
+            batch_squares = member.T @ (values - batch_mean[class_of_row]) ** 2
             delta = torch.where(added[:, None] > 0, batch_mean - mean[site], 0.0)
             squares[site] += batch_squares + delta**2 * (n * added / total)[:, None]
             mean[site] += delta * (added / total)[:, None]
@@ -273,21 +260,24 @@ def class_moments(
 def token_activations(
     model: HookedModel, prompt: Prompt, site: Site, *, system_prompt: str | None = None
 ) -> tuple[Encoded, Float[Tensor, "pos d"]]:
-    """Activations of one prompt token by token, for views: the tokens and one row each (with the response, if the prompt has one)."""
+    """Read the activations of one prompt token by token, for views.
+
+    Returns:
+        The tokens (with the response, if the prompt has one) and one row per token.
+    """
     check_sites(model, [site])
-    row = encode(model, [prompt], with_response=bool(prompt.response), system_prompt=system_prompt)[
-        0
-    ]
+    [row] = encode(
+        model, [prompt], with_response=bool(prompt.response), system_prompt=system_prompt
+    )
     batch = pad([row], pad_id=pad_id(model), side="right", device=_device(model))
-    kept: list[Tensor] = []
-    with (
-        torch.no_grad(),
-        reading(
-            model, [(site.hook_name, lambda a: kept.append(a.flatten(2)[0].float().cpu()))]
-        ) as run,
-    ):
+    activations: list[Tensor] = []
+
+    def read(activation: Tensor) -> None:
+        activations.append(activation.flatten(2)[0].float().cpu())
+
+    with torch.no_grad(), reading(model, [(site.hook_name, read)]) as run:
         run(batch.tokens, batch.mask)
-    return row, kept[0].clone()
+    return row, activations[0].clone()
 
 
 def pooled_batches(
@@ -298,7 +288,7 @@ def pooled_batches(
     batch_size: int,
     max_tokens: int,
 ) -> Iterator[tuple[Sequence[Encoded], dict[Site, Float[Tensor, "batch d"]]]]:
-    """Forward passes over rows in their order, each giving the span means of its rows at every site.
+    """Run rows in their order, and give batch by batch the span means at every site.
 
     What comes after a row's span is not run: no earlier token sees it.
     """
@@ -308,15 +298,10 @@ def pooled_batches(
         )
     device = _device(model)
     encoded = [dataclasses.replace(row, ids=row.ids[: row.span(span)[1]]) for row in encoded]
-    n_prefix = (
-        shared_prefix_length(encoded, keep=lambda row: row.span(span)[0])
-        if has_key_value_cache(model)
-        else 0
-    )
-    weights: (
-        Tensor  # share of each token in its row's mean; set for each batch before the hooks read it
-    )
+    # Set for each batch before the hooks read them: the columns that hold a token of a span, and
+    # the share of each token in its row's mean.
     columns: slice
+    weights: Tensor
     pooled: dict[Site, Tensor] = {}
 
     def reader(site: Site) -> Callable[[Tensor], None]:
@@ -327,22 +312,56 @@ def pooled_batches(
         return read
 
     with torch.no_grad():
-        prefix = prefix_cache(model, encoded[0].ids[:n_prefix]) if n_prefix else None
+        prefix = share_prefix(model, encoded, keep=lambda row: row.span(span)[0])
         with reading(model, [(site.hook_name, reader(site)) for site in sites]) as run:
-            for rows in _batches(encoded, batch_size, max_tokens):
+            for rows in batches_under_budget(encoded, batch_size, max_tokens):
                 batch = pad(rows, pad_id=pad_id(model), side="right", device=device)
-                inside = span_mask(rows, batch, span)[:, n_prefix:]
+                inside = span_mask(rows, batch, span)[:, prefix.length :]
                 used = inside.any(dim=0).nonzero()
                 columns = slice(int(used[0]), int(used[-1]) + 1)
                 inside = inside[:, columns]
                 weights = inside.float() / inside.sum(dim=1, keepdim=True)
-                cache = (
-                    rows_of_cache(prefix, torch.zeros(len(rows), dtype=torch.long, device=device))
-                    if prefix is not None
-                    else None
-                )
-                run(batch.tokens[:, n_prefix:], batch.mask, cache)
+                run(batch.tokens[:, prefix.length :], batch.mask, prefix.for_rows(len(rows)))
                 yield rows, dict(pooled)
+
+
+def _measurement(
+    model: HookedModel,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[Encoded],
+    sites: Sequence[Site],
+    span: str,
+    system_prompt: str | None,
+) -> dict[str, Any]:
+    """Describe a measurement by all that its values depend on."""
+    return {
+        "model": model_info(model).to_dict(),
+        "template": template_text(model, system_prompt),
+        "prompts": prompts_key(prompts),
+        # Tells tokenizers of one model apart.
+        "tokens": key_of([[row.ids, row.span(span)] for row in encoded]),
+        "span": span,
+        "sites": [str(site) for site in sites],
+        "shard": SHARD,
+    }
+
+
+def _pool(
+    model: HookedModel,
+    rows: Sequence[Encoded],
+    sites: Sequence[Site],
+    span: str,
+    batch_size: int,
+    max_tokens: int,
+    bar: Any,
+) -> dict[str, Float[Tensor, "row d"]]:
+    """Pool rows at every site, in their order, on the CPU; the sites as they print."""
+    columns: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for batch, pooled in pooled_batches(model, rows, sites, span, batch_size, max_tokens):
+        for site in sites:
+            columns[site].append(pooled[site].cpu())
+        bar.update(len(batch))
+    return {str(site): torch.cat(columns[site]) for site in sites}
 
 
 def _prepare(
@@ -358,7 +377,7 @@ def _prepare(
         raise ValueError(f"unknown span {span!r}; spans: {', '.join(SPANS)}.")
     ids = [prompt.id for prompt in prompts]
     if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
+        twice = next(prompt_id for prompt_id in ids if ids.count(prompt_id) > 1)
         raise ValueError(f"prompt {twice!r} comes twice; ids must be unique in a set.")
     check_sites(model, sites)
     encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
@@ -367,65 +386,67 @@ def _prepare(
     return encoded, model_info(model)
 
 
-def _batches(
-    encoded: Sequence[Encoded], batch_size: int, max_tokens: int
-) -> Iterator[list[Encoded]]:
-    """Consecutive rows, at most batch_size and at most max_tokens with padding (a longer single row goes alone)."""
-    rows: list[Encoded] = []
-    width = 0
-    for row in encoded:
-        wider = max(width, len(row.ids))
-        if rows and (len(rows) == batch_size or wider * (len(rows) + 1) > max_tokens):
-            yield rows
-            rows, wider = [], len(row.ids)
-        rows.append(row)
-        width = wider
-    yield rows
+@dataclass(frozen=True)
+class _ShardFolder:
+    """The shards of exactly one measurement on disk, with a manifest of their checksums."""
 
+    folder: Path
+    manifest: dict[str, Any]
 
-def _open_store(store: Path, what: dict[str, Any], ids: list[str]) -> tuple[Path, dict[str, Any]]:
-    """Folder of exactly this measurement and its manifest, begun if there is none."""
-    what = json.loads(json.dumps(what))  # as it will be read back
-    folder = store / key_of(what)
-    path = folder / "manifest.json"
-    if path.exists():
-        try:
-            manifest = read_json(path)
-            if manifest["what"] == what and isinstance(manifest["shards"], dict):
-                return folder, manifest
-        except (ValueError, KeyError, TypeError):
-            pass
-        warnings.warn(
-            f"{path.name} of the activations in {folder.name} is damaged; computing them again.",
-            stacklevel=3,
-        )
-    manifest = {"what": what, "ids": ids, "shards": {}}
-    write_json(path, manifest)
-    return folder, manifest
+    @classmethod
+    def open(cls, store: Path, what: dict[str, Any], ids: list[str]) -> _ShardFolder:
+        """Open the folder of a measurement, or begin one."""
+        what = json.loads(json.dumps(what))  # as it will be read back
+        folder = store / key_of(what)
+        path = folder / "manifest.json"
+        if path.exists():
+            try:
+                manifest = read_json(path)
+                if manifest["what"] == what and isinstance(manifest["shards"], dict):
+                    return cls(folder, manifest)
+            except (ValueError, KeyError, TypeError):
+                pass
+            warnings.warn(
+                f"{path.name} of the activations in {folder.name} is damaged; computing them "
+                "again.",
+                stacklevel=3,
+            )
+        manifest = {"what": what, "ids": ids, "shards": {}}
+        write_json(path, manifest)
+        return cls(folder, manifest)
 
+    def read_or_write(
+        self, number: int, compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Read a shard; where that cannot be done, compute and write it."""
+        values = self.read(number)
+        if values is None:
+            values = compute()
+            self.write(number, values)
+        return values
 
-def _read_shard(folder: Path, manifest: dict[str, Any], number: int) -> dict[str, Tensor] | None:
-    """A shard that is there and whole, else None."""
-    checksum = manifest["shards"].get(str(number))
-    path = folder / f"shard-{number:05d}.safetensors"
-    if checksum is None:
-        return None
-    if not path.is_file() or file_checksum(path) != checksum:
-        warnings.warn(
-            f"activation shard {path.name} is missing or damaged; computing it again.", stacklevel=3
-        )
-        return None
-    return read_tensors(path)[0]
+    def read(self, number: int) -> dict[str, Tensor] | None:
+        """Read a shard; None where it is missing or not whole."""
+        checksum, path = self.manifest["shards"].get(str(number)), self._path(number)
+        if checksum is None:
+            return None
+        if not path.is_file() or file_checksum(path) != checksum:
+            warnings.warn(
+                f"activation shard {path.name} is missing or damaged; computing it again.",
+                stacklevel=4,
+            )
+            return None
+        return read_tensors(path)[0]
 
+    def write(self, number: int, values: dict[str, Tensor]) -> None:
+        """Write a shard, and its checksum to the manifest."""
+        metadata = {"shard": number, **self.manifest["what"]}
+        checksum = write_tensors(self._path(number), values, metadata)
+        self.manifest["shards"][str(number)] = checksum
+        write_json(self.folder / "manifest.json", self.manifest)
 
-def _write_shard(
-    folder: Path, manifest: dict[str, Any], number: int, values: dict[str, Tensor]
-) -> None:
-    path = folder / f"shard-{number:05d}.safetensors"
-    manifest["shards"][str(number)] = write_tensors(
-        path, values, {"shard": number, **manifest["what"]}
-    )
-    write_json(folder / "manifest.json", manifest)
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
 
 
 def _progress_bar(total: int, what: str, show: bool) -> Any:

@@ -1,4 +1,8 @@
-"""One forward pass, without work that nobody asked for: shared template prefix, key-value cache, no logits, early stop."""
+"""Run one forward pass without work that nobody asked for.
+
+A prefix that rows share is computed once, decoding keeps keys and values, logits are computed for
+the columns that are read, and a pass that only reads activations stops behind the last of them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.models._idle_hooks import idle_hooks_bypassed
+from workbench.models.hooked_model import HookedModel, hugging_face_model
 from workbench.models.packing import unpacked
 
 if TYPE_CHECKING:
@@ -18,8 +23,15 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from workbench.models.load import HookedModel
     from workbench.models.tokens import Encoded
+
+
+KeyValueCache = Any
+"""A transformers ``Cache``: keys and values of the tokens seen so far, one entry per layer."""
+
+
+SPARE_COLUMNS = 64
+"""Tokens that a growing key-value cache takes before its buffers are made anew."""
 
 
 _share_prefix: ContextVar[bool] = ContextVar("share_prefix", default=True)
@@ -28,17 +40,16 @@ _share_prefix: ContextVar[bool] = ContextVar("share_prefix", default=True)
 _fast: ContextVar[bool] = ContextVar("fast", default=True)
 
 
-KeyValueCache = Any
-"""A transformers ``Cache``: keys and values of the tokens seen so far, one entry a layer."""
-
-
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Raised inside a hook when everything that was asked for has been seen."""
 
 
 def has_key_value_cache(model: HookedModel) -> bool:
-    """Whether the model takes a transformers cache (TransformerBridge does; a 3.x HookedTransformer has its own kind)."""
-    return hasattr(model, "original_model")
+    """Tell whether the model takes a transformers cache.
+
+    TransformerBridge does; HookedTransformer has a kind of its own, which is not used here.
+    """
+    return hugging_face_model(model) is not None
 
 
 def forward(
@@ -49,7 +60,10 @@ def forward(
     cache: KeyValueCache | None = None,
     use_cache: bool = False,
 ) -> tuple[Float[Tensor, "batch d_vocab"], KeyValueCache | None]:
-    """Logits after the last column, and the cache that now holds these tokens; see ``last_logits``."""
+    """Compute the logits after the last column, and the cache that now holds these tokens.
+
+    Arguments are those of ``last_logits``.
+    """
     logits, cache = last_logits(model, tokens, mask, 1, cache=cache, use_cache=use_cache)
     return logits[:, -1], cache
 
@@ -63,7 +77,7 @@ def last_logits(
     cache: KeyValueCache | None = None,
     use_cache: bool = False,
 ) -> tuple[Float[Tensor, "batch n d_vocab"], KeyValueCache | None]:
-    """One pass: logits after each of the last ``n`` columns (no others are computed), and the cache.
+    """Compute the logits after each of the last ``n`` columns, and the cache, in one pass.
 
     Args:
         model: A hooked model; its hooks fire.
@@ -75,13 +89,13 @@ def last_logits(
     """
     if not has_key_value_cache(model):
         return model(tokens, attention_mask=mask.long())[:, -n:], None
-    # TransformerLens counts each row's positions from this mask, cached columns included. Where a model takes them they are given, the same
-    # ones: to find out whether it needs any, TransformerLens waits for the device at every step.
+    # TransformerLens counts each row's positions from this mask, cached columns included. Where a
+    # model takes them they are given, the same ones: to find out whether it needs any,
+    # TransformerLens waits for the device at every step.
     keywords: dict[str, Any] = {"attention_mask": mask.long(), "logits_to_keep": n}
     if getattr(model, "_accepts_derived_position_ids", bool)():
-        keywords["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[
-            :, mask.shape[1] - tokens.shape[1] :
-        ]
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        keywords["position_ids"] = positions[:, mask.shape[1] - tokens.shape[1] :]
     if cache is not None:
         keywords["past_key_values"] = cache
         if use_cache:
@@ -98,18 +112,19 @@ def last_logits(
 
 
 def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], int]) -> int:
-    """Number of leading tokens that all rows share and nobody reads: usually the chat template up to the user's words.
+    """Count the leading tokens that all rows share and nobody reads.
+
+    Usually they are the chat template up to the user's words.
 
     Args:
         encoded: The rows.
-        keep: First position of a row whose activations or logits are needed; the prefix ends before it.
+        keep: First position of a row whose activations or logits are needed; the prefix ends
+            before it.
     """
     if not (_fast.get() and _share_prefix.get()):
         return 0
-    first, last = (
-        min(row.ids for row in encoded),
-        max(row.ids for row in encoded),
-    )  # all others lie between these
+    # In alphabetical order all other rows lie between these two.
+    first, last = min(row.ids for row in encoded), max(row.ids for row in encoded)
     shared = next(
         (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
         min(len(first), len(last)),
@@ -118,7 +133,7 @@ def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], i
 
 
 def prefix_cache(model: HookedModel, ids: Sequence[int], *, rows: int = 1) -> KeyValueCache:
-    """Keys and values of a token prefix, computed once (with the hooks that are set, for ``rows`` rows)."""
+    """Compute keys and values of a prefix for ``rows`` rows, with the hooks that are set."""
     device = next(iter(model.parameters())).device
     tokens = torch.tensor([list(ids)] * rows, device=device)
     _, cache = forward(model, tokens, torch.ones_like(tokens, dtype=torch.bool), use_cache=True)
@@ -126,9 +141,10 @@ def prefix_cache(model: HookedModel, ids: Sequence[int], *, rows: int = 1) -> Ke
 
 
 def allows_padding_behind(cache: KeyValueCache, columns: int) -> bool:
-    """Whether padding may stand between a cached prefix and what follows, in up to so many columns.
+    """Tell whether padding may stand between a cached prefix and what follows it.
 
-    Sliding-window layers (Gemma, Mistral) count columns, padding too: in longer rows they would lose sight of the prefix too early.
+    Sliding-window layers (Gemma, Mistral) count columns, padding too: in rows of more columns than
+    their window they would lose sight of the prefix too early.
     """
     return all(
         layer.sliding_window >= columns
@@ -138,26 +154,29 @@ def allows_padding_behind(cache: KeyValueCache, columns: int) -> bool:
 
 
 def rows_of_cache(cache: KeyValueCache, rows: Int[Tensor, " batch"]) -> KeyValueCache:
-    """A copy of a cache with the given rows, in that order and as often as named; the original stays as it is."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
-    return chosen
+    """Copy rows of a cache, in the given order and as often as named; the original stays."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected
 
 
 def is_fast() -> bool:
-    """Whether the fast routes are on: outside ``plain``."""
+    """Tell whether the fast routes are on, as they are outside ``plain``."""
     return _fast.get()
 
 
 def fast(model: HookedModel) -> AbstractContextManager[None]:
-    """Context for passes with the same hooks: every pass takes it, around many it is only looked for once which hooks are idle."""
+    """Bypass idle hooks for the passes inside the block, all of which have the same hooks set.
+
+    Every pass does this for itself; around many of them, idle hooks are only looked for once.
+    """
     return idle_hooks_bypassed(model) if _fast.get() else nullcontext()
 
 
 @contextmanager
 def without_shared_prefix() -> Iterator[None]:
-    """Every row computed from its first token inside the block, for comparison."""
+    """Compute every row from its first token inside the block, for comparison."""
     token = _share_prefix.set(False)
     try:
         yield
@@ -167,9 +186,10 @@ def without_shared_prefix() -> Iterator[None]:
 
 @contextmanager
 def plain(model: HookedModel) -> Iterator[None]:
-    """The slow routes inside the block, for comparison. The numbers are the same to rounding.
+    """Take the slow routes inside the block, for comparison: the same numbers to rounding.
 
-    No shared template prefix, no packed linear layers, and every component of TransformerLens runs, its hooks idle or not.
+    No prefix is shared, no linear layer is packed, and every component of TransformerLens runs,
+    whether its hooks are idle or not.
     """
     token = _fast.set(False)
     try:
@@ -183,18 +203,21 @@ def plain(model: HookedModel) -> Iterator[None]:
 def reading(
     model: HookedModel, readers: Sequence[tuple[str, Callable[[Tensor], None]]]
 ) -> Iterator[Callable[..., None]]:
-    """Hooks that only read; yields ``run(tokens, mask, cache)``, which stops as soon as every reader has been called.
+    """Set hooks that only read; yield ``run(tokens, mask, cache)``.
+
+    A run stops as soon as every reader has been called.
 
     Args:
         model: A hooked model.
-        readers: Pairs of hook name and function of the activation there. The tensor shares storage with the model: copy what is kept.
+        readers: Pairs of hook name and function of the activation there. The tensor shares storage
+            with the model: copy what is kept.
     """
     waiting: set[int] = set()
 
-    def hook_of(place: int, read: Callable[[Tensor], None]) -> Callable[..., None]:
-        def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes it by name
+    def hook_of(reader: int, read: Callable[[Tensor], None]) -> Callable[..., None]:
+        def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens names it
             read(activation)
-            waiting.discard(place)
+            waiting.discard(reader)
             if not waiting:
                 raise _Stop
 
@@ -206,12 +229,12 @@ def reading(
             forward(model, tokens, mask, cache=cache)
         except _Stop:
             return
-        missing = ", ".join(readers[place][0] for place in sorted(waiting))
+        missing = ", ".join(readers[reader][0] for reader in sorted(waiting))
         raise RuntimeError(
-            f"hook points never fired: {missing}; this architecture does not compute them."
+            f"hook points never fired: {missing}; this architecture does not compute them, so "
+            "choose another kind of site."
         )
 
-    with model.hooks(
-        fwd_hooks=[(name, hook_of(place, read)) for place, (name, read) in enumerate(readers)]
-    ):
+    hooks = [(name, hook_of(reader, read)) for reader, (name, read) in enumerate(readers)]
+    with model.hooks(fwd_hooks=hooks):
         yield run

@@ -1,8 +1,10 @@
-"""Linear layers with weights packed once for the processor's fast matrix product. Same numbers to rounding, more of them a second.
+"""Pack the weights of linear layers once, for the processor's fast matrix product.
 
-On many x86 processors oneDNN with a weight in its own layout is faster than the product torch calls by default, on others it is not: so it is
-measured here, on this machine, with the model's own layers, before anything is packed. The operators are those that torch's own
-compiler emits for frozen graphs; torch does not promise to keep them, so they are looked up, checked numerically, and left alone where either fails.
+It gives the same numbers to rounding, and more of them per second. On many x86 processors oneDNN
+with a weight in its own layout is faster than the product torch calls by default, on others it is
+not: so it is measured on this machine, with the model's own layers, before anything is packed. The
+operators are those that torch's own compiler emits for frozen graphs; torch does not promise to
+keep them, so they are looked up, checked numerically, and left alone where either fails.
 """
 
 from __future__ import annotations
@@ -23,18 +25,21 @@ from workbench.files.store import key_of, read_json, write_json
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from workbench.models.hooked_model import HookedModel
+
 
 Choice = Literal["auto", "on", "off"]
-
-
-Pair = tuple[Callable[[], "Tensor"], Callable[[], "Tensor"]]
 
 
 CHOICES = ("auto", "on", "off")
 
 
+_Products = tuple[Callable[[], "Tensor"], Callable[[], "Tensor"]]
+"""The plain and the packed product of one layer with a fixed input."""
+
+
 ROWS = (512, 32)
-"""Rows of the products that are measured: a batch of prompts, and one token of a batch that is being answered."""
+"""Rows of the products that are measured: a batch of prompts, and one token of each answer."""
 
 
 LEAST_GAIN = 1.15
@@ -50,15 +55,17 @@ TOLERANCE = 1e-4
 
 
 ROUNDS = 7
+"""Measurements whose median counts."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What was done, and why.
+    """What was done to a model's linear layers, and why.
 
     Attributes:
         packed: Whether the linear layers are packed.
-        gain: Time of the plain product over that of the packed one, measured (geometric mean of many rows and few); nan where it was not.
+        gain: Time of the plain product over that of the packed one (geometric mean of many rows and
+            few); nan where it was not measured.
         reason: In a few words.
         n_layers: Linear layers packed.
     """
@@ -72,13 +79,15 @@ class Packing:
 def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     """Pack the linear layers of a model, if that is faster here.
 
-    A packed layer goes back to the plain product by itself where gradients are wanted, where its input is no float32 on the processor, and
-    once its weight was written to. Packing takes a second copy of the weights.
+    A packed layer goes back to the plain product by itself where gradients are wanted, where its
+    input is no float32 on the processor, and once its weight was written to. Packing takes a second
+    copy of the weights.
 
     Args:
         module: Any model; its ``torch.nn.Linear`` layers count, wherever they are.
-        choice: "auto" measures first (once a machine, torch and number of threads: the result is kept in the user's cache folder, so that a resumed
-            run computes as it began), "on" packs wherever it is possible, "off" does nothing (and undoes it).
+        choice: "auto" measures first (once per machine, torch and number of threads: the result is
+            kept in the user's cache folder, so that a resumed run computes as it began), "on" packs
+            wherever it is possible, "off" does nothing (and undoes it).
 
     Raises:
         ValueError: If the choice is unknown.
@@ -87,27 +96,32 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
 
     if choice not in CHOICES:
         raise ValueError(f"unknown choice of packing {choice!r}; choices: {', '.join(CHOICES)}.")
-    linears = [m for m in module.modules() if type(m) is nn.Linear]
+    linears = [layer for layer in module.modules() if type(layer) is nn.Linear]
     for linear in linears:
         linear.__dict__.pop("forward", None)  # what an earlier call has put there
     nan = float("nan")
     if choice == "off":
         return Packing(False, nan, "switched off")
     linears = [
-        m for m in linears if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32
+        layer
+        for layer in linears
+        if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
     ]
     if not linears:
         return Packing(False, nan, "only float32 layers on the processor can be packed")
-    if choice == "auto" and sum(m.weight.numel() for m in linears) < LEAST_WEIGHTS:
+    if choice == "auto" and sum(layer.weight.numel() for layer in linears) < LEAST_WEIGHTS:
         return Packing(False, nan, "too small a model to matter")
-    shapes = {tuple(m.weight.shape): m for m in linears}
+    one_per_shape = {tuple(layer.weight.shape): layer for layer in linears}
     try:
-        pairs = {rows: [_pair(m, rows) for m in shapes.values()] for rows in ROWS}
-        if not all(_close(plain(), packed()) for own in pairs.values() for plain, packed in own):
-            return Packing(False, nan, "the packed product gives other numbers here")
+        products = {rows: [_products(x, rows) for x in one_per_shape.values()] for rows in ROWS}
+        same_numbers = all(
+            _close(plain(), packed()) for layers in products.values() for plain, packed in layers
+        )
     except (AttributeError, RuntimeError, NotImplementedError) as error:
         return Packing(False, nan, f"this torch has no packed product ({type(error).__name__})")
-    gain = _known_gain(sorted(shapes), pairs) if choice == "auto" else _gain(pairs)
+    if not same_numbers:
+        return Packing(False, nan, "the packed product gives other numbers here")
+    gain = _known_gain(sorted(one_per_shape), products) if choice == "auto" else _gain(products)
     if choice == "auto" and gain < LEAST_GAIN:
         return Packing(False, gain, "no faster here")
     for linear in linears:
@@ -115,24 +129,26 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     return Packing(True, gain, "faster here" if gain >= LEAST_GAIN else "asked for", len(linears))
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Whether any layer of a model is packed."""
-    return any("forward" in m.__dict__ and hasattr(m, "in_features") for m in module.modules())
+def is_packed(module: nn.Module | HookedModel) -> bool:
+    """Tell whether any layer of a model is packed."""
+    return any(
+        "forward" in layer.__dict__ and hasattr(layer, "in_features") for layer in module.modules()
+    )
 
 
 @contextmanager
-def unpacked(module: nn.Module) -> Iterator[None]:
-    """The plain products inside the block."""
-    kept = [
-        (m, m.__dict__.pop("forward"))
-        for m in module.modules()
-        if "forward" in m.__dict__ and hasattr(m, "weight")
+def unpacked(module: nn.Module | HookedModel) -> Iterator[None]:
+    """Take the plain products inside the block."""
+    packed_forwards = [
+        (layer, layer.__dict__.pop("forward"))
+        for layer in module.modules()
+        if "forward" in layer.__dict__ and hasattr(layer, "weight")
     ]
     try:
         yield
     finally:
-        for linear, own in kept:
-            linear.__dict__["forward"] = own
+        for linear, packed_forward in packed_forwards:
+            linear.__dict__["forward"] = packed_forward
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -144,13 +160,14 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    weight, bias = linear.weight, linear.bias
-    packed, state = _packed(weight), (weight.data_ptr(), weight._version)
+    """Make the packed product of a layer, which goes back to the plain one where it must."""
+    packed_weight, bias = linear.weight, linear.bias
+    packed, state = _packed(packed_weight), (packed_weight.data_ptr(), packed_weight._version)
 
     def forward(x: Tensor) -> Tensor:
-        own = linear.weight
-        changed = own is not weight or (own.data_ptr(), own._version) != state
-        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or own.requires_grad)
+        weight = linear.weight
+        changed = weight is not packed_weight or (weight.data_ptr(), weight._version) != state
+        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if (
             changed
             or wants_gradient
@@ -158,14 +175,14 @@ def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
             or x.device.type != "cpu"
             or x.numel() == 0
         ):
-            return torch.nn.functional.linear(x, own, linear.bias)
+            return torch.nn.functional.linear(x, weight, linear.bias)
         return _product(x, packed, bias)
 
     return forward
 
 
-def _pair(linear: nn.Linear, rows: int) -> Pair:
-    """The plain and the packed product of a layer with one fixed input."""
+def _products(linear: nn.Linear, rows: int) -> _Products:
+    """Make the plain and the packed product of a layer with one fixed input."""
     x = torch.randn(rows, linear.in_features, generator=torch.Generator().manual_seed(0))
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
     packed = _packed(weight)
@@ -176,8 +193,8 @@ def _close(plain: Tensor, packed: Tensor) -> bool:
     return bool((plain - packed).abs().max() <= TOLERANCE * plain.abs().max().clamp(min=1e-12))
 
 
-def _known_gain(shapes: list[tuple[int, ...]], pairs: dict[int, list[Pair]]) -> float:
-    """The gain as it was measured here before, else measured now and kept."""
+def _known_gain(shapes: list[tuple[int, ...]], products: dict[int, list[_Products]]) -> float:
+    """Read the gain as it was measured here before, else measure it now and keep it."""
     import platformdirs
 
     what = [
@@ -192,10 +209,9 @@ def _known_gain(shapes: list[tuple[int, ...]], pairs: dict[int, list[Pair]]) -> 
     try:
         return float(read_json(path)["gain"])
     except (OSError, ValueError, KeyError, TypeError):
-        gain = _gain(pairs)
-    with suppress(
-        OSError
-    ):  # a cache folder that cannot be written to costs a measurement each time, nothing else
+        gain = _gain(products)
+    # A cache folder that cannot be written to costs a measurement each time, nothing else.
+    with suppress(OSError):
         write_json(path, {"gain": gain, "what": what})
     return gain
 
@@ -210,8 +226,12 @@ def _cpu_name() -> str:
     )
 
 
-def _gain(pairs: dict[int, list[Pair]]) -> float:
-    """Median over rounds of plain time over packed time, all shapes together, one after the other in each round; geometric mean over rows."""
+def _gain(products: dict[int, list[_Products]]) -> float:
+    """Measure the plain products' time over the packed ones'.
+
+    In each round all shapes run one after the other; the gain is the median over rounds and the
+    geometric mean over rows.
+    """
 
     def seconds(functions: Iterable[Callable[[], Any]]) -> float:
         start = time.perf_counter()
@@ -221,9 +241,10 @@ def _gain(pairs: dict[int, list[Pair]]) -> float:
 
     gains = []
     with torch.no_grad():
-        for own in pairs.values():
+        for layers in products.values():
             ratios = [
-                seconds(p for p, _ in own) / seconds(q for _, q in own) for _ in range(ROUNDS + 1)
+                seconds(plain for plain, _ in layers) / seconds(packed for _, packed in layers)
+                for _ in range(ROUNDS + 1)  # the first one warms up
             ]
             gains.append(statistics.median(ratios[1:]))
     return statistics.geometric_mean(gains)

@@ -1,4 +1,7 @@
-"""Layers below all that is steered give every condition of a sweep the same: their prompt pass is run once a prompt, not once a row."""
+"""Run the layers below all steering once per prompt instead of once per row.
+
+They give every condition of a sweep the same, so the conditions of one prompt can share them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
 
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,28 +32,31 @@ class Below:
         layer: The first block that is left to run.
         output: What the block below it returned.
         cache: Keys and values of the blocks below; those of the others hold the prefix only.
-        place: For each row of the batch, its prompt's row in these.
+        prompt_rows: For each row of the batch, its prompt's row in these.
     """
 
     layer: int
     output: Any
     cache: KeyValueCache
-    place: Int[Tensor, " batch"]
+    prompt_rows: Int[Tensor, " batch"]
 
     @contextmanager
     def known(self, model: HookedModel, cache: KeyValueCache) -> Iterator[None]:
-        """The one pass inside the block begins at the layer; afterwards the cache holds what a whole pass would have left."""
+        """Begin the one pass inside the block at the layer.
+
+        Afterwards the cache holds what a whole pass would have left in it.
+        """
         first, *others = self.output if isinstance(self.output, tuple) else (self.output,)
-        own = first[self.place]
-        output = (own, *others) if isinstance(self.output, tuple) else own
+        hidden = first[self.prompt_rows]
+        output = (hidden, *others) if isinstance(self.output, tuple) else hidden
+        slots = block_slots(model)[: self.layer]
         with (
             fast(model),
-            _replaced(
-                {s: _Known(s.siblings[s.name], output) for s in block_slots(model)[: self.layer]}
-            ),
+            _replaced({slot: _Known(slot.siblings[slot.name], output) for slot in slots}),
         ):
             yield
-        cache.layers[: self.layer] = rows_of_cache(self.cache, self.place).layers[: self.layer]
+        rows = rows_of_cache(self.cache, self.prompt_rows)
+        cache.layers[: self.layer] = rows.layers[: self.layer]
 
 
 def run_below(
@@ -61,7 +67,7 @@ def run_below(
     cache: KeyValueCache | None,
     prompts: Sequence[Hashable],
 ) -> Below | None:
-    """Run the blocks below a layer for the distinct prompts of a batch, before any steering is set.
+    """Run the blocks below a layer for a batch's distinct prompts, before any steering is set.
 
     Args:
         model: A hooked model.
@@ -72,22 +78,23 @@ def run_below(
         prompts: What tells the rows' prompts apart.
 
     Returns:
-        None where nothing would be saved (fewer than half of the rows repeat a prompt) or the model has no such parts: no cache, hooks of the
-        caller's own below the layer, or the fast routes switched off.
+        None where nothing would be saved (fewer than half of the rows repeat a prompt) or it cannot
+        be done: there is no cache, the caller has hooks below the layer, or the fast routes are
+        switched off.
     """
     first: dict[Hashable, int] = {}
-    place = [first.setdefault(prompt, len(first)) for prompt in prompts]
+    prompt_rows = [first.setdefault(prompt, len(first)) for prompt in prompts]
     possible = cache is not None and is_fast() and 0 < layer < model.cfg.n_layers
     if 2 * len(first) > len(prompts) or not possible or not blocks_are_idle(model, layer):
         return None
-    rows = torch.tensor([place.index(i) for i in range(len(first))], device=tokens.device)
-    own = rows_of_cache(cache, rows)
+    rows = torch.tensor([prompt_rows.index(i) for i in range(len(first))], device=tokens.device)
+    prompts_cache = rows_of_cache(cache, rows)
     with fast(model):
         last = block_slots(model)[layer - 1]
         stop = _StopBehind(last.siblings[last.name])
         with _replaced({last: stop}), suppress(_Reached):
-            forward(model, tokens[rows], mask[rows], cache=own, use_cache=True)
-    return Below(layer, stop.output, own, torch.tensor(place, device=tokens.device))
+            forward(model, tokens[rows], mask[rows], cache=prompts_cache, use_cache=True)
+    return Below(layer, stop.output, prompts_cache, torch.tensor(prompt_rows, device=tokens.device))
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error
@@ -126,6 +133,7 @@ class _Known(_InPlaceOf):
 
 @contextmanager
 def _replaced(modules: dict[Any, nn.Module]) -> Iterator[None]:
+    """Put modules into slots of the Hugging Face model for the length of a block."""
     before = {slot: slot.siblings[slot.name] for slot in modules}
     try:
         for slot, module in modules.items():

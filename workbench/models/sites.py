@@ -1,16 +1,21 @@
-"""Sites: which vector inside a transformer is meant. The only place that spells a TransformerLens hook name."""
+"""Name the vectors inside a transformer that can be read or edited: a layer and a kind.
+
+No other module spells the name of a TransformerLens hook point.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workbench.files.hints import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from workbench.models.hooked_model import HookedModel
 
 
 HOOK_NAMES = {
@@ -22,13 +27,31 @@ HOOK_NAMES = {
     "mlp_post": "blocks.{layer}.mlp.hook_post",
     "z": "blocks.{layer}.attn.hook_z",
 }
+"""Kind of site to the TransformerLens name of its hook point."""
+
+
+INNER_HOOK_NAMES = {
+    "v": "blocks.{layer}.attn.hook_v",
+    "pattern": "blocks.{layer}.attn.hook_pattern",
+    "mlp_gate": "blocks.{layer}.mlp.hook_pre",
+    "mlp_value": "blocks.{layer}.mlp.hook_pre_linear",
+    "ln1_post_scale": "blocks.{layer}.ln1_post.hook_scale",
+    "ln2_post_scale": "blocks.{layer}.ln2_post.hook_scale",
+}
+"""What a sublayer computes on the way to its output: only read, to split a neuron or a head.
+
+v and pattern are what a head mixes and how; mlp_gate and mlp_value the two factors of a gated
+neuron (the gate before its activation function); ln1_post_scale and ln2_post_scale what the norms
+behind attention and MLP divide by (Gemma-2, Gemma-3, OLMo-2).
+"""
 
 
 KINDS = tuple(HOOK_NAMES)
+"""Every kind of site."""
 
 
 RESIDUAL_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-"""Kinds whose vectors live in the residual stream (width d_model): those a steering vector can be measured at."""
+"""Kinds whose vectors have the residual stream's width: where steering vectors are measured."""
 
 
 _PATTERN = re.compile(r"^L?(\d+)[.:](\w+)$")
@@ -40,9 +63,10 @@ class Site:
 
     Attributes:
         layer: Block index, from 0.
-        kind: One of ``KINDS``: resid_pre, resid_mid and resid_post are the residual stream before, inside and after
-            the block; attn_out and mlp_out what attention and MLP add to it; mlp_post the neurons (the values that enter
-            W_out, after gating); z the heads' outputs before W_O, flattened to one vector.
+        kind: One of ``KINDS``: resid_pre, resid_mid and resid_post are the residual stream before,
+            inside and after the block; attn_out and mlp_out what attention and MLP add to it;
+            mlp_post the neurons (the values that enter W_out, after gating); z the heads' outputs
+            before W_O, flattened to one vector.
     """
 
     layer: int
@@ -51,17 +75,17 @@ class Site:
     def __post_init__(self) -> None:
         if self.kind not in HOOK_NAMES:
             raise ValueError(
-                f"unknown site kind {self.kind!r}; kinds: {', '.join(KINDS)}.{did_you_mean(self.kind, KINDS)}"
+                f"unknown site kind {self.kind!r}; kinds: {', '.join(KINDS)}."
+                f"{did_you_mean(self.kind, KINDS)}"
             )
         if isinstance(self.layer, bool) or not isinstance(self.layer, Integral) or self.layer < 0:
             raise ValueError(f"layer must be a whole number from 0, got {self.layer!r}.")
-        object.__setattr__(
-            self, "layer", int(self.layer)
-        )  # a NumPy integer, as tables hold them, prints otherwise
+        # A NumPy integer, as tables hold them, would print otherwise.
+        object.__setattr__(self, "layer", int(self.layer))
 
     @property
     def hook_name(self) -> str:
-        """TransformerLens name of the hook point."""
+        """Spell the TransformerLens name of the hook point."""
         return HOOK_NAMES[self.kind].format(layer=self.layer)
 
     @classmethod
@@ -80,11 +104,11 @@ class Site:
         return f"L{self.layer}.{self.kind}"
 
 
-def sites_of_kind(model: Any, kind: str, layers: Iterable[int] | None = None) -> list[Site]:
-    """The sites of one kind, one a layer.
+def sites_of_kind(model: HookedModel, kind: str, layers: Iterable[int] | None = None) -> list[Site]:
+    """List the sites of one kind, one per layer.
 
     Args:
-        model: A hooked transformer.
+        model: A hooked model.
         kind: One of ``KINDS``.
         layers: Which layers; all of them by default.
 
@@ -98,8 +122,10 @@ def sites_of_kind(model: Any, kind: str, layers: Iterable[int] | None = None) ->
     return sites
 
 
-def check_sites(model: Any, sites: Iterable[Site]) -> None:
-    """Raise unless the model has a hook point for each site: a hook on a wrong name would silently never fire.
+def check_sites(model: HookedModel, sites: Iterable[Site]) -> None:
+    """Raise unless the model has a hook point for each site.
+
+    A hook on a wrong name would never fire, and nothing would say so.
 
     Raises:
         ValueError: If a layer is beyond the model, or the architecture has no such hook point.
@@ -113,5 +139,6 @@ def check_sites(model: Any, sites: Iterable[Site]) -> None:
             )
         if site.hook_name not in model.hook_dict:
             raise ValueError(
-                f"no hook point for {site!r}: {name!r} does not compute {site.hook_name}; choose another kind."
+                f"no hook point for {site!r}: {name!r} does not compute {site.hook_name}; "
+                "choose another kind."
             )

@@ -1,19 +1,20 @@
-"""Tokens: chat template, padding and spans. The only caller of a tokenizer, so that BOS, template and padding are right everywhere."""
+"""Turn prompts into token ids and back: chat template, spans of tokens, special tokens.
+
+The only module that calls the studied model's tokenizer, so that BOS and template are right
+everywhere. Models that judge have tokenizers of their own, which ``judges`` calls.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from workbench.models.hooked_model import hugging_face_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Bool, Int
-    from torch import Tensor
-
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.prompts.prompt import Prompt
 
 
@@ -21,12 +22,11 @@ Span = Literal["content", "response", "last", "all"]
 
 
 SPANS = ("content", "response", "last", "all")
+"""The user's words, the answer, the token before the answer, and everything."""
 
 
-PaddingSide = Literal["left", "right"]
-
-
-_MARK = "\u2063workbench\u2063"  # stands for the user's words while a template is rendered; invisible separators no template trims
+_MARK = "\u2063workbench\u2063"
+"""Stands for the user's words while a template is rendered; no template trims these separators."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Encoded:
     response: tuple[int, int]
 
     def span(self, span: str) -> tuple[int, int]:
-        """Half-open range of token positions of a span.
+        """Return the half-open range of token positions of a span.
 
         Raises:
             ValueError: If the span is unknown or empty for this prompt.
@@ -62,24 +62,10 @@ class Encoded:
         }[span]
         if stop <= start:
             raise ValueError(
-                f"prompt {self.prompt.id!r} has no {span} tokens; choose another span or give it a response."
+                f"prompt {self.prompt.id!r} has no {span} tokens; choose another span or give it "
+                "a response."
             )
         return start, stop
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Encoded prompts padded to one length.
-
-    Attributes:
-        tokens: Token ids.
-        mask: True where there is a token, False where there is padding.
-        starts: Column of each row's first real token.
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    mask: Bool[Tensor, "batch pos"]
-    starts: Int[Tensor, " batch"]
 
 
 def encode(
@@ -90,23 +76,25 @@ def encode(
     system_prompt: str | None = None,
     max_new_tokens: int = 0,
 ) -> list[Encoded]:
-    """Turn prompts into token ids with the model's own chat template, or as plain text where it has none.
+    """Turn prompts into token ids, with the chat template or as plain text without one.
 
     Args:
         model: A hooked model with its tokenizer.
         prompts: What to encode.
         with_response: Append each prompt's response, as the assistant's words (teacher forcing).
-        system_prompt: Words for the system turn; None leaves the template's default. In plain text they stand before the prompt.
-        max_new_tokens: Room that must be left in the context.
+        system_prompt: Words for the system turn; None leaves the template's default. In plain text
+            they stand before the prompt.
+        max_new_tokens: Tokens that must still fit into the context behind the prompt.
 
     Returns:
-        One ``Encoded`` a prompt, in order.
+        One ``Encoded`` per prompt, in order.
 
     Raises:
-        ValueError: If a prompt does not fit the context, has no response where one is needed, or the template has no system turn.
+        ValueError: If a prompt does not fit the context, has no response where one is needed, or
+            the template has no system turn.
     """
     tokenizer = model.tokenizer
-    before, after = _template(tokenizer, system_prompt)
+    before, after = template_text(model, system_prompt)
     limit = int(getattr(model.cfg, "n_ctx", 0) or 0)
     encoded = []
     for prompt in prompts:
@@ -119,58 +107,25 @@ def encode(
             tokenizer, before + words + after, len(before), len(before) + len(words)
         )
         n = len(ids)
-        if (
-            with_response
-        ):  # on its own, so that the context is token for token the one of generation
-            ids += tokenizer(prompt.response, add_special_tokens=False).input_ids
+        if with_response and prompt.response:
+            # By itself, so that the context is token for token the one of generation.
+            ids += token_ids(model, prompt.response)
         if limit and len(ids) + max_new_tokens > limit:
             raise ValueError(
-                f"prompt {prompt.id!r} does not fit: {len(ids)} tokens and {max_new_tokens} new ones, context {limit}; "
-                "shorten it or leave it out."
+                f"prompt {prompt.id!r} does not fit: {len(ids)} tokens and {max_new_tokens} new "
+                f"ones, context {limit}; shorten it or leave it out."
             )
         encoded.append(Encoded(prompt, tuple(ids), content, (n, len(ids))))
     return encoded
 
 
-def pad(
-    encoded: Sequence[Encoded],
-    *,
-    pad_id: int,
-    side: PaddingSide,
-    device: torch.device | str = "cpu",
-) -> Batch:
-    """Pad rows to one length.
-
-    Args:
-        encoded: The rows.
-        pad_id: Any token id: padding is told by the mask, never by its id.
-        side: "left" for generation, "right" or "left" for reading activations.
-        device: Where the tensors go.
-    """
-    width = max(len(row.ids) for row in encoded)
-    tokens = torch.full((len(encoded), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(encoded), width), dtype=torch.bool)
-    starts = torch.zeros(len(encoded), dtype=torch.long)
-    for i, row in enumerate(encoded):
-        start = width - len(row.ids) if side == "left" else 0
-        tokens[i, start : start + len(row.ids)] = torch.tensor(row.ids)
-        mask[i, start : start + len(row.ids)] = True
-        starts[i] = start
-    return Batch(tokens.to(device), mask.to(device), starts.to(device))
-
-
-def span_mask(encoded: Sequence[Encoded], batch: Batch, span: str) -> Bool[Tensor, "batch pos"]:
-    """True at the tokens of a span, in the columns of a padded batch."""
-    ranges = (
-        torch.tensor([row.span(span) for row in encoded], device=batch.tokens.device)
-        + batch.starts[:, None]
-    )
-    columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    return (columns >= ranges[:, :1]) & (columns < ranges[:, 1:])
+def token_ids(model: HookedModel, text: str) -> tuple[int, ...]:
+    """Encode a text as it is: no template, no BOS."""
+    return tuple(int(i) for i in model.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def decode(model: HookedModel, ids: Sequence[int]) -> str:
-    """Text of token ids, without special tokens."""
+    """Turn token ids into text, without special tokens."""
     return str(
         model.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -179,85 +134,96 @@ def decode(model: HookedModel, ids: Sequence[int]) -> str:
 
 
 def token_strings(model: HookedModel, ids: Sequence[int]) -> list[str]:
-    """Text of each token by itself, for views token by token."""
+    """Turn each token into a text of its own, for views token by token."""
     return [str(model.tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in ids]
 
 
 def pad_id(model: HookedModel) -> int:
-    """Token id used for padding (told apart by the mask, so it may be a real token)."""
-    tokenizer = model.tokenizer
-    return int(
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id or 0
-    )
+    """Return the token id to pad with; a mask tells padding apart, so it may be a real token."""
+    padding, end = model.tokenizer.pad_token_id, model.tokenizer.eos_token_id
+    return int(padding if padding is not None else end or 0)
+
+
+def vocabulary_size(model: HookedModel) -> int:
+    """Count the tokens of the tokenizer; the model's matrices may hold rows for more."""
+    return len(model.tokenizer)
 
 
 def stop_ids(model: HookedModel) -> frozenset[int]:
-    """Every token id that ends an answer: the tokenizer's, the generation config's and the chat template's end of turn."""
-    found: set[int] = set()
+    """Collect every token id that ends an answer.
+
+    These are the tokenizer's, the generation config's and the chat template's end of turn.
+    """
+    stops: set[int] = set()
     if model.tokenizer.eos_token_id is not None:
-        found.add(int(model.tokenizer.eos_token_id))
-    config = getattr(getattr(model, "original_model", None), "generation_config", None)
+        stops.add(int(model.tokenizer.eos_token_id))
+    config = getattr(hugging_face_model(model), "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
-    found.update([eos] if isinstance(eos, int) else eos or [])
-    _, after = _template(model.tokenizer, None)
+    stops.update([eos] if isinstance(eos, int) else eos or [])
+    _, after = template_text(model)
     vocabulary = model.tokenizer.get_vocab()
     for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
         if after.lstrip().startswith(name) and name in vocabulary:
-            found.add(int(vocabulary[name]))
-    return frozenset(found)
+            stops.add(int(vocabulary[name]))
+    return frozenset(stops)
 
 
 def template_text(model: HookedModel, system_prompt: str | None = None) -> tuple[str, str]:
-    """What stands before and after the user's words, as rendered now (some templates write today's date): part of cache keys."""
-    return _template(model.tokenizer, system_prompt)
+    """Render the text before and after the user's words, BOS included where there is one.
 
-
-def has_chat_template(model: HookedModel) -> bool:
-    """Whether the tokenizer carries a chat template; without one, prompts are plain text."""
-    return bool(getattr(model.tokenizer, "chat_template", None))
-
-
-def _template(tokenizer: object, system_prompt: str | None) -> tuple[str, str]:
-    """Text before and after the user's words, BOS included where the template writes one."""
-    if not getattr(tokenizer, "chat_template", None):
+    It is part of cache keys, for some templates write today's date.
+    """
+    tokenizer = model.tokenizer
+    if not has_chat_template(model):
         bos = getattr(tokenizer, "bos_token", None) or "" if _adds_bos(tokenizer) else ""
         return bos + (f"{system_prompt}\n\n" if system_prompt else ""), ""
     messages = [{"role": "user", "content": _MARK}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # type: ignore[attr-defined]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise their own jinja errors
         raise ValueError(
-            f"the model's chat template refuses these messages ({error}); leave out the system prompt."
+            f"the model's chat template refuses these messages ({error}); leave out the system "
+            "prompt."
         ) from error
     if text.count(_MARK) != 1:
         raise ValueError(
-            "the model's chat template does not hold the user's words once, as they are; give it another template."
+            "the model's chat template does not hold the user's words once, as they are; give it "
+            "another template."
         )
     before, after = text.split(_MARK)
     return before, after
 
 
-def _adds_bos(tokenizer: object) -> bool:
-    """Whether the tokenizer starts a plain text with BOS.
+def has_chat_template(model: HookedModel) -> bool:
+    """Tell whether the tokenizer carries a chat template; without one, prompts are plain text."""
+    return bool(getattr(model.tokenizer, "chat_template", None))
 
-    TransformerLens turns this on wherever a checkpoint names a BOS token (Llama, Gemma, and GPT-2 and Pythia, which do without it elsewhere;
-    not Qwen), so that the first token's massive activation falls on BOS and not on the user's first word.
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Tell whether the tokenizer starts a plain text with BOS.
+
+    TransformerLens turns this on wherever a checkpoint names a BOS token (Llama, Gemma, and GPT-2
+    and Pythia, which do without it elsewhere; not Qwen), so that the first token's massive
+    activation falls on BOS and not on the user's first word.
     """
-    ids = tokenizer("a").input_ids  # type: ignore[operator]
+    ids = tokenizer("a").input_ids
     return bool(ids) and ids[0] == getattr(tokenizer, "bos_token_id", None)
 
 
 def _tokenize(
-    tokenizer: object, text: str, first: int, last: int
+    tokenizer: Any, text: str, first: int, last: int
 ) -> tuple[list[int], tuple[int, int]]:
-    """Token ids of a text that holds its own BOS, and the token range of the characters from ``first`` to ``last``.
+    """Encode a text that holds its own BOS, and find the tokens of a range of its characters.
 
-    A token belongs to the range when it overlaps it: one that joins a template's line end with the first word counts as content.
+    A token belongs to the range when it overlaps it: one that joins a template's line end with the
+    first word counts as content.
     """
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # type: ignore[operator]
-    inside = [i for i, (a, b) in enumerate(out.offset_mapping) if a < last and b > first and b > a]
-    return list(out.input_ids), (inside[0], inside[-1] + 1) if inside else (0, 0)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    inside = [
+        token
+        for token, (start, end) in enumerate(encoding.offset_mapping)
+        if start < last and end > first and end > start
+    ]
+    return list(encoding.input_ids), (inside[0], inside[-1] + 1) if inside else (0, 0)

@@ -1,4 +1,7 @@
-"""Neurons: which units carry a risk category, what they read and write, and whether silencing them matters."""
+"""Find the neurons and heads that carry a risk category, and check them causally.
+
+What they read and write, how stable their ranking is, and whether silencing them matters.
+"""
 
 import lazy_loader
 

@@ -2,63 +2,52 @@ from .attribution import (
     Attribution,
     class_difference,
     direct_attribution,
-    output_norm,
     write_matrix,
     write_weights,
     writing_sites,
 )
 from .effects import NeuronEffect, effects_table, neuron_effect, rank_curve
-from .folds import AttributedFolds, attribute_folds, halves, resamples
 from .patching import (
     ActivationContrast,
-    CopyNeurons,
     PatchingEffect,
     contrast_activations,
     patched_answers,
     patching_effect,
 )
 from .profiles import Example, Histogram, NeuronProfile, profile_neurons, random_neurons
-from .ranking import attribute_heads, attribute_neurons
+from .ranking import NEURON_COLUMNS, attribute_heads, attribute_neurons
 from .silencing import (
-    AffineEdit,
     Controls,
     NeuronReference,
-    by_row,
     matched_controls,
     matching_statistics,
     neuron_interventions,
     neuron_reference,
 )
-from .splits import GateSplit, gate_split, head_sources, scaled_activations, writing_activations
+from .splits import MlpGateSplit, head_sources, split_mlp_gate, writing_activations
 from .summaries import notable_neurons, overlap, shared_neurons, stability, survivors
 from .weights import Vocabulary, WeightCosine, reading_site, vocabulary_of, weight_cosines
 
 __all__ = [
+    "NEURON_COLUMNS",
     "ActivationContrast",
-    "AffineEdit",
-    "AttributedFolds",
     "Attribution",
     "Controls",
-    "CopyNeurons",
     "Example",
-    "GateSplit",
     "Histogram",
+    "MlpGateSplit",
     "NeuronEffect",
     "NeuronProfile",
     "NeuronReference",
     "PatchingEffect",
     "Vocabulary",
     "WeightCosine",
-    "attribute_folds",
     "attribute_heads",
     "attribute_neurons",
-    "by_row",
     "class_difference",
     "contrast_activations",
     "direct_attribution",
     "effects_table",
-    "gate_split",
-    "halves",
     "head_sources",
     "matched_controls",
     "matching_statistics",
@@ -66,7 +55,6 @@ __all__ = [
     "neuron_interventions",
     "neuron_reference",
     "notable_neurons",
-    "output_norm",
     "overlap",
     "patched_answers",
     "patching_effect",
@@ -74,9 +62,8 @@ __all__ = [
     "random_neurons",
     "rank_curve",
     "reading_site",
-    "resamples",
-    "scaled_activations",
     "shared_neurons",
+    "split_mlp_gate",
     "stability",
     "survivors",
     "vocabulary_of",

@@ -1,4 +1,4 @@
-"""Causal checks of neurons: what happens when they are silenced or moved, against matched random sets of neurons."""
+"""Check neurons causally: change them, and compare with matched random sets of neurons."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ import torch
 
 from workbench.generation.answers import sweep
 from workbench.generation.decoding import Decoding
-from workbench.models.forward import (
-    forward,
-    has_key_value_cache,
-    prefix_cache,
-    reading,
-    rows_of_cache,
-    shared_prefix_length,
-)
-from workbench.models.tokens import Batch, Encoded, encode, pad, pad_id, span_mask
+from workbench.models.batches import Batch, order_by_length, pad, share_prefix, span_mask
+from workbench.models.forward import forward, reading
+from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.silencing import (
     Method,
     Neuron,
@@ -39,32 +33,35 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.prompts.prompt import Prompt
     from workbench.steering.interventions import Intervention
     from workbench.steering.vectors import SteeringVector
 
 
 Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float | bool | None]]
-"""Numbers of answers: called with prompts and answers, as ``text_quality.relevance`` is; None where unscored."""
+"""Gives a number to each answer: called with prompts and answers, as ``text_quality.relevance`` is;
+None where unscored."""
 
 
-PROMPTS_A_PASS = 16
+_PROMPTS_PER_PASS = 16  # the other rows of a batch are sets of neurons
 
 
 @dataclass(frozen=True)
 class NeuronEffect:
-    """What changing one set of neurons did to one outcome.
+    """Hold what changing one set of neurons did to one outcome.
 
     Attributes:
         name: Name of the set.
-        outcome: "shift at <site>": way of the prompts' projection from the unsafe to the safe mean, 1 is all of it. "kl": nats between
-            the next-token distributions on neutral prompts. Else a scorer's name: change of its mean to the unedited model.
+        outcome: "shift at <site>": how far the prompts' projection went from the unsafe to the safe
+            mean, 1 is all the way. "kl": nats between the next-token distributions on neutral
+            prompts. Else a scorer's name: change of its mean against the unedited model.
         method: How the neurons were changed.
         n_neurons: Size of the set.
         estimate: Mean over prompts, with its bootstrap interval.
         controls: The same mean for each control set.
-        p: (1 + #{control >= observed}) / (1 + number of controls), for scorers by absolute value; nan without controls.
+        p: (1 + #{control >= observed}) / (1 + number of controls), for scorers by absolute value;
+            nan without controls.
         values: The outcome prompt by prompt (nan where unscored), in the order of the prompts.
     """
 
@@ -95,10 +92,11 @@ def neuron_effect(
     batch_size: int = 128,
     seed: int = 0,
 ) -> list[NeuronEffect]:
-    """Change sets of neurons and measure what follows, on held-out prompts and beside control sets.
+    """Change sets of neurons and measure what follows, beside control sets.
 
-    All sets share batches (rows = sets x prompts), and the unedited model is one of them. In the measured passes neurons are changed
-    from the user's first word on, never in the template before it; in generated answers at all positions.
+    All sets share batches (rows = sets x prompts), and the unedited model is one of them. In the
+    measured passes neurons are changed from the user's first word on, never in the template before
+    it; in generated answers they are changed at all positions.
 
     Args:
         model: What the reference was measured on.
@@ -107,85 +105,34 @@ def neuron_effect(
         reference: Values to put in, see ``neuron_reference``.
         vectors: Where the shift is read: along each vector, at its site, pooled over its span.
         controls: For a target's name its control sets, see ``matched_controls``.
-        method: See ``neuron_interventions``; "resample" draws one safe prompt for each prompt, the same for all sets.
+        method: See ``neuron_interventions``; "resample" draws one safe prompt for each prompt, the
+            same for all sets.
         factor: See ``neuron_interventions``.
-        safe: Held-out safe prompts: the gap is then the one between their projections and those of ``prompts``; without them it is the
-            vector's norm, the gap of the fold it was fitted on.
+        safe: Held-out safe prompts: the gap is then between their projections and those of
+            ``prompts``; without them it is the vector's norm, the gap of the fold it is fitted on.
         neutral: Prompts for the KL divergence of the first answer token's distribution.
-        scorers: Name to scorer of generated answers, for instance refusal, relevance, degeneration.
+        scorers: Name to scorer of generated answers: refusal, relevance, degeneration.
         max_new_tokens: Length limit of the answers.
-        batch_size: Rows a pass.
-        seed: Of resampling and bootstrap.
+        batch_size: Rows per pass.
+        seed: Seed of resampling and bootstrap.
 
     Returns:
-        One effect a target and outcome, target by target.
+        One effect per target and outcome, target by target.
 
     Raises:
         ValueError: If a set, vector or prompt does not fit, or prompts were part of the reference.
     """
-    controls = controls or {}
-    plan = _Plan.of(targets, controls)
-    _check(plan, vectors, reference, [*prompts, *safe, *neutral], controls)
+    plan = _Plan.of(targets, controls or {})
+    _check(plan, vectors, reference, [*prompts, *safe, *neutral], controls or {})
     run = _Run(model, reference, plan.sets, method, factor, batch_size, seed)
-    outcomes: dict[str, Float[np.ndarray, "set prompt"]] = {}
-    with torch.no_grad():
-        if vectors:
-            projections = run.projections(prompts, vectors)
-            gaps = np.array([vector.norm for vector in vectors])
-            if safe:
-                plain = _Run(model, reference, [()], "clamp", 1.0, batch_size, seed).projections(
-                    safe, vectors
-                )
-                gaps = plain[0].mean(axis=0) - projections[0].mean(axis=0)
-                if gaps.min() <= 0:
-                    site = vectors[int(gaps.argmin())].site
-                    raise ValueError(
-                        f"held-out safe prompts project no further than the unsafe ones at {site}: no gap to measure."
-                    )
-            shifts = (projections - projections[:1]) / gaps
-            outcomes |= {
-                f"shift at {vector.site}": shifts[..., i] for i, vector in enumerate(vectors)
-            }
-        if neutral:
-            outcomes["kl"] = run.divergences(neutral)
-    if scorers:
-        outcomes |= run.scores(prompts, scorers, max_new_tokens)
-    effects = []
-    for name, number in plan.targets.items():
-        for outcome, values in outcomes.items():
-            paired = scorers is not None and outcome in scorers
-            estimates = [
-                paired_difference(values[0], values[i], seed=seed)
-                if paired
-                else mean(values[i], seed=seed)
-                for i in (number, *plan.controls[name])
-            ]
-            observed, others = (
-                estimates[0].value,
-                tuple(estimate.value for estimate in estimates[1:]),
-            )
-            known = [value for value in others if not math.isnan(value)]
-            p = math.nan
-            if known and not math.isnan(observed):
-                p = (
-                    permutation_p(abs(observed), np.abs(known))
-                    if paired
-                    else permutation_p(observed, np.array(known))
-                )
-            own = values[number] - values[0] if paired else values[number]
-            effects.append(
-                NeuronEffect(
-                    name,
-                    outcome,
-                    method,
-                    len(plan.sets[number]),
-                    estimates[0],
-                    others,
-                    p,
-                    tuple(own.tolist()),
-                )
-            )
-    return effects
+    outcomes = _shifts(run, prompts, vectors, safe) if vectors else {}
+    outcomes |= {"kl": _Outcome(run.divergences(neutral))} if neutral else {}
+    outcomes |= run.scores(prompts, scorers, max_new_tokens) if scorers else {}
+    return [
+        plan.effect(target, name, outcome, method, seed)
+        for target in plan.targets
+        for name, outcome in outcomes.items()
+    ]
 
 
 def rank_curve(
@@ -203,7 +150,9 @@ def rank_curve(
     safe: Sequence[Prompt] = (),
     seed: int = 0,
 ) -> list[NeuronEffect]:
-    """The effect of the top 1 % of neurons, of the next 1 %, and so on: does the ranking order neurons by what they do?
+    """Measure the effect of the top 1 % of neurons, of the next 1 %, and so on.
+
+    It shows whether a ranking orders neurons by what they do.
 
     Args:
         model: What the reference was measured on.
@@ -211,13 +160,14 @@ def rank_curve(
         ranked: All neurons, first the one that matters most.
         reference: See ``neuron_effect``.
         vectors: See ``neuron_effect``.
-        statistics: From ``matching_statistics``: each slice then gets matched controls, free of the neurons of all slices.
+        statistics: From ``matching_statistics``: each slice then gets matched controls, free of the
+            neurons of all slices.
         fraction: Share of ``ranked`` in a slice.
         n_slices: How many slices.
-        n_sets: Controls a slice.
+        n_sets: Controls per slice.
         method: See ``neuron_interventions``.
         safe: See ``neuron_effect``.
-        seed: Of controls and bootstrap.
+        seed: Seed of controls and bootstrap.
 
     Returns:
         Effects slice by slice, named "0-1 %", "1-2 %" and so on.
@@ -225,22 +175,8 @@ def rank_curve(
     Raises:
         ValueError: If the slices are empty or more than there are neurons.
     """
-    size = round(fraction * len(ranked))
-    if n_slices < 1 or size < 1 or size * n_slices > len(ranked):
-        raise ValueError(
-            f"{n_slices} slices of {fraction:g} do not fit into {len(ranked)} neurons; take fewer or larger ones."
-        )
-    slices = {
-        f"{100 * fraction * i:g}-{100 * fraction * (i + 1):g} %": ranked[i * size : (i + 1) * size]
-        for i in range(n_slices)
-    }
-    controls = {}
-    if statistics is not None:
-        taken = ranked[: n_slices * size]
-        controls = {
-            name: matched_controls(statistics, own, n_sets=n_sets, seed=seed, exclude=taken).sets
-            for name, own in slices.items()
-        }
+    slices = _slices(ranked, fraction, n_slices)
+    controls = _controls_of(slices, statistics, n_sets, seed) if statistics is not None else {}
     return neuron_effect(
         model,
         prompts,
@@ -255,7 +191,12 @@ def rank_curve(
 
 
 def effects_table(effects: Iterable[NeuronEffect]) -> pd.DataFrame:
-    """A row an effect: name, outcome, method, n_neurons, value, low, high, n, n_unscored, control_mean, control_max, n_controls, p."""
+    """Tabulate effects, one row each.
+
+    Returns:
+        name, outcome, method, n_neurons, value, low, high, n, n_unscored, control_mean,
+        control_max, n_controls, p.
+    """
     import pandas as pd
 
     return pd.DataFrame(
@@ -277,6 +218,13 @@ def effects_table(effects: Iterable[NeuronEffect]) -> pd.DataFrame:
     )
 
 
+class _Outcome(NamedTuple):
+    """Values of one outcome; a score is compared with that of the unedited model (set 0)."""
+
+    values: Float[np.ndarray, "set prompt"]
+    is_score: bool = False
+
+
 @dataclass(frozen=True)
 class _Plan:
     """All sets in one list, the unedited model first, and which of them are whose controls."""
@@ -291,6 +239,7 @@ class _Plan:
         targets: Mapping[str, Sequence[Neuron]],
         controls: Mapping[str, Sequence[Sequence[Neuron]]],
     ) -> _Plan:
+        """Put the unedited model, each target and its controls into one list."""
         sets: list[tuple[Neuron, ...]] = [()]
         plan = cls(sets, {}, {})
         for name, target in targets.items():
@@ -300,8 +249,41 @@ class _Plan:
             sets.extend(tuple(control) for control in controls.get(name, ()))
         return plan
 
+    def effect(
+        self, target: str, name: str, outcome: _Outcome, method: str, seed: int
+    ) -> NeuronEffect:
+        """Estimate a target's effect on an outcome, and compare it with its controls."""
+        values, number = outcome.values, self.targets[target]
+        estimates = [
+            paired_difference(values[0], values[i], seed=seed)
+            if outcome.is_score
+            else mean(values[i], seed=seed)
+            for i in (number, *self.controls[target])
+        ]
+        observed, *others = (estimate.value for estimate in estimates)
+        known = [value for value in others if not math.isnan(value)]
+        p = math.nan
+        if known and not math.isnan(observed):
+            p = (
+                permutation_p(abs(observed), np.abs(known))
+                if outcome.is_score
+                else permutation_p(observed, np.array(known))
+            )
+        return NeuronEffect(
+            target,
+            name,
+            method,
+            len(self.sets[number]),
+            estimates[0],
+            tuple(others),
+            p,
+            tuple((values[number] - values[0] if outcome.is_score else values[number]).tolist()),
+        )
+
 
 class _Pass(NamedTuple):
+    """One forward pass: which sets and prompts its rows are (set by set), and what it needs."""
+
     sets: Int[np.ndarray, " set"]
     prompts: Int[np.ndarray, " prompt"]
     rows: list[Encoded]
@@ -323,10 +305,11 @@ class _Run:
     batch_size: int
     seed: int
 
+    @torch.no_grad()
     def projections(
         self, prompts: Sequence[Prompt], vectors: Sequence[SteeringVector]
     ) -> Float[np.ndarray, "set prompt vector"]:
-        """Span means of the projection on each vector's direction, at its site."""
+        """Average the projection on each vector's direction over its span, at its site."""
         read: list[Tensor] = [torch.empty(0)] * len(vectors)
 
         def reader(place: int, u: Tensor) -> Callable[[Tensor], None]:
@@ -346,7 +329,7 @@ class _Run:
             dataclasses.replace(row, ids=row.ids[: max(row.span(span)[1] for span in spans)])
             for row in encode(self.model, prompts)
         ]
-        out = np.empty((len(self.sets), len(prompts), len(vectors)))
+        projections = np.empty((len(self.sets), len(prompts), len(vectors)))
         for one in self._passes(
             encoded, lambda row: min(row.content[0], *(row.span(span)[0] for span in spans))
         ):
@@ -355,14 +338,15 @@ class _Run:
             for place, vector in enumerate(vectors):
                 inside = span_mask(one.rows, one.batch, vector.span)
                 pooled = (read[place] * inside).sum(dim=1) / inside.sum(dim=1)
-                out[one.sets[:, None], one.prompts, place] = (
+                projections[one.sets[:, None], one.prompts, place] = (
                     pooled.view(len(one.sets), -1).cpu().numpy()
                 )
-        return out
+        return projections
 
+    @torch.no_grad()
     def divergences(self, prompts: Sequence[Prompt]) -> Float[np.ndarray, "set prompt"]:
-        """KL divergence of the next-token distribution behind each prompt, unedited to edited, in nats."""
-        out = np.empty((len(self.sets), len(prompts)))
+        """Compute the KL divergence of next-token distributions, unedited to edited, in nats."""
+        divergences = np.empty((len(self.sets), len(prompts)))
         plain: Tensor
         for one in self._passes(encode(self.model, prompts), lambda row: row.content[0]):
             with intervene(self.model, one.interventions):
@@ -372,59 +356,62 @@ class _Run:
             )
             if one.sets[0] == 0:  # the unedited model comes first for each block of prompts
                 plain = log_probs[0]
-            out[one.sets[:, None], one.prompts] = (
+            divergences[one.sets[:, None], one.prompts] = (
                 (plain.exp() * (plain - log_probs)).sum(dim=-1).clamp(min=0).cpu().numpy()
             )
-        return out
+        return divergences
 
     def scores(
         self, prompts: Sequence[Prompt], scorers: Mapping[str, Scorer], max_new_tokens: int
-    ) -> dict[str, Float[np.ndarray, "set prompt"]]:
-        """Scores of generated answers."""
+    ) -> dict[str, _Outcome]:
+        """Score generated answers."""
         donors = self._donors(len(prompts))
         conditions: dict[str, Any] = {}
         for i in range(len(self.sets)):
-            own = {
+            by_prompt = {
                 prompt.id: self._edits(i, donor)
                 for prompt, donor in zip(prompts, donors, strict=True)
             }
-            conditions[str(i)] = own if self.method == "resample" else own[prompts[0].id]
+            # without donors all prompts have the same edits
+            conditions[str(i)] = (
+                by_prompt if self.method == "resample" else by_prompt[prompts[0].id]
+            )
         answers = sweep(
             self.model,
             prompts,
             conditions,
             decoding=Decoding(max_new_tokens=max_new_tokens, batch_size=self.batch_size),
         )
-        questions, texts = (
-            [answer.prompt.text for answer in answers],
-            [answer.text for answer in answers],
-        )
-        scored = {name: to_floats(score(questions, texts), name) for name, score in scorers.items()}
+        questions = [answer.prompt.text for answer in answers]
+        texts = [answer.text for answer in answers]
+        shape = (len(self.sets), len(prompts))
         return {
-            name: values.reshape(len(self.sets), len(prompts)) for name, values in scored.items()
+            name: _Outcome(to_floats(score(questions, texts), name).reshape(shape), is_score=True)
+            for name, score in scorers.items()
         }
 
     def _passes(
         self, encoded: Sequence[Encoded], keep: Callable[[Encoded], int]
     ) -> Iterator[_Pass]:
-        """Blocks of prompts, longest first, each with all sets in blocks; the shared template prefix is computed once, unedited."""
+        """Yield blocks of prompts, longest first, each with all sets in blocks.
+
+        The template prefix that all prompts share up to ``keep`` is computed once, unedited.
+        """
         device = next(iter(self.model.parameters())).device
-        n_prefix = shared_prefix_length(encoded, keep) if has_key_value_cache(self.model) else 0
-        prefix = prefix_cache(self.model, encoded[0].ids[:n_prefix]) if n_prefix else None
-        order = np.array(sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids)))
+        prefix = share_prefix(self.model, encoded, keep)
+        order = np.array(order_by_length([len(row.ids) for row in encoded]))
         donors = self._donors(len(encoded))
-        n_prompts = min(PROMPTS_A_PASS, self.batch_size)
+        n_prompts = min(_PROMPTS_PER_PASS, self.batch_size)
         for prompts in np.split(order, range(n_prompts, len(order), n_prompts)):
-            block = [_without_prefix(encoded[i], n_prefix) for i in prompts]
+            block = [_without_prefix(encoded[i], prefix.length) for i in prompts]
             n_sets = self.batch_size // len(block)
             for sets in np.split(np.arange(len(self.sets)), range(n_sets, len(self.sets), n_sets)):
                 rows = block * len(sets)
                 batch = pad(rows, pad_id=pad_id(self.model), side="left", device=device)
+                # edits begin at the user's first word
                 columns = torch.arange(batch.tokens.shape[1], device=device)
                 first = batch.starts + torch.tensor([row.content[0] for row in rows], device=device)
                 where = columns >= first[:, None]
-                zeros = torch.zeros(len(rows), dtype=torch.long, device=device)
-                cache = rows_of_cache(prefix, zeros) if prefix is not None else None
                 edits = {
                     pair: self._edits(*pair)
                     for pair in {(i, donors[p]) for i in sets for p in prompts}
@@ -433,21 +420,76 @@ class _Run:
                 interventions = by_row(
                     lists, None if bool((where == batch.mask).all()) else where[..., None]
                 )
-                mask = torch.cat([batch.mask.new_ones(len(rows), n_prefix), batch.mask], dim=1)
+                # every row continues the same prefix
+                cache = prefix.for_rows(len(rows))
+                prefix_mask = batch.mask.new_ones(len(rows), prefix.length)
+                mask = torch.cat([prefix_mask, batch.mask], dim=1)
                 yield _Pass(sets, prompts, rows, batch, mask, cache, interventions)
 
     def _edits(self, number: int, donor: int | None) -> list[Intervention]:
+        """Make the interventions of one set."""
         return neuron_interventions(
             self.reference, self.sets[number], self.method, factor=self.factor, donor=donor
         )
 
     def _donors(self, n: int) -> list[int | None]:
+        """Draw the safe prompt whose values each prompt gets; None for methods without one."""
         if self.method != "resample":
             return [None] * n
         return np.random.default_rng(self.seed).integers(len(self.reference.safe), size=n).tolist()
 
 
+def _shifts(
+    run: _Run,
+    prompts: Sequence[Prompt],
+    vectors: Sequence[SteeringVector],
+    safe: Sequence[Prompt],
+) -> dict[str, _Outcome]:
+    """Measure how far each set moves the projections, in units of the gap to the safe side."""
+    projections = run.projections(prompts, vectors)
+    gaps = np.array([vector.norm for vector in vectors])
+    if safe:
+        unedited = dataclasses.replace(run, sets=[()], method="clamp", factor=1.0)
+        of_safe = unedited.projections(safe, vectors)
+        gaps = of_safe[0].mean(axis=0) - projections[0].mean(axis=0)
+        if gaps.min() <= 0:
+            raise ValueError(
+                "held-out safe prompts project no further than the unsafe ones at "
+                f"{vectors[int(gaps.argmin())].site}: no gap to measure."
+            )
+    shifts = (projections - projections[:1]) / gaps
+    return {f"shift at {v.site}": _Outcome(shifts[..., i]) for i, v in enumerate(vectors)}
+
+
+def _slices(
+    ranked: Sequence[Neuron], fraction: float, n_slices: int
+) -> dict[str, Sequence[Neuron]]:
+    """Cut the head of a ranking into slices named by their percentages."""
+    size = round(fraction * len(ranked))
+    if n_slices < 1 or size < 1 or size * n_slices > len(ranked):
+        raise ValueError(
+            f"{n_slices} slices of {fraction:g} do not fit into {len(ranked)} neurons; "
+            "take fewer or larger ones."
+        )
+    return {
+        f"{100 * fraction * i:g}-{100 * fraction * (i + 1):g} %": ranked[i * size : (i + 1) * size]
+        for i in range(n_slices)
+    }
+
+
+def _controls_of(
+    slices: Mapping[str, Sequence[Neuron]], statistics: pd.DataFrame, n_sets: int, seed: int
+) -> dict[str, tuple[tuple[Neuron, ...], ...]]:
+    """Draw matched controls for each slice, free of the neurons of all slices."""
+    taken = [neuron for neurons in slices.values() for neuron in neurons]
+    return {
+        name: matched_controls(statistics, neurons, n_sets=n_sets, seed=seed, exclude=taken).sets
+        for name, neurons in slices.items()
+    }
+
+
 def _without_prefix(row: Encoded, n: int) -> Encoded:
+    """Cut the first tokens off a row."""
     content, response = ((a - n, b - n) for a, b in (row.content, row.response))
     return dataclasses.replace(row, ids=row.ids[n:], content=content, response=response)
 
@@ -459,28 +501,29 @@ def _check(
     prompts: Sequence[Prompt],
     controls: Mapping[str, Any],
 ) -> None:
+    """Raise unless prompts are held out, and sets, controls and vectors fit together."""
     seen = next((prompt.id for prompt in prompts if prompt.id in reference.prompt_ids), None)
     if seen is not None:
         raise ValueError(
-            f"prompt {seen!r} is one the reference was measured on: measure effects on held-out prompts."
+            f"prompt {seen!r} is one the reference was measured on: measure effects on held-out "
+            "prompts."
         )
     strangers = sorted(set(controls) - set(plan.targets))
     if strangers:
         raise ValueError(
-            f"controls of {strangers[0]!r} have no target of that name; targets: {', '.join(plan.targets)}."
+            f"controls of {strangers[0]!r} have no target of that name; "
+            f"targets: {', '.join(plan.targets)}."
         )
-    empty = next((name for name, number in plan.targets.items() if not plan.sets[number]), None)
-    if empty is not None or not plan.targets:
-        raise ValueError(
-            f"target {empty!r} has no neurons." if plan.targets else "give at least one target."
-        )
-    ends = [
-        v.site.layer + (v.site.kind in ("mlp_out", "resid_post")) for v in vectors
-    ]  # layers whose neurons are read
-    beyond = [
-        neuron for neurons in plan.sets for neuron in neurons if ends and neuron[0] >= max(ends)
-    ]
-    if beyond:
-        raise ValueError(
-            f"neuron {beyond[0]} comes after {vectors[ends.index(max(ends))].site}, where effects are read: leave it out."
-        )
+    if not plan.targets:
+        raise ValueError("give at least one target.")
+    for name, number in plan.targets.items():
+        if not plan.sets[number]:
+            raise ValueError(f"target {name!r} has no neurons.")
+    # number of layers whose neurons come before each place where effects are read
+    ends = [v.site.layer + (v.site.kind in ("mlp_out", "resid_post")) for v in vectors]
+    for neuron in (neuron for neurons in plan.sets for neuron in neurons):
+        if ends and neuron[0] >= max(ends):
+            raise ValueError(
+                f"neuron {neuron} comes after {vectors[ends.index(max(ends))].site}, "
+                "where effects are read: leave it out."
+            )

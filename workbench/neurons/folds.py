@@ -1,4 +1,8 @@
-"""Contrasts: which rows of two folds are compared, and how they are halved and resampled. What can be wrong with folds is found here."""
+"""Check two folds, attribute each category's direction, and resample the contrasts.
+
+Directions come from the fit fold and differences from the held-out one. What can be wrong with a
+pair of folds is found here.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,16 @@ from workbench.neurons.attribution import (
 )
 from workbench.neurons.splits import writing_activations
 from workbench.prompts.contrasts import Sides, sides_of
-from workbench.prompts.prompt import categories_of
+from workbench.prompts.prompt import Prompt, categories_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
 
     from workbench.models.activations import ActivationSet
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.models.sites import Site
 
 
@@ -39,16 +43,17 @@ Weights = tuple["Float[Tensor, 'draw unsafe']", "Float[Tensor, 'draw reference']
 
 @dataclass(frozen=True, eq=False)
 class AttributedFolds:
-    """Two folds, checked, and the attribution of each category: what every table starts from.
+    """Hold two checked folds and each category's attribution: what every table starts from.
 
     Attributes:
         site: Residual site of the directions.
         categories: Those attributed.
         residual: Fit fold at the site: what directions come from.
-        written: Held-out fold at the site and at everything that writes to it, over the scale of output norms where there are any.
-        fit: Rows compared, by category, in the fit fold.
+        written: Held-out fold at the site and at everything that writes to it, divided by the
+            scale of output norms where there are any.
+        fit: Rows compared in the fit fold, per category.
         held_out: The same in the held-out fold.
-        attributions: Direction of the fit fold, difference of the held-out one, by category.
+        attributions: Direction of the fit fold, difference of the held-out one, per category.
     """
 
     site: Site
@@ -58,6 +63,11 @@ class AttributedFolds:
     fit: dict[str, Sides]
     held_out: dict[str, Sides]
     attributions: dict[str, Attribution]
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Prompts of the held-out fold."""
+        return self.written[self.site].prompts
 
 
 def attribute_folds(
@@ -69,74 +79,105 @@ def attribute_folds(
     reference: Reference,
     system_prompt: str | None,
 ) -> AttributedFolds:
-    """Check two folds and attribute each category's direction; arguments and errors are those of ``neurons.attribute_neurons``."""
+    """Check two folds and attribute each category's direction.
+
+    Arguments and errors are those of ``ranking.attribute_neurons``.
+    """
     if reference not in get_args(Reference):
         raise ValueError(
             f"unknown reference {reference!r}; allowed: {', '.join(get_args(Reference))}."
         )
     writing_sites(model, site)
-    info = model_info(model)
-    for name, fold in (("fit", fit), ("held-out", held_out)):
-        if site not in fold:
-            raise ValueError(
-                f"no activations at {site} in the {name} fold; cache [site, *writing_sites(model, site)] in both."
-            )
-        for own in fold.values():
-            if own.model.fingerprint != info.fingerprint:
-                raise ValueError(
-                    f"the {name} activations at {own.site} are of {own.model.name!r}, not of this model {info.name!r}."
-                )
-            if own.prompts != fold[site].prompts or own.span != fit[site].span:
-                raise ValueError(
-                    f"the {name} activations at {own.site} are of other prompts or another span than those at {site}."
-                )
+    _check_folds(model, fit, held_out, site)
     residual, held = fit[site], held_out[site]
-    seen = {prompt.id for prompt in residual.prompts} | {prompt.text for prompt in residual.prompts}
-    twice = [prompt.id for prompt in held.prompts if prompt.id in seen or prompt.text in seen]
-    if twice:
-        raise ValueError(
-            f"the folds overlap: prompt {twice[0]!r} is in both ({len(twice)} in all); split them with split_prompts."
-        )
-    known = [
-        category
-        for category in categories_of(residual.prompts)
-        if category in categories_of(held.prompts)
-    ]
-    chosen = known if categories is None else list(categories)
-    for category in chosen:
-        if category not in known:
-            raise ValueError(
-                f"no unsafe prompts of category {category!r} in both folds; categories: {', '.join(known)}.{did_you_mean(category, known)}"
-            )
-    sides: list[dict[str, Sides]] = []
-    for name, prompts in (("fit", residual.prompts), ("held-out", held.prompts)):
-        sides.append({category: sides_of(prompts, category, reference) for category in chosen})
-        for category, rows in sides[-1].items():
-            if min(len(rows.unsafe), len(rows.reference)) < 2:
-                raise ValueError(
-                    f"category {category!r} has {len(rows.unsafe)} unsafe prompts and {len(rows.reference)} {reference} in the {name} fold; "
-                    "at least two of each are needed, better twenty."
-                )
-    if not chosen:
+    names = _shared_categories(residual.prompts, held.prompts, categories)
+    fit_sides = _sides_by_category(residual.prompts, names, reference, "fit")
+    held_sides = _sides_by_category(held.prompts, names, reference, "held-out")
+    if not names:
         raise ValueError("no category has unsafe prompts in both folds.")
     written = writing_activations(model, held_out, site, system_prompt=system_prompt)
     attributions = {}
-    for category in chosen:
-        first, second = sides[0][category], sides[1][category]
-        u = residual.values[first.unsafe].double().mean(dim=0) - residual.values[
-            first.reference
+    for category in names:
+        fit_rows, held_rows = fit_sides[category], held_sides[category]
+        u = residual.values[fit_rows.unsafe].double().mean(dim=0) - residual.values[
+            fit_rows.reference
         ].double().mean(dim=0)
         unsafe, safe = (
-            [held.prompts[i] for i in side] for side in (second.unsafe, second.reference)
+            [held.prompts[i] for i in side] for side in (held_rows.unsafe, held_rows.reference)
         )
         attributions[category] = direct_attribution(
             model, site, u, class_difference(written, unsafe, safe)
         )
-    return AttributedFolds(site, chosen, residual, written, sides[0], sides[1], attributions)
+    return AttributedFolds(site, names, residual, written, fit_sides, held_sides, attributions)
+
+
+def _check_folds(
+    model: HookedModel,
+    fit: Mapping[Site, ActivationSet],
+    held_out: Mapping[Site, ActivationSet],
+    site: Site,
+) -> None:
+    """Raise unless both folds are of this model, whole at the site, and disjoint."""
+    info = model_info(model)
+    for name, fold in (("fit", fit), ("held-out", held_out)):
+        if site not in fold:
+            raise ValueError(
+                f"no activations at {site} in the {name} fold; "
+                "cache [site, *writing_sites(model, site)] in both."
+            )
+        for cached in fold.values():
+            if cached.model.fingerprint != info.fingerprint:
+                raise ValueError(
+                    f"the {name} activations at {cached.site} are of {cached.model.name!r}, "
+                    f"not of this model {info.name!r}."
+                )
+            if cached.prompts != fold[site].prompts or cached.span != fit[site].span:
+                raise ValueError(
+                    f"the {name} activations at {cached.site} are of other prompts or another "
+                    f"span than those at {site}."
+                )
+    fit_prompts, held_prompts = fit[site].prompts, held_out[site].prompts
+    seen = {prompt.id for prompt in fit_prompts} | {prompt.text for prompt in fit_prompts}
+    twice = [prompt.id for prompt in held_prompts if prompt.id in seen or prompt.text in seen]
+    if twice:
+        raise ValueError(
+            f"the folds overlap: prompt {twice[0]!r} is in both ({len(twice)} in all); "
+            "split them with split_prompts."
+        )
+
+
+def _shared_categories(
+    fit: Sequence[Prompt], held_out: Sequence[Prompt], categories: Iterable[str] | None
+) -> list[str]:
+    """List the categories asked for, or all; raise if one is not in both folds."""
+    known = [category for category in categories_of(fit) if category in categories_of(held_out)]
+    names = known if categories is None else list(categories)
+    for category in names:
+        if category not in known:
+            raise ValueError(
+                f"no unsafe prompts of category {category!r} in both folds; "
+                f"categories: {', '.join(known)}.{did_you_mean(category, known)}"
+            )
+    return names
+
+
+def _sides_by_category(
+    prompts: Sequence[Prompt], categories: Iterable[str], reference: Reference, fold: str
+) -> dict[str, Sides]:
+    """Collect both sides of each category's contrast; raise if one has fewer than two prompts."""
+    sides = {category: sides_of(prompts, category, reference) for category in categories}
+    for category, rows in sides.items():
+        if min(len(rows.unsafe), len(rows.reference)) < 2:
+            raise ValueError(
+                f"category {category!r} has {len(rows.unsafe)} unsafe prompts and "
+                f"{len(rows.reference)} {reference} in the {fold} fold; "
+                "at least two of each are needed, better twenty."
+            )
+    return sides
 
 
 def halves(sides: Sides, rng: np.random.Generator) -> Weights:
-    """Weights of two disjoint halves of both sides; pairs stay together."""
+    """Weight the rows of both sides for two disjoint random halves; pairs stay together."""
 
     def split(n: int, order: Int[np.ndarray, " n"]) -> Tensor:
         inside = np.zeros((2, n), dtype=np.float32)
@@ -149,7 +190,7 @@ def halves(sides: Sides, rng: np.random.Generator) -> Weights:
 
 
 def resamples(sides: Sides, n_resamples: int, rng: np.random.Generator) -> Weights:
-    """Weights of bootstrap samples of both sides; pairs are drawn together."""
+    """Weight the rows of both sides for bootstrap samples; pairs are drawn together."""
 
     def draw(n: int) -> Tensor:
         return torch.from_numpy(

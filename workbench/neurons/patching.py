@@ -1,4 +1,9 @@
-"""Patching between a steered and an unsteered run: which neurons steering changes, and which of them carry its effect."""
+"""Patch between a steered and an unsteered run: which neurons carry the effect?
+
+``contrast_activations`` ranks neurons by how far steering moves them. ``patched_answers`` gives the
+neurons of one run the values of the other while it writes, and ``patching_effect`` turns that into
+the share of the steering's effect that a set of neurons carries.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,12 @@ import torch
 
 from workbench.generation.answers import Completion, sweep
 from workbench.generation.decoding import Decoding
+from workbench.models.batches import batches_by_length, pad
 from workbench.models.forward import forward, reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, sites_of_kind
-from workbench.models.tokens import Encoded, decode, encode, pad, pad_id, stop_ids
+from workbench.models.tokens import Encoded, decode, encode, pad_id, stop_ids
+from workbench.neurons.effects import Scorer
 from workbench.stats.estimates import Estimate, ratio_of_means, to_floats
 from workbench.steering.apply import intervene
 from workbench.steering.interventions import Intervention, Positions, check_interventions
@@ -22,30 +29,33 @@ from workbench.steering.interventions import Intervention, Positions, check_inte
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    import numpy as np
     import pandas as pd
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
+    from workbench.neurons.silencing import Neuron
     from workbench.prompts.prompt import Prompt
 
 
 Direction = Literal["sufficiency", "necessity"]
+"""Which run is patched; see ``patched_answers``."""
 
 
-DIRECTIONS = ("sufficiency", "necessity")
+DIRECTIONS: tuple[Direction, ...] = ("sufficiency", "necessity")
 
 
-Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float | bool | None]]
-"""Numbers of answers: called with prompts and answers, as ``text_quality.relevance`` is; None where unscored."""
+_Finish = Literal["eos", "length"]
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationContrast:
-    """How far steering moves each neuron while the same text is read.
+    """Hold how far steering moves each neuron while the same text is read.
 
     Attributes:
-        rms: Root mean square over generated positions of unsteered minus steered activation, float64.
+        rms: Root mean square over generated positions of unsteered minus steered activation,
+            float64.
         mean: Mean of steered minus unsteered activation: which way.
         n_prompts: Answers read.
         n_tokens: Generated positions read.
@@ -60,16 +70,19 @@ class ActivationContrast:
 
     def __repr__(self) -> str:
         layers, d_mlp = self.rms.shape
-        return f"ActivationContrast({layers} layers x {d_mlp} neurons, {self.n_prompts} answers, {self.n_tokens} tokens)"
+        return (
+            f"ActivationContrast({layers} layers x {d_mlp} neurons, {self.n_prompts} answers, "
+            f"{self.n_tokens} tokens)"
+        )
 
-    def ranked(self, n: int | None = None) -> list[tuple[int, int]]:
-        """Neurons (layer, neuron) by root mean square, largest first; the first ``n``, or all."""
+    def ranked(self, n: int | None = None) -> list[Neuron]:
+        """Rank neurons by root mean square, largest first; the first ``n``, or all."""
         d_mlp = self.rms.shape[1]
         order = self.rms.flatten().argsort(descending=True, stable=True)[:n].tolist()
         return [(place // d_mlp, place % d_mlp) for place in order]
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a neuron, largest first: layer, neuron, rms, mean (steered minus unsteered)."""
+        """Tabulate neurons, largest first: layer, neuron, rms, mean (steered minus unsteered)."""
         import pandas as pd
 
         layer, neuron = zip(*self.ranked(), strict=True)
@@ -81,14 +94,16 @@ class ActivationContrast:
 
 @dataclass(frozen=True)
 class PatchingEffect:
-    """How much of what steering does to answers some neurons carry.
+    """Hold how much of what steering does to answers some neurons carry.
 
     Attributes:
         name: Name of the set of neurons.
-        direction: "sufficiency": the unsteered run was given the steered run's values. "necessity": the other way round.
+        direction: "sufficiency": the unsteered run was given the steered run's values. "necessity":
+            the other way round.
         n_neurons: Size of the set.
-        share: E[F(patched) - F(run)] / E[F(other run) - F(run)]: 1 where patching has the whole effect of the other run, 0 where it has
-            none, with a paired bootstrap interval; without bounds where the steering itself has no clear effect on F.
+        share: E[F(patched) - F(run)] / E[F(other run) - F(run)]: 1 where patching has the whole
+            effect of the other run, 0 where it has none, with a paired bootstrap interval; without
+            bounds where the steering itself has no clear effect on F.
         values: F of the patched answers, prompt by prompt (nan where unscored).
         answers: The patched answers.
     """
@@ -103,27 +118,27 @@ class PatchingEffect:
 
 @dataclass(frozen=True, eq=False)
 class CopyNeurons:
-    """Overwrite neurons of the first half of a batch by those of the second half: row i by row i + n.
+    """Overwrite neurons of a batch's first half by those of its second: row i by row i + n.
 
     Attributes:
-        chosen: Neurons to overwrite, for each row of the first half.
+        patched: Neurons to overwrite, for each row of the first half.
     """
 
-    chosen: Bool[Tensor, "row d_mlp"]
+    patched: Bool[Tensor, "row d_mlp"]
 
     def __call__(
         self, activation: Float[Tensor, "two_rows pos d_mlp"]
     ) -> Float[Tensor, "two_rows pos d_mlp"]:
-        """The batch with the chosen neurons of its first half overwritten; the second half is as it was."""
+        """Return the batch with the first half's neurons overwritten, the second as it was."""
         receiver, donor = activation.chunk(2)
         return torch.cat(
-            [torch.where(self.chosen[:, None].to(activation.device), donor, receiver), donor]
+            [torch.where(self.patched[:, None].to(activation.device), donor, receiver), donor]
         )
 
     @property
     def width(self) -> int:
         """Width of the activations it fits."""
-        return self.chosen.shape[-1]
+        return self.patched.shape[-1]
 
 
 def contrast_activations(
@@ -135,25 +150,25 @@ def contrast_activations(
     batch_size: int = 16,
     transfer: bool = False,
 ) -> ActivationContrast:
-    """Read answers of the unsteered model (teacher-forced) with and without steering, and compare every neuron.
+    """Compare every neuron while unsteered answers are read with and without steering.
 
-    Both runs are halves of one batch, so a layer is compared as soon as it is computed: memory does not grow with prompts or layers.
+    The answers are given (teacher forcing), so both runs read the same tokens. They are halves of
+    one batch, so a layer is compared as soon as it is computed: memory does not grow with prompts
+    or layers.
 
     Args:
         model: A hooked model.
         completions: Answers of the unsteered model, from ``generate``; empty ones are left out.
         interventions: The steering.
         system_prompt: As it was when the answers were made.
-        batch_size: Answers a pass.
+        batch_size: Answers per pass.
         transfer: Allow vectors of another model of the same architecture.
-
-    Returns:
-        One number a neuron and layer.
 
     Raises:
         ValueError: If there is no steering or no answer, or an intervention does not fit.
 
-    Source: activation contrasting of Chen et al. 2024 (arXiv:2406.14144), there between a base and an aligned model.
+    Source: activation contrasting of Chen et al. 2024 (arXiv:2406.14144), there between a base and
+    an aligned model.
     """
     _check(model, interventions, transfer)
     answers = [completion for completion in completions if completion.tokens]
@@ -161,46 +176,21 @@ def contrast_activations(
         raise ValueError(
             "no answers to contrast: give completions of the unsteered model that hold tokens."
         )
-    sites = sites_of_kind(model, "mlp_post")
-    device = next(iter(model.parameters())).device
-    squares = torch.zeros(len(sites), model.cfg.d_mlp, dtype=torch.float64)
-    sums = torch.zeros_like(squares)
-    inside: Tensor  # generated positions of the answers in the batch; set before the hooks read it
-
-    def reader(layer: int) -> Callable[[Tensor], None]:
-        def read(activation: Tensor) -> None:
-            plain, steered = activation[:, -inside.shape[1] :].chunk(2)
-            difference = (steered - plain)[inside].double()
-            squares[layer] += (difference**2).sum(dim=0).cpu()
-            sums[layer] += difference.sum(dim=0).cpu()
-
-        return read
-
-    order = sorted(range(len(answers)), key=lambda i: -len(answers[i].tokens))
-    encoded = encode(model, [answers[i].prompt for i in order], system_prompt=system_prompt)
+    encoded = encode(model, [answer.prompt for answer in answers], system_prompt=system_prompt)
+    sums = _ContrastSums.of(model)
     with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            rows = encoded[start : start + batch_size]
-            texts = [answers[i].tokens for i in order[start : start + batch_size]]
-            tokens, mask, inside = _forced(model, rows, texts, device)
-            n = len(rows)
-            width = tokens.shape[1] - inside.shape[1]
-            own = [intervention.for_rows(range(n, 2 * n)) for intervention in interventions]
-            with (
-                intervene(model, own, prompt_length=width, transfer=transfer),
-                reading(model, [(site.hook_name, reader(site.layer)) for site in sites]) as run,
-            ):
-                run(tokens.repeat(2, 1), mask.repeat(2, 1))
+        for batch in batches_by_length([len(answer.tokens) for answer in answers], batch_size):
+            rows, texts = [encoded[i] for i in batch], [answers[i].tokens for i in batch]
+            sums.add(model, rows, texts, interventions, transfer)
     n_tokens = sum(len(answer.tokens) for answer in answers)
-    return ActivationContrast(
-        (squares / n_tokens).sqrt(), sums / n_tokens, len(answers), n_tokens, model_info(model)
-    )
+    rms, mean = (sums.squares / n_tokens).sqrt(), sums.differences / n_tokens
+    return ActivationContrast(rms, mean, len(answers), n_tokens, model_info(model))
 
 
 def patched_answers(
     model: HookedModel,
     prompts: Sequence[Prompt],
-    neurons: Mapping[str, Sequence[tuple[int, int]]],
+    neurons: Mapping[str, Sequence[Neuron]],
     interventions: Sequence[Intervention],
     *,
     direction: Direction = "sufficiency",
@@ -210,21 +200,21 @@ def patched_answers(
     system_prompt: str | None = None,
     transfer: bool = False,
 ) -> list[Completion]:
-    """Dynamic activation patching: answers of one run whose chosen neurons take, at every step, the values of the other run.
+    """Write answers of one run whose neurons take, at every step, the other run's values.
 
-    The other run reads the same text: every token the patched run writes is appended to both. Each has its own key-value cache; they are
-    the two halves of one batch. Decoding is greedy.
+    The other run reads the same text: every token the patched run writes is appended to both. Each
+    has its own key-value cache; they are the two halves of one batch. Decoding is greedy.
 
     Args:
         model: A hooked model.
         prompts: What to answer.
         neurons: Name to neurons (layer, neuron); the sets share batches.
         interventions: The steering.
-        direction: "sufficiency": the unsteered run is patched with the steered run's values. "necessity": the steered run is patched with
-            the unsteered run's values.
+        direction: "sufficiency": the unsteered run is patched with the steered run's values.
+            "necessity": the steered run is patched with the unsteered run's values.
         positions: Tokens at which neurons are overwritten.
         max_new_tokens: Length limit of an answer.
-        batch_size: Answers a batch; the rows are twice as many.
+        batch_size: Answers per batch; the rows are twice as many.
         system_prompt: Words for the system turn.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -232,7 +222,8 @@ def patched_answers(
         Answers set by set, prompts in order; the condition is the name of the set.
 
     Raises:
-        ValueError: If there is no steering, a neuron does not exist, or an argument is out of range.
+        ValueError: If there is no steering, a neuron does not exist, or an argument is out of
+            range.
 
     Source: dynamic activation patching of Chen et al. 2024 (arXiv:2406.14144).
     """
@@ -241,85 +232,63 @@ def patched_answers(
         raise ValueError(f"unknown direction {direction!r}; directions: {', '.join(DIRECTIONS)}.")
     if not prompts or not neurons or max_new_tokens < 1 or batch_size < 1:
         raise ValueError(
-            "give at least one prompt, one set of neurons, max_new_tokens and batch_size of at least 1."
+            "give at least one prompt, one set of neurons, max_new_tokens and batch_size of at "
+            "least 1."
         )
     encoded = encode(model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens)
-    chosen = torch.stack([_as_mask(model, own) for own in neurons.values()])
-    pairs = [(i, row) for i in range(len(chosen)) for row in range(len(encoded))]
-    order = sorted(range(len(pairs)), key=lambda place: -len(encoded[pairs[place][1]].ids))
-    loop = _PairLoop(
-        model, interventions, direction == "necessity", positions, max_new_tokens, transfer
-    )
-    found: dict[int, tuple[list[int], Literal["eos", "length"]]] = {}
-    with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            own = order[start : start + batch_size]
-            texts = loop.run(
-                [encoded[pairs[i][1]] for i in own], chosen[[pairs[i][0] for i in own]]
-            )
-            found |= zip(own, texts, strict=True)
-    names = list(neurons)
+    masks = torch.stack([_as_mask(model, members) for members in neurons.values()])
+    is_necessity = direction == "necessity"
+    loop = _PairLoop(model, interventions, is_necessity, positions, max_new_tokens, transfer)
+    texts = loop.run_all(encoded, masks, batch_size)
     return [
-        Completion(prompts[row], decode(model, tokens), tuple(tokens), finish, names[i])
-        for (i, row), (tokens, finish) in (
-            (pairs[place], found[place]) for place in range(len(pairs))
-        )
+        Completion(prompt, decode(model, tokens), tuple(tokens), finish, name)
+        for name, of_set in zip(neurons, texts, strict=True)
+        for prompt, (tokens, finish) in zip(prompts, of_set, strict=True)
     ]
 
 
 def patching_effect(
     model: HookedModel,
     prompts: Sequence[Prompt],
-    neurons: Mapping[str, Sequence[tuple[int, int]]],
+    neurons: Mapping[str, Sequence[Neuron]],
     interventions: Sequence[Intervention],
     score: Scorer,
     *,
-    directions: Sequence[Direction] = DIRECTIONS,  # type: ignore[assignment]
+    directions: Sequence[Direction] = DIRECTIONS,
     positions: Positions = "all",
     max_new_tokens: int = 48,
     batch_size: int = 48,
     transfer: bool = False,
     seed: int = 0,
 ) -> list[PatchingEffect]:
-    """Share of the steering's effect on answers that sets of neurons carry, in both directions.
+    """Measure the share of the steering's effect on answers that sets of neurons carry.
 
     Args:
         model: A hooked model.
         prompts: What to answer.
-        neurons: Name to neurons (layer, neuron); put matched controls beside a target as sets of their own.
+        neurons: Name to neurons (layer, neuron); put matched controls beside a target as sets of
+            their own.
         interventions: The steering.
         score: F, a number for each answer.
         directions: Which of "sufficiency" and "necessity".
         positions: See ``patched_answers``.
         max_new_tokens: Length limit of an answer.
-        batch_size: Answers a batch.
+        batch_size: Answers per batch.
         transfer: Allow vectors of another model of the same architecture.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
-        One effect a direction and set.
+        One effect per direction and set.
 
     Raises:
         ValueError: As ``patched_answers``.
     """
     _check(model, interventions, transfer)
-
-    def scored(answers: Sequence[Completion]) -> Any:
-        return to_floats(
-            score([answer.prompt.text for answer in answers], [answer.text for answer in answers]),
-            "scores",
-        )
-
+    decoding = Decoding(max_new_tokens=max_new_tokens, batch_size=2 * batch_size)
     runs = {"unsteered": [], "steered": list(interventions)}
-    texts = sweep(
-        model,
-        prompts,
-        runs,
-        decoding=Decoding(max_new_tokens=max_new_tokens, batch_size=2 * batch_size),
-        transfer=transfer,
-    )
-    unsteered, steered = scored(texts).reshape(2, -1)
-    effects = []
+    both = sweep(model, prompts, runs, decoding=decoding, transfer=transfer)
+    unsteered, steered = _scored(score, both).reshape(2, -1)
+    effects: list[PatchingEffect] = []
     for direction in directions:
         run, other = (unsteered, steered) if direction == "sufficiency" else (steered, unsteered)
         answers = patched_answers(
@@ -333,21 +302,65 @@ def patching_effect(
             batch_size=batch_size,
             transfer=transfer,
         )
-        values = scored(answers).reshape(len(neurons), -1)
-        for place, (name, own) in enumerate(neurons.items()):
-            share = ratio_of_means(values[place] - run, other - run, seed=seed)
-            part = tuple(answers[place * len(prompts) : (place + 1) * len(prompts)])
-            effects.append(
-                PatchingEffect(
-                    name, direction, len(set(own)), share, tuple(values[place].tolist()), part
-                )
-            )
+        scores = _scored(score, answers)
+        effects += _effects(neurons, direction, answers, scores, run, other, seed)
     return effects
 
 
 @dataclass(frozen=True, eq=False)
+class _ContrastSums:
+    """Sums, per layer and neuron, of steered minus unsteered activations and of their squares."""
+
+    squares: Float[Tensor, "layer d_mlp"]
+    differences: Float[Tensor, "layer d_mlp"]
+
+    @classmethod
+    def of(cls, model: HookedModel) -> _ContrastSums:
+        """Begin with zeros."""
+        shape = (len(sites_of_kind(model, "mlp_post")), model.cfg.d_mlp)
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for _ in range(2)))
+
+    def add(
+        self,
+        model: HookedModel,
+        rows: Sequence[Encoded],
+        texts: Sequence[Sequence[int]],
+        interventions: Sequence[Intervention],
+        transfer: bool,
+    ) -> None:
+        """Read a batch of prompts and answers, unsteered and steered, and add its differences."""
+        device = next(iter(model.parameters())).device
+        tokens, mask, inside = _forced(model, rows, texts, device)
+
+        def reader(layer: int) -> Callable[[Tensor], None]:
+            def read(activation: Tensor) -> None:
+                plain, steered = activation[:, -inside.shape[1] :].chunk(2)
+                difference = (steered - plain)[inside].double()
+                self.squares[layer] += (difference**2).sum(dim=0).cpu()
+                self.differences[layer] += difference.sum(dim=0).cpu()
+
+            return read
+
+        n, prompt_length = len(rows), tokens.shape[1] - inside.shape[1]
+        steering = [intervention.for_rows(range(n, 2 * n)) for intervention in interventions]
+        readers = [
+            (site.hook_name, reader(site.layer)) for site in sites_of_kind(model, "mlp_post")
+        ]
+        with (
+            intervene(model, steering, prompt_length=prompt_length, transfer=transfer),
+            reading(model, readers) as run,
+        ):
+            run(tokens.repeat(2, 1), mask.repeat(2, 1))
+
+
+@dataclass(frozen=True, eq=False)
 class _PairLoop:
-    """Greedy decoding of pairs of runs on one text: rows [0, n) are patched and write it, rows [n, 2n) give their values."""
+    """Decode pairs of runs on one text, greedily.
+
+    Rows [0, n) are patched and write the text, rows [n, 2n) give their values. This loop is apart
+    from ``generation._decode_loop``: there each row writes a text of its own, here two rows read
+    one, and a row that ends leaves together with its partner.
+    """
 
     model: HookedModel
     interventions: Sequence[Intervention]
@@ -356,10 +369,27 @@ class _PairLoop:
     max_new_tokens: int
     transfer: bool
 
+    def run_all(
+        self,
+        encoded: Sequence[Encoded],
+        masks: Bool[Tensor, "set layer d_mlp"],
+        batch_size: int,
+    ) -> list[list[tuple[list[int], _Finish]]]:
+        """Write an answer for each set and prompt, longest prompts first, in batches."""
+        pairs = [(i, row) for i in range(len(masks)) for row in range(len(encoded))]
+        lengths = [len(encoded[row].ids) for _, row in pairs]
+        texts: dict[tuple[int, int], tuple[list[int], _Finish]] = {}
+        with torch.no_grad():
+            for places in batches_by_length(lengths, batch_size):
+                batch = [pairs[place] for place in places]
+                rows, patched = [encoded[row] for _, row in batch], masks[[i for i, _ in batch]]
+                texts |= zip(batch, self.run(rows, patched), strict=True)
+        return [[texts[i, row] for row in range(len(encoded))] for i in range(len(masks))]
+
     def run(
-        self, rows: Sequence[Encoded], chosen: Bool[Tensor, "row layer d_mlp"]
-    ) -> list[tuple[list[int], Literal["eos", "length"]]]:
-        """Token ids and the way it ended, for each row."""
+        self, rows: Sequence[Encoded], patched: Bool[Tensor, "row layer d_mlp"]
+    ) -> list[tuple[list[int], _Finish]]:
+        """Return token ids and the way it ended, for each row."""
         n, device = len(rows), next(iter(self.model.parameters())).device
         stops = torch.tensor(sorted(stop_ids(self.model)), device=device)
         batch = pad(rows, pad_id=pad_id(self.model), side="left", device=device)
@@ -368,9 +398,10 @@ class _PairLoop:
         written = torch.zeros((n, 0), dtype=torch.long, device=device)
         alive = torch.arange(n, device=device)
         texts: list[list[int]] = [[] for _ in rows]
-        finish: list[Literal["eos", "length"]] = ["length"] * n
+        finish: list[_Finish] = ["length"] * n
         while len(alive) and written.shape[1] < self.max_new_tokens:
-            with self._paired(chosen[alive.cpu()], prompt_length=width):
+            # the same pairs are decoded until one of them ends
+            with self._paired(patched[alive.cpu()], prompt_length=width):
                 ended = torch.zeros(len(alive), dtype=torch.bool, device=device)
                 while written.shape[1] < self.max_new_tokens and not bool(ended.any()):
                     logits, cache = forward(self.model, tokens, mask, cache=cache, use_cache=True)
@@ -380,6 +411,7 @@ class _PairLoop:
                     mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                     both = following.repeat(2)[:, None]
                     tokens = both if cache is not None else torch.cat([tokens, both], dim=1)
+            # pairs that ended are written down and dropped
             for place in ended.nonzero()[:, 0].tolist():
                 texts[alive[place]], finish[alive[place]] = written[place, :-1].tolist(), "eos"
             keep = (~ended).nonzero()[:, 0]
@@ -392,17 +424,42 @@ class _PairLoop:
         return list(zip(texts, finish, strict=True))
 
     def _paired(
-        self, chosen: Bool[Tensor, "row layer d_mlp"], prompt_length: int
+        self, patched: Bool[Tensor, "row layer d_mlp"], prompt_length: int
     ) -> AbstractContextManager[Any]:
-        """Context in which one half is steered and then the first half takes over the chosen neurons of the second."""
-        n = len(chosen)
+        """Steer one half; then let the first half take over the second's patched neurons."""
+        n = len(patched)
         steered = range(n) if self.patched_is_steered else range(n, 2 * n)
         copies = [
-            Intervention(Site(layer, "mlp_post"), CopyNeurons(chosen[:, layer]), self.positions)
-            for layer in chosen.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
+            Intervention(Site(layer, "mlp_post"), CopyNeurons(patched[:, layer]), self.positions)
+            for layer in patched.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()
         ]
         both = [*(intervention.for_rows(steered) for intervention in self.interventions), *copies]
         return intervene(self.model, both, prompt_length=prompt_length, transfer=self.transfer)
+
+
+def _effects(
+    neurons: Mapping[str, Sequence[Neuron]],
+    direction: Direction,
+    answers: Sequence[Completion],
+    scores: Float[np.ndarray, " answer"],
+    run: Float[np.ndarray, " prompt"],
+    other: Float[np.ndarray, " prompt"],
+    seed: int,
+) -> list[PatchingEffect]:
+    """Compare the patched answers, set by set, with the scores of both runs."""
+    n, effects = len(run), []
+    for place, (name, members) in enumerate(neurons.items()):
+        rows = slice(place * n, (place + 1) * n)
+        share = ratio_of_means(scores[rows] - run, other - run, seed=seed)
+        values, of_set = tuple(scores[rows].tolist()), tuple(answers[rows])
+        effects.append(PatchingEffect(name, direction, len(set(members)), share, values, of_set))
+    return effects
+
+
+def _scored(score: Scorer, answers: Sequence[Completion]) -> Float[np.ndarray, " answer"]:
+    """Score answers, nan where unscored."""
+    questions, texts = [answer.prompt.text for answer in answers], [a.text for a in answers]
+    return to_floats(score(questions, texts), "scores")
 
 
 def _forced(
@@ -411,7 +468,11 @@ def _forced(
     texts: Sequence[Sequence[int]],
     device: torch.device,
 ) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos"], Bool[Tensor, "row new"]]:
-    """Prompts padded on the left and answers on the right, so that all answers begin in one column; and where the answers are."""
+    """Pad prompts on the left and answers on the right, so that answers begin in one column.
+
+    Returns:
+        Tokens, mask, and where the answers are among the columns behind the prompts.
+    """
     fill = pad_id(model)
     prompts = pad(rows, pad_id=fill, side="left", device=device)
     replies = [
@@ -422,19 +483,22 @@ def _forced(
     return tokens, torch.cat([prompts.mask, answers.mask], dim=1), answers.mask
 
 
-def _as_mask(model: HookedModel, neurons: Sequence[tuple[int, int]]) -> Bool[Tensor, "layer d_mlp"]:
+def _as_mask(model: HookedModel, neurons: Sequence[Neuron]) -> Bool[Tensor, "layer d_mlp"]:
+    """Mark neurons in a mask of all of them; raise where one does not exist."""
     n_layers, d_mlp = model.cfg.n_layers, model.cfg.d_mlp
     mask = torch.zeros(n_layers, d_mlp, dtype=torch.bool)
     for layer, neuron in neurons:
         if not (0 <= layer < n_layers and 0 <= neuron < d_mlp):
             raise ValueError(
-                f"no neuron ({layer}, {neuron}): the model has {n_layers} layers of {d_mlp}, from 0."
+                f"no neuron ({layer}, {neuron}): the model has {n_layers} layers of {d_mlp}, "
+                "counted from 0."
             )
         mask[layer, neuron] = True
     return mask
 
 
 def _check(model: HookedModel, interventions: Sequence[Intervention], transfer: bool) -> None:
+    """Raise unless there is steering that applies to a whole run and fits the model."""
     if not interventions:
         raise ValueError("no steering: give the interventions that make the two runs differ.")
     if any(intervention.rows is not None for intervention in interventions):

@@ -1,42 +1,48 @@
-"""Passes for what pooled means cannot tell: activations over the scale of an output norm, gate against value, heads by source token.
+"""Measure products of two activations of one token, which pooled means cannot tell.
 
-Each is a product of two activations of one token, so it is taken token by token inside the forward pass and pooled there.
+Three questions need such products: what a neuron writes behind an output norm (activation over the
+norm's scale), whether a gated MLP's gate or its value changed, and from which tokens a head reads.
+They are formed token by token inside a forward pass and pooled there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import einops
 import torch
 
 from workbench.models.activations import ActivationSet
+from workbench.models.batches import batches_by_length, in_given_order, pad, span_mask
 from workbench.models.forward import reading
 from workbench.models.load import model_info
-from workbench.models.sites import Site, check_sites
-from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask
-from workbench.neurons.attribution import output_norm, write_weights, writing_sites
+from workbench.models.sites import INNER_HOOK_NAMES, Site, check_sites
+from workbench.models.tokens import Encoded, encode, pad_id
+from workbench.neurons.attribution import output_norm, unit_vector, write_weights, writing_sites
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.prompts.prompt import Prompt
 
 
 ROLES = ("first", "before", "content", "after", "response")
-"""Roles of the tokens a head reads from: the very first one (BOS, where attention rests), the template before the user's words, those
-words, the template after them, and the response."""
+"""Roles of the tokens a head reads from: the very first one (BOS, where attention rests), the
+template before the user's words, those words, the template after them, and the response."""
 
 
 @dataclass(frozen=True, eq=False)
-class GateSplit:
-    """Gated neurons' contributions by what changed: the gate, the value behind it, or how the two go together.
+class MlpGateSplit:
+    """Hold contributions of a gated MLP's neurons by what changed: gate, value or both.
 
-    A neuron is gate x value, and a difference of mean products is exactly the gate's difference at average value, plus the value's
-    difference at average gate, plus the difference of their covariances.
+    A neuron of a gated MLP is gate x value, the gate being the activation function's output. A
+    difference of mean products is exactly the gate's difference at average value, plus the value's
+    difference at average gate, plus the difference of their covariances. (A steering gate, which
+    switches an intervention on and off, is another thing.)
 
     Attributes:
         layers: Layer of each row.
@@ -59,30 +65,33 @@ def writing_activations(
     system_prompt: str | None = None,
     batch_size: int = 16,
 ) -> dict[Site, ActivationSet]:
-    """The activations an attribution at a site needs: the cached ones, and where an output norm follows a new pass divided by its scale.
+    """Collect the activations that an attribution at a site needs.
+
+    They are the cached ones; where an output norm follows, a new pass divides them by its scale.
 
     Raises:
         ValueError: If a site was not cached.
     """
     sites = [site, *writing_sites(model, site)]
-    missing = [str(own) for own in sites if own not in activations]
+    missing = [str(needed) for needed in sites if needed not in activations]
     if missing:
         raise ValueError(
-            f"no activations at {missing[0]}; cache [site, *writing_sites(model, site)] for the same prompts."
+            f"no activations at {missing[0]}; cache [site, *writing_sites(model, site)] for the "
+            "same prompts."
         )
-    chosen = {own: activations[own] for own in sites}
-    normed = [own for own in sites if output_norm(model, own) is not None]
+    collected = {needed: activations[needed] for needed in sites}
+    normed = [needed for needed in sites if output_norm(model, needed) is not None]
     if normed:
-        known = activations[site]
-        chosen |= scaled_activations(
+        cached = activations[site]
+        collected |= scaled_activations(
             model,
-            known.prompts,
+            cached.prompts,
             normed,
-            span=known.span,
+            span=cached.span,
             system_prompt=system_prompt,
             batch_size=batch_size,
         )
-    return chosen
+    return collected
 
 
 def scaled_activations(
@@ -94,9 +103,10 @@ def scaled_activations(
     system_prompt: str | None = None,
     batch_size: int = 16,
 ) -> dict[Site, ActivationSet]:
-    """Pooled activations, each token's divided by the scale of the norm behind its sublayer: what a neuron really writes there.
+    """Pool activations, each token's divided by the scale of the norm behind its sublayer.
 
-    The scale differs from token to token, so it cannot be applied to a pooled mean. Sites without such a norm are pooled as they are.
+    That is what a neuron really writes there. The scale differs from token to token, so it cannot
+    be applied to a pooled mean. Sites without such a norm are pooled as they are.
     """
     readers: list[_Reader] = []
     for site in sites:
@@ -113,14 +123,14 @@ def scaled_activations(
         order += rows
         for name, part in parts.items():
             part.append(pooled[name].float().cpu())
-    back, info = torch.tensor(order).argsort(), model_info(model)
-    return {
-        site: ActivationSet(site, torch.cat(parts[str(site)])[back], tuple(prompts), span, info)
-        for site in sites
-    }
+    info, results = model_info(model), {}
+    for site in sites:
+        values = in_given_order(torch.cat(parts[str(site)]), order)
+        results[site] = ActivationSet(site, values, tuple(prompts), span, info)
+    return results
 
 
-def gate_split(
+def split_mlp_gate(
     model: HookedModel,
     unsafe: Sequence[Prompt],
     reference: Sequence[Prompt],
@@ -130,18 +140,20 @@ def gate_split(
     span: str = "content",
     system_prompt: str | None = None,
     batch_size: int = 16,
-) -> GateSplit:
-    """Split gated neurons' contributions into gate, value and covariance, with a pass of its own.
+) -> MlpGateSplit:
+    """Split the contributions of a gated MLP's neurons into gate, value and covariance.
+
+    This runs the prompts once.
 
     Args:
         model: A model with gated MLPs (Llama, Qwen, Gemma, Mistral).
         unsafe: Prompts of a category.
         reference: What they are compared with.
-        direction: As ``direct_attribution``; the three parts add up to its neurons.
-        layers: Which; all by default.
+        direction: As in ``direct_attribution``; the three parts add up to its neurons.
+        layers: Which layers; all of them by default.
         span: Which tokens are pooled.
         system_prompt: Words for the system turn.
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
 
     Raises:
         ValueError: If the MLPs are not gated.
@@ -149,48 +161,20 @@ def gate_split(
     layers = tuple(range(model.cfg.n_layers) if layers is None else layers)
     readers: list[_Reader] = []
     for layer in layers:
-        site, mlp = Site(layer, "mlp_post"), model.blocks[layer].mlp
-        names = (f"blocks.{layer}.mlp.hook_pre", f"blocks.{layer}.mlp.hook_pre_linear")
-        function = getattr(mlp, "act_fn", None) or getattr(
-            getattr(mlp, "original_component", None), "act_fn", None
-        )
-        if names[1] not in model.hook_dict or function is None:
-            raise ValueError(
-                f"the MLP of layer {layer} shows no gate and value to split its neurons into: it is not gated, or fused."
-            )
-
-        def split(
-            step: _Step,
-            held: list[Tensor],
-            scale: Tensor | None,
-            site: Site = site,
-            function: Any = function,
-        ) -> None:
-            gate, value, product = function(held[0]), held[1], held[2]
-            if not torch.allclose(
-                gate * value, product, rtol=1e-2, atol=1e-4 * float(product.abs().max())
-            ):
-                raise ValueError(
-                    f"the neurons at {site} are not their gate times their value; this MLP cannot be split."
-                )
-            step.pool(f"{site} gate", gate)
-            step.pool(f"{site} value", value, scale)
-            step.pool(f"{site} product", product, scale)
-
-        readers += _together(model, site, names, split)
+        readers += _mlp_gate_readers(model, layer)
     means = _class_means(model, unsafe, reference, readers, span, system_prompt, batch_size)
-    u = direction.double().cpu() / direction.double().cpu().norm()
-    rows: list[list[Tensor]] = [[], [], []]
+    u = unit_vector(direction)
+    parts: list[list[Tensor]] = [[], [], []]
     for layer in layers:
         gate, value, product = (
             means[f"{Site(layer, 'mlp_post')} {name}"] for name in ("gate", "value", "product")
         )
         weights = write_weights(model, Site(layer, "mlp_post"), u)
         covariance = product - gate * value
-        rows[0].append(weights * (gate[0] - gate[1]) * value.mean(dim=0))
-        rows[1].append(weights * (value[0] - value[1]) * gate.mean(dim=0))
-        rows[2].append(weights * (covariance[0] - covariance[1]))
-    return GateSplit(layers, *(torch.stack(row) for row in rows))
+        parts[0].append(weights * (gate[0] - gate[1]) * value.mean(dim=0))
+        parts[1].append(weights * (value[0] - value[1]) * gate.mean(dim=0))
+        parts[2].append(weights * (covariance[0] - covariance[1]))
+    return MlpGateSplit(layers, *(torch.stack(part) for part in parts))
 
 
 def head_sources(
@@ -204,19 +188,20 @@ def head_sources(
     system_prompt: str | None = None,
     batch_size: int = 16,
 ) -> dict[str, Float[Tensor, "layer head"]]:
-    """Split heads' contributions by the role of the token they read from (``ROLES``), with a pass of its own.
+    """Split heads' contributions by the role of the token they read from (``ROLES``).
 
-    A head's output is its attention pattern times the values of the source tokens, so this is exact: the roles add up to the head.
+    This runs the prompts once. A head's output is its attention pattern times the values of the
+    source tokens, so the split is exact: the roles add up to the head.
 
     Args:
         model: A hooked model.
         unsafe: Prompts of a category.
         reference: What they are compared with.
-        direction: As ``direct_attribution``.
-        layers: Which; all by default.
+        direction: As in ``direct_attribution``.
+        layers: Which layers; all of them by default.
         span: Which tokens are pooled (those that read).
         system_prompt: Words for the system turn.
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
 
     Raises:
         ValueError: If pattern times values is not what the heads write (gated attention).
@@ -224,49 +209,26 @@ def head_sources(
     layers = tuple(range(model.cfg.n_layers) if layers is None else layers)
     readers: list[_Reader] = []
     for layer in layers:
-        site, names = (
-            Site(layer, "z"),
-            (f"blocks.{layer}.attn.hook_v", f"blocks.{layer}.attn.hook_pattern"),
-        )
-
-        def split(step: _Step, held: list[Tensor], scale: Tensor | None, site: Site = site) -> None:
-            values, pattern, z = held
-            weights = step.weights if scale is None else step.weights / scale
-            attended = torch.einsum("bt,bhts->bhs", weights.to(pattern.dtype), pattern).double()
-            shared = (
-                pattern.shape[1] // values.shape[2]
-            )  # heads that read one key-value head's values
-            values = values.repeat_interleave(shared, dim=2).double()
-            by_role = torch.einsum("bhs,bsr,bshd->brhd", attended, step.roles, values).flatten(2)
-            step.pool(str(site), z, scale)
-            whole = step.pooled[str(site)]
-            if not torch.allclose(
-                by_role.sum(dim=1), whole, rtol=1e-2, atol=1e-4 * float(whole.abs().max())
-            ):
-                raise ValueError(
-                    f"the heads at {site} do not write their pattern times values (gated attention); no split by source."
-                )
-            step.pooled[str(site)] = by_role.flatten(1)
-
-        readers += _together(model, site, names, split)
+        readers += _source_readers(model, layer)
     means = _class_means(model, unsafe, reference, readers, span, system_prompt, batch_size)
-    u = direction.double().cpu() / direction.double().cpu().norm()
-    rows = []
+    u = unit_vector(direction)
+    per_layer = []
     for layer in layers:
-        difference = (means[str(Site(layer, "z"))][0] - means[str(Site(layer, "z"))][1]).view(
-            len(ROLES), -1
+        mean_unsafe, mean_reference = means[str(Site(layer, "z"))]
+        difference = (mean_unsafe - mean_reference).view(len(ROLES), -1)
+        written = write_weights(model, Site(layer, "z"), u) * difference
+        per_layer.append(
+            einops.reduce(written, "role (head d) -> role head", "sum", head=model.cfg.n_heads)
         )
-        rows.append(
-            (write_weights(model, Site(layer, "z"), u) * difference)
-            .view(len(ROLES), model.cfg.n_heads, -1)
-            .sum(dim=2)
-        )
-    return dict(zip(ROLES, torch.stack(rows, dim=1), strict=True))
+    return dict(zip(ROLES, torch.stack(per_layer, dim=1), strict=True))
 
 
 @dataclass(eq=False)
 class _Step:
-    """One batch of a pass: what readers share. Activations wait in ``held`` until the last one they are needed with has come."""
+    """One batch of a pass: what readers share.
+
+    Activations wait in ``held`` until the last one they are needed with has come.
+    """
 
     weights: Float[Tensor, "batch pos"]  # share of each token in its row's mean
     roles: Float[Tensor, "batch pos role"]
@@ -274,20 +236,90 @@ class _Step:
     pooled: dict[str, Tensor] = field(default_factory=dict)
 
     def pool(self, name: str, activation: Tensor, scale: Tensor | None = None) -> None:
+        """Keep the mean over the span's tokens, each divided by its scale, under a name."""
         weights = self.weights if scale is None else self.weights / scale
         self.pooled[name] = torch.bmm(weights[:, None], activation.flatten(2).double())[:, 0]
 
 
 _Reader = tuple[str, Callable[["Tensor", _Step], None]]
+"""Name of a hook point, and what is done with the activation there."""
+
+
+_Finish = Callable[[_Step, "list[Tensor]", "Tensor | None"], None]
+"""What is done once all activations of a group are there; the last is the output norm's scale."""
+
+
+def _mlp_gate_readers(model: HookedModel, layer: int) -> list[_Reader]:
+    """Make readers that pool gate, value and product of a gated MLP's neurons."""
+    site, mlp = Site(layer, "mlp_post"), model.blocks[layer].mlp
+    names = [INNER_HOOK_NAMES[name].format(layer=layer) for name in ("mlp_gate", "mlp_value")]
+    activation_function = getattr(mlp, "act_fn", None) or getattr(
+        getattr(mlp, "original_component", None), "act_fn", None
+    )
+    if names[1] not in model.hook_dict or activation_function is None:
+        raise ValueError(
+            f"the MLP of layer {layer} shows no gate and value to split its neurons into: it is "
+            "not gated, or fused."
+        )
+
+    def finish(step: _Step, held: list[Tensor], scale: Tensor | None) -> None:
+        gate, value, product = activation_function(held[0]), held[1], held[2]
+        if not torch.allclose(
+            gate * value, product, rtol=1e-2, atol=1e-4 * float(product.abs().max())
+        ):
+            raise ValueError(
+                f"the neurons at {site} are not their gate times their value; this MLP cannot be "
+                "split."
+            )
+        step.pool(f"{site} gate", gate)
+        step.pool(f"{site} value", value, scale)
+        step.pool(f"{site} product", product, scale)
+
+    return _together(model, site, names, finish)
+
+
+def _source_readers(model: HookedModel, layer: int) -> list[_Reader]:
+    """Make readers that pool what heads read, split by the role of the source token."""
+    site = Site(layer, "z")
+    names = [INNER_HOOK_NAMES[name].format(layer=layer) for name in ("v", "pattern")]
+
+    def finish(step: _Step, held: list[Tensor], scale: Tensor | None) -> None:
+        values, pattern, z = held
+        weights = step.weights if scale is None else step.weights / scale
+        attended = einops.einsum(
+            weights.to(pattern.dtype), pattern, "row to, row head to source -> row head source"
+        ).double()
+        # heads that read one key-value head's values
+        shared = pattern.shape[1] // values.shape[2]
+        values = einops.repeat(values, "row pos kv d -> row pos (kv shared) d", shared=shared)
+        by_role = einops.einsum(
+            attended,
+            step.roles,
+            values.double(),
+            "row head source, row source role, row source head d -> row role head d",
+        ).flatten(2)
+        step.pool(str(site), z, scale)
+        whole = step.pooled[str(site)]
+        if not torch.allclose(
+            by_role.sum(dim=1), whole, rtol=1e-2, atol=1e-4 * float(whole.abs().max())
+        ):
+            raise ValueError(
+                f"the heads at {site} do not write their pattern times values (gated attention); "
+                "no split by source."
+            )
+        step.pooled[str(site)] = by_role.flatten(1)
+
+    return _together(model, site, names, finish)
 
 
 def _together(
-    model: HookedModel,
-    site: Site,
-    others: Sequence[str],
-    finish: Callable[[_Step, list[Tensor], Tensor | None], None],
+    model: HookedModel, site: Site, others: Sequence[str], finish: _Finish
 ) -> list[_Reader]:
-    """Readers that call ``finish`` with the other activations and the site's own, and the scale of its output norm, once all have come."""
+    """Make readers that call ``finish`` once all activations of a group have come.
+
+    It gets the other activations in their order, the site's own, and the scale of the site's output
+    norm (None without one).
+    """
     check_sites(model, [site])
     norm = output_norm(model, site)
     names = [*others, site.hook_name, *([norm] if norm else [])]
@@ -316,27 +348,24 @@ def _pooled(
     system_prompt: str | None,
     batch_size: int,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Forward passes, each giving its rows' numbers and what the readers pooled (float64)."""
+    """Run the prompts in batches; yield each one's row numbers and what was pooled (float64)."""
     encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))
     device, step = next(iter(model.parameters())).device, _Step(torch.empty(0), torch.empty(0))
 
     def reader(read: Callable[[Tensor, _Step], None]) -> Callable[[Tensor], None]:
         return lambda activation: read(activation, step)
 
     with torch.no_grad(), reading(model, [(name, reader(read)) for name, read in readers]) as run:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = pad(
-                [encoded[i] for i in rows], pad_id=pad_id(model), side="right", device=device
-            )
-            inside = span_mask([encoded[i] for i in rows], batch, span).double()
+        for places in batches_by_length([len(row.ids) for row in encoded], batch_size):
+            rows = [encoded[i] for i in places]
+            batch = pad(rows, pad_id=pad_id(model), side="right", device=device)
+            inside = span_mask(rows, batch, span).double()
             step.weights, step.pooled = inside / inside.sum(dim=1, keepdim=True), {}
-            step.roles = torch.stack([_roles(encoded[i], batch.tokens.shape[1]) for i in rows]).to(
+            step.roles = torch.stack([_roles(row, batch.tokens.shape[1]) for row in rows]).to(
                 device
             )
             run(batch.tokens, batch.mask)
-            yield rows, step.pooled
+            yield places, step.pooled
 
 
 def _class_means(
@@ -348,10 +377,11 @@ def _class_means(
     system_prompt: str | None,
     batch_size: int,
 ) -> dict[str, Float[Tensor, "class d"]]:
-    """Means of what the readers pool over unsafe (row 0) and reference (row 1) prompts."""
+    """Average what the readers pool over unsafe (row 0) and over reference prompts (row 1)."""
     if not unsafe or not reference:
         raise ValueError(
-            f"both classes need prompts, got {len(unsafe)} unsafe and {len(reference)} reference ones."
+            f"both classes need prompts, got {len(unsafe)} unsafe and {len(reference)} reference "
+            "ones."
         )
     shares = torch.zeros(2, len(unsafe) + len(reference), dtype=torch.float64)
     shares[0, : len(unsafe)], shares[1, len(unsafe) :] = 1 / len(unsafe), 1 / len(reference)
@@ -365,7 +395,7 @@ def _class_means(
 
 
 def _roles(row: Encoded, width: int) -> Float[Tensor, "pos role"]:
-    """One-hot role of each token; padding counts as response, nobody attends to it."""
+    """Mark each token's role, one-hot; padding counts as response, as nobody attends to it."""
     role = torch.full((width,), ROLES.index("response"))
     (start, stop), end = row.content, row.response[0]
     role[:end], role[:stop], role[:start], role[0] = (

@@ -1,4 +1,4 @@
-"""What goes into a model: prompts and their folds, written openings of answers, and readers of public benchmarks."""
+"""Prompts and their folds, written openings of answers, and readers of public benchmarks."""
 
 import lazy_loader
 

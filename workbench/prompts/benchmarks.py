@@ -1,9 +1,11 @@
-"""Readers of public benchmarks: each becomes a list of prompts in this project's categories and labels.
+"""Read public benchmarks as prompts in this project's categories and labels.
 
-Written as text, on a command line or in a notebook, a data set is ``NAME``, ``NAME:PATH`` or ``file:PATH``, with options behind
-further colons: ``safebench:safebench.csv``, ``catqa:split=zh``, ``file:mine.csv:text=question:category=topic:label=unsafe``.
-data/datasets.yaml says where the known sets come from and what their columns mean, data/categories.csv which category of ours
-stands for which of theirs. Files are parsed, never run, and no line of any of these sets is part of the project.
+Written as text, on a command line or in a notebook, a data set is ``NAME``, ``NAME:PATH`` or
+``file:PATH``, with options behind further colons: ``safebench:safebench.csv``,
+``catqa:split=zh``, ``file:mine.csv:text=question:category=topic:label=unsafe``. data/datasets.yaml
+says where the known sets come from and what their columns mean, data/categories.csv which category
+of ours stands for which of theirs. Files are parsed, never run, and no line of any of these sets is
+part of the project.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import atomic_path, data_path, key_of
+from workbench.files.store import data_path, key_of
 from workbench.files.tables import SUFFIXES, read_rows
 from workbench.prompts.prompt import (
     HARD_SAFE,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 
 Row = Mapping[str, Any]
+"""One row of a table: column to value."""
 
 
 OTHER = "other"
@@ -45,6 +48,7 @@ OWN = "workbench"
 
 
 GITHUB = "https://raw.githubusercontent.com"
+"""Where files of a GitHub repository are served as they are."""
 
 
 _OPTIONS = ("text", "response", "category", "label", "split", "limit")
@@ -53,30 +57,40 @@ _OPTIONS = ("text", "response", "category", "label", "split", "limit")
 _OPTION = re.compile(r"(\w+)=(.*)")
 
 
-_SPLIT = "(split)"  # column that carries the split's name to the functions that prepare rows
+_SPLIT = "(split)"
+"""Column that carries the split's name to the functions that prepare rows."""
 
 
-_LABEL_WORDS = dict.fromkeys(("unsafe", "harmful"), "unsafe")
-
-
-_LABEL_WORDS |= dict.fromkeys(("safe", "unharmful", "benign"), "safe")
-
-
-_LABEL_WORDS |= dict.fromkeys(("neutral", "harmless"), "neutral")
+_LABEL_WORDS = {
+    "unsafe": "unsafe",
+    "harmful": "unsafe",
+    "safe": "safe",
+    "unharmful": "safe",
+    "benign": "safe",
+    "neutral": "neutral",
+    "harmless": "neutral",
+}
+"""Words of a label column and the labels that they mean."""
 
 
 _YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
+"""Words of a label column whose name is the question."""
 
 
-_SAYS_UNSAFE, _SAYS_SAFE = (
-    ("unsafe", "is_unsafe", "harmful", "is_harmful", "toxic", "toxicity"),
-    ("safe", "is_safe"),
-)
+_SAYS_UNSAFE = ("unsafe", "is_unsafe", "harmful", "is_harmful", "toxic", "toxicity")
+"""Names of columns in which yes means unsafe."""
+
+
+_SAYS_SAFE = ("safe", "is_safe")
+"""Names of columns in which yes means safe."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set: where it comes from and what its columns mean; the fields are explained in data/datasets.yaml."""
+    """One data set: where it comes from and what its columns mean.
+
+    The fields are explained in data/datasets.yaml.
+    """
 
     name: str
     what: str
@@ -95,15 +109,16 @@ class Dataset:
     prepare: str = ""
 
     def url(self, split: str) -> str:
-        """Address of a split's file at the pinned commit."""
+        """Spell the address of a split's file at the pinned commit."""
+        file = self.files[split]
         if self.hub.startswith("github.com/"):
-            return f"{GITHUB}/{self.hub.removeprefix('github.com/')}/{self.revision}/{self.files[split]}"
-        return f"hf://datasets/{self.hub}@{self.revision}/{self.files[split]}"
+            return f"{GITHUB}/{self.hub.removeprefix('github.com/')}/{self.revision}/{file}"
+        return f"hf://datasets/{self.hub}@{self.revision}/{file}"
 
 
 @functools.cache
 def known_datasets() -> Mapping[str, Dataset]:
-    """The known data sets by name, as data/datasets.yaml describes them."""
+    """Read the known data sets by name, as data/datasets.yaml describes them."""
     import yaml
 
     table = yaml.safe_load(data_path("datasets.yaml").read_text(encoding="utf-8"))
@@ -114,7 +129,12 @@ def known_datasets() -> Mapping[str, Dataset]:
 
 
 def list_datasets() -> pd.DataFrame:
-    """Every known data set, a row each: name, what, licence, citation, hub, revision, splits (first the default) and columns."""
+    """List every known data set, one per row.
+
+    Returns:
+        Columns name, what, licence, citation, hub, revision, splits (first the default) and
+        columns.
+    """
     import pandas as pd
 
     rows = []
@@ -145,24 +165,26 @@ def read_dataset(
 ) -> list[Prompt]:
     """Read a public benchmark, or any file with named columns.
 
-    Rows without a text or a label are left out, and so is a copy of an earlier row; copies whose labels contradict each other
-    are all left out. Several answers to one question share a ``pair_id``, so that no split separates them, and a category: the
-    most frequent among the unsafe ones.
+    Rows without a text or a label are left out, and so is a copy of an earlier row; copies whose
+    labels contradict each other are all left out. Several answers to one question share a
+    ``pair_id``, so that no split separates them, and a category: the most frequent among the unsafe
+    ones.
 
     Args:
-        spec: ``"NAME"`` (fetched by the ``datasets`` library), ``"NAME:PATH"`` (a local file of that set) or ``"file:PATH"``;
-            each option below may also be written in it, as ``":option=value"``.
-        text: Column of the question; files have it as text, prompt, question or instruction if nothing is said.
-        response: Column of an answer that comes with the question. Sets whose label is about an answer read it anyway.
+        spec: ``"NAME"`` (downloaded once), ``"NAME:PATH"`` (a local file of that set) or
+            ``"file:PATH"``; each option below may also be written in it, as ``":option=value"``.
+        text: Column of the question; without it text, prompt, question or instruction is taken.
+        response: Column of an answer that comes with the question. Sets whose label is about an
+            answer read it anyway.
         category: Column of the category, or one of this project's categories for all rows.
-        label: Column of the label (unsafe, safe, neutral and the like; also yes or no in a column such as is_safe), or unsafe,
-            safe or neutral for all rows.
+        label: Column of the label (unsafe, safe, neutral and the like; also yes or no in a column
+            such as is_safe), or unsafe, safe or neutral for all rows.
         split: One of the set's splits.
-        limit: At most this many prompts of each category and label, the first ones.
+        limit: Largest number of prompts of each category and label; the first ones are taken.
 
     Raises:
-        ValueError: If the set or an option is unknown, the file or a column is missing, a line cannot be parsed, or no prompt
-            is left.
+        ValueError: If the set or an option is unknown, the file or a column is missing, a line
+            cannot be parsed, or no prompt is left.
         ConnectionError: If the set cannot be fetched.
     """
     name, path, options = _parse(spec)
@@ -180,19 +202,21 @@ def read_dataset(
         raise ValueError(f"limit must be a whole number from 1, got {most!r}.")
     if name == OWN and (path is not None or options.keys() - {"limit"}):
         raise ValueError(
-            f"{OWN!r} is the project's own set: it has no path, and no option but limit; got {spec!r}."
+            f"{OWN!r} is the project's own set: it has no path, and no option but limit; "
+            f"got {spec!r}."
         )
     prompts = load_prompts() if name == OWN else _read(_known(name, path), path, options)
     return select_prompts(prompts, limit=int(most)) if "limit" in options else prompts
 
 
 def prompts_from(spec: str | Path | None) -> list[Prompt]:
-    """The prompts that a command was given.
+    """Read the prompts that a command was given.
 
     Args:
-        spec: None is the project's own set, a path that ends in .jsonl one written by ``save_prompts``; anything else is read
-            by ``read_dataset`` (of a table's path, "file:" may be left out). Several may be joined by commas, with "workbench"
-            for the project's own; a prompt that comes a second time is left out.
+        spec: None is the project's own set, a path that ends in .jsonl one written by
+            ``save_prompts``; anything else is read by ``read_dataset`` (before a table's path
+            "file:" may be left out). Several may be joined by commas, with "workbench" for the
+            project's own; a prompt that comes a second time is left out.
 
     Raises:
         ValueError: As ``read_dataset``, or if a line of a jsonl file is not a prompt.
@@ -208,13 +232,17 @@ def prompts_from(spec: str | Path | None) -> list[Prompt]:
     for prompt_id, n in Counter(prompt.id for prompt in unique.values()).items():
         if n > 1:
             raise ValueError(
-                f"id {prompt_id!r} comes {n} times in {str(spec)!r}; rename the ids in one of the files."
+                f"id {prompt_id!r} comes {n} times in {str(spec)!r}; rename the ids in one of the "
+                "files."
             )
     return list(unique.values())
 
 
 def category_of(dataset: str, theirs: object) -> str:
-    """Our category for one of theirs, by data/categories.csv; one that has none of ours keeps its own name, as a slug."""
+    """Translate a data set's category to one of ours, by data/categories.csv.
+
+    One that has none of ours keeps its own name, as a slug.
+    """
     if isinstance(theirs, list):
         theirs = theirs[0] if theirs else None
     slug = _slug("" if theirs is None else str(theirs))
@@ -235,7 +263,10 @@ def _slug(name: str) -> str:
 
 
 def _parse(spec: str) -> tuple[str, str | None, dict[str, str]]:
-    """Name, path and options of a data set as written. Options are taken from the end: a path may hold a colon."""
+    """Take apart a data set as written: name, path and options.
+
+    Options are taken from the end, for a path may hold a colon.
+    """
     pieces = spec.split(":")
     options: dict[str, str] = {}
     while len(pieces) > 1 and (match := _OPTION.fullmatch(pieces[-1])):
@@ -259,13 +290,14 @@ def _known(name: str, path: str | None) -> Dataset:
     if name not in known:
         hint = did_you_mean(name, [*known, OWN])
         raise ValueError(
-            f"unknown data set {name!r}; data sets: {', '.join([*known, OWN])}, or 'file:PATH'.{hint}"
+            f"unknown data set {name!r}; data sets: {', '.join([*known, OWN])}, or 'file:PATH'."
+            f"{hint}"
         )
     return known[name]
 
 
 def _prompts_of_part(part: str) -> list[Prompt]:
-    """Prompts of one part of a joined text: a data set, or a path with nothing before it."""
+    """Read one part of a joined text: a data set, or a path with nothing before it."""
     name, path, options = _parse(part)
     if name in known_datasets() or name in ("file", OWN):
         return read_dataset(part)
@@ -284,7 +316,7 @@ def _prompts_of_part(part: str) -> list[Prompt]:
 
 
 def _read(dataset: Dataset, path: str | None, options: Mapping[str, str]) -> list[Prompt]:
-    """Prompts of a local file, or of the hub's."""
+    """Read the prompts of a local file, or of the set's own files."""
     split = options.get("split")
     if split is not None and split not in dataset.files:
         allowed = (
@@ -308,25 +340,27 @@ def _read(dataset: Dataset, path: str | None, options: Mapping[str, str]) -> lis
 
 
 def _prompts(dataset: Dataset, rows: Sequence[Row], where: str) -> list[Prompt]:
-    """Prompts of raw rows: columns found, categories and labels translated, copies out."""
+    """Turn raw rows into prompts: find columns, translate categories and labels, drop copies."""
     present = list(dict.fromkeys(key for row in rows for key in row if key != _SPLIT))
     if dataset.prepare:
         try:
             rows = [_PREPARE[dataset.prepare](row) for row in rows]
         except KeyError as error:
             raise _missing(where, [error.args[0]], present) from error
-    columns = set().union(*rows) - {
-        ""
-    }  # "" is how an unnamed index is written, and below: no such column
+    # "" is how an unnamed index is written, and below it stands for a column that is not there.
+    columns = set().union(*rows) - {""}
     rows = [{key: value for key, value in row.items() if key in columns} for row in rows]
     ours = {category for category in _category_map().values() if category} | {OTHER}
 
     def column(candidates: Sequence[str], constants: Collection[str] = ()) -> str:
-        """The first candidate that is a column; without one, the last if it may stand for all rows."""
-        found = next((name for name in candidates if name in columns), candidates[-1])
-        if found not in columns and found not in constants:
+        """Choose the first candidate that is a column.
+
+        Without one it is the last candidate, if that may stand for all rows.
+        """
+        name = next((name for name in candidates if name in columns), candidates[-1])
+        if name not in columns and name not in constants:
             raise _missing(where, candidates, present, constants)
-        return found
+        return name
 
     text, response = column(dataset.text), column(dataset.response) if dataset.response else ""
     category = column(dataset.category, ours) if dataset.category else ""
@@ -366,22 +400,25 @@ def _prompts(dataset: Dataset, rows: Sequence[Row], where: str) -> list[Prompt]:
 
 
 def _without_copies(prompts: Sequence[Prompt], pairs: Sequence[str], where: str) -> list[Prompt]:
-    """One prompt an id, none where copies contradict each other; one category a question and one pair_id a pair."""
+    """Leave one prompt per id, and none where copies contradict each other.
+
+    Each question gets one category, and each pair one pair_id.
+    """
     labels: dict[str, set[str]] = defaultdict(set)
     first: dict[str, tuple[Prompt, str]] = {}
     for prompt, pair in zip(prompts, pairs, strict=True):
         labels[prompt.id].add(prompt.label)
         first.setdefault(prompt.id, (prompt, pair))
-    kept = [(prompt, pair) for prompt, pair in first.values() if len(labels[prompt.id]) == 1]
-    if not kept:
+    consistent = [(prompt, pair) for prompt, pair in first.values() if len(labels[prompt.id]) == 1]
+    if not consistent:
         raise ValueError(f"{where} holds no prompt with a text and a label.")
-    size_of_pair = Counter(pair for _, pair in kept)
+    size_of_pair = Counter(pair for _, pair in consistent)
     risks: dict[str, Counter[str]] = defaultdict(Counter)
-    for prompt, _ in kept:
+    for prompt, _ in consistent:
         if prompt.label == "unsafe" and prompt.response is not None:
             risks[prompt.text][prompt.category] += 1
     result = []
-    for prompt, pair in kept:
+    for prompt, pair in consistent:
         category = (
             risks[prompt.text].most_common(1)[0][0] if risks[prompt.text] else prompt.category
         )
@@ -404,13 +441,12 @@ def _text_of(value: object, column: str, place: str) -> str:
         raise ValueError(
             f"{place}: column {column!r} holds {type(value).__name__}, a text is needed."
         )
-    return (
-        (value or "").encode("utf-8", "replace").decode("utf-8").strip()
-    )  # a lone surrogate has no UTF-8
+    # A lone surrogate has no UTF-8.
+    return (value or "").encode("utf-8", "replace").decode("utf-8").strip()
 
 
 def _label_of(value: object, column: str, place: str) -> str | None:
-    """Our label for a value of a label column; None where there is none."""
+    """Translate a value of a label column to our label; None where there is none."""
     word = "" if value is None else str(value).strip().lower()
     if not word or word in _LABEL_WORDS:
         return _LABEL_WORDS.get(word)
@@ -418,12 +454,16 @@ def _label_of(value: object, column: str, place: str) -> str | None:
         if column.lower() in columns and word in (*_YES, *_NO):
             return yes if word in _YES else no
     raise ValueError(
-        f"{place}: cannot read label {value!r} of column {column!r}; labels: {', '.join(_LABEL_WORDS)}."
+        f"{place}: cannot read label {value!r} of column {column!r}; "
+        f"labels: {', '.join(_LABEL_WORDS)}."
     )
 
 
 def _fetch(dataset: Dataset, split: str) -> Path:
-    """The split's file in a cache on disk; what is pinned to a commit is fetched once and then works offline."""
+    """Download the split's file into a cache on disk.
+
+    What is pinned to a commit is fetched once and then works offline.
+    """
     try:
         url = dataset.url(split)
         return _from_github(url) if url.startswith(GITHUB) else _from_hub(dataset, split)
@@ -431,48 +471,61 @@ def _fetch(dataset: Dataset, split: str) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         gated = ", or accept its terms on the hub and log in" if "gated" in dataset.what else ""
         raise ConnectionError(
-            f"cannot fetch {dataset.name!r} from {dataset.hub} ({reason}); read a local copy as '{dataset.name}:PATH'{gated}."
+            f"cannot fetch {dataset.name!r} from {dataset.hub} ({reason}); "
+            f"read a local copy as '{dataset.name}:PATH'{gated}."
         ) from error
 
 
 def _from_hub(dataset: Dataset, split: str) -> Path:
-    from datasets import DownloadConfig, DownloadManager
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
+    from tqdm import tqdm
 
-    if dataset.revision != "main":
-        file, revision = dataset.files[split], dataset.revision
-        cached = try_to_load_from_cache(dataset.hub, file, revision=revision, repo_type="dataset")
-        if isinstance(cached, str):
-            return Path(cached)
+    class NoBar(tqdm):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords | {"disable": True})
+
     return Path(
-        DownloadManager(download_config=DownloadConfig(disable_tqdm=True)).download(
-            dataset.url(split)
+        hf_hub_download(
+            dataset.hub,
+            dataset.files[split],
+            repo_type="dataset",
+            revision=dataset.revision,
+            tqdm_class=NoBar,
         )
     )
 
 
 def _from_github(url: str) -> Path:
-    from urllib.request import urlopen
-
     import platformdirs
+    import pooch
 
-    cached = (
-        Path(platformdirs.user_cache_dir("workbench"))
-        / "datasets"
-        / key_of(url)
-        / url.rsplit("/", 1)[-1]
-    )
-    if not cached.is_file():
-        with urlopen(url, timeout=60) as answer, atomic_path(cached) as temporary:
-            temporary.write_bytes(answer.read())
-    return cached
+    folder = Path(platformdirs.user_cache_dir("workbench")) / "datasets" / key_of(url)
+    logger = pooch.get_logger()
+    level_before = logger.level
+    logger.setLevel("WARNING")  # else it tells on the terminal what it downloads
+    try:
+        # The address names a commit, so there is no hash of the file to compare.
+        file = pooch.retrieve(
+            url,
+            known_hash=None,
+            fname=url.rsplit("/", 1)[-1],
+            path=folder,
+            downloader=pooch.HTTPDownloader(timeout=60),
+        )
+    finally:
+        logger.setLevel(level_before)
+    return Path(file)
 
 
 def _first_harm(row: Row) -> Row:
-    """BeaverTails: the first harm that is set, in the order of data/categories.csv (rarer ones come first there)."""
+    """Give a row of BeaverTails the first harm that is set as its category.
+
+    The order is that of data/categories.csv, where rarer harms come first.
+    """
     if not isinstance(row["category"], Mapping):
         raise ValueError(
-            f"BeaverTails' category must be an object of yes or no per harm, got {row['category']!r}."
+            "BeaverTails' category must be an object of yes or no per harm, "
+            f"got {row['category']!r}."
         )
     harms = {_slug(name) for name, is_set in row["category"].items() if is_set}
     order = [slug for dataset, slug in _category_map() if dataset == "beavertails"]
@@ -480,7 +533,7 @@ def _first_harm(row: Row) -> Row:
 
 
 def _harm_of_answer(row: Row) -> Row:
-    """WildGuardMix: the answer with its own label, or the prompt's label without the answer."""
+    """Give a row of WildGuardMix its answer's label, or the prompt's label without the answer."""
     of_answer, of_prompt = row["response"] and row["response_harm_label"], row["prompt_harm_label"]
     return {
         **row,
@@ -490,7 +543,7 @@ def _harm_of_answer(row: Row) -> Row:
 
 
 def _toxic(row: Row) -> Row:
-    """ToxicChat: either of two marks makes a prompt unsafe."""
+    """Give a row of ToxicChat one label: either of two marks makes a prompt unsafe."""
     toxic, jailbreak = (str(row[name]).lower() in _YES for name in ("toxicity", "jailbreaking"))
     kind = "jailbreaking" if jailbreak else "toxic" if toxic else None
     return {**row, "toxicity": "unsafe" if kind else "neutral", "jailbreaking": kind}

@@ -1,4 +1,7 @@
-"""Written openings of answers, all harmless text: questions with an opening behind them are the rows of an answer contrast."""
+"""Put written openings of answers behind questions: the rows of an answer contrast.
+
+All openings are harmless text.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,19 @@ def answer_prompts(
     unsafe: str = "going_along",
     per_prompt: int = 3,
 ) -> list[Prompt]:
-    """Unsafe questions, each with written openings of answers behind it: the rows of an answer contrast.
+    """Put written openings of answers behind unsafe questions: the rows of an answer contrast.
 
-    Each question gets ``per_prompt`` pairs of openings of its category, alike in style; pair by pair they become a safe and an unsafe row with one
-    ``pair_id``, so that ``fit_steering_vectors(..., safe_side="paired", method="answer_contrast")`` reads them. The openings are harmless text.
+    Each question gets ``per_prompt`` pairs of openings of its category, alike in style; pair by
+    pair they become a safe and an unsafe row with one ``pair_id``, so that
+    ``fit_steering_vectors(..., safe_side="paired", method="answer_contrast")`` reads them.
 
     Args:
-        prompts: Questions; only those labelled unsafe are used. A category without openings of its own gets those of all others in turn.
+        prompts: Questions; only those labelled unsafe are used. A category without openings of its
+            own gets those of all others in turn.
         openings: Rows with category, kind, style and text; None reads data/openings.jsonl.
         safe: Kind on the safe side: "safe_reframing", or "refusing" for a refusal vector.
         unsafe: Kind on the unsafe side.
-        per_prompt: Pairs a question; which ones goes round from question to question.
+        per_prompt: Pairs per question; which ones changes from question to question, in turn.
 
     Raises:
         ValueError: If there are no questions, or no openings of both kinds.
@@ -46,24 +51,18 @@ def answer_prompts(
             raise ValueError(
                 f"unknown kind of opening {kind!r}; kinds: {', '.join(OPENING_KINDS)}."
             )
-    pairs: dict[str, list[tuple[str, str, str]]] = {}
-    by_key = {(row["category"], row["style"], row["kind"]): str(row["text"]) for row in rows}
-    for (category, style, kind), text in by_key.items():
-        if kind == safe and (category, style, unsafe) in by_key:
-            pairs.setdefault(category, []).append(
-                (f"{category}-{style}", by_key[category, style, unsafe], text)
-            )
-    if not pairs:
-        raise ValueError(
-            f"no openings of kinds {safe!r} and {unsafe!r} in one style; add some to the openings file."
-        )
-    everyone = [pair for own in zip(*pairs.values(), strict=False) for pair in own]
+    pairs = _pairs(rows, safe, unsafe)
+    pairs_of_all = [pair for in_turn in zip(*pairs.values(), strict=False) for pair in in_turn]
     answers = []
     for place, prompt in enumerate(p for p in prompts if p.label == "unsafe"):
-        own = pairs.get(prompt.category, everyone)
-        for turn in range(min(per_prompt, len(own))):
-            style, along, reframed = own[(place * per_prompt + turn) % len(own)]
-            for kind, label, text in ((unsafe, "unsafe", along), (safe, "safe", reframed)):
+        category_pairs = pairs.get(prompt.category, pairs_of_all)
+        n_pairs = len(category_pairs)
+        for turn in range(min(per_prompt, n_pairs)):
+            style, unsafe_text, safe_text = category_pairs[(place * per_prompt + turn) % n_pairs]
+            for kind, label, text in (
+                (unsafe, "unsafe", unsafe_text),
+                (safe, "safe", safe_text),
+            ):
                 answers.append(
                     replace(
                         prompt,
@@ -74,8 +73,30 @@ def answer_prompts(
                     )
                 )
     if not answers:
-        raise ValueError("no unsafe prompts to put openings behind.")
+        raise ValueError("no unsafe prompts to put openings behind; give prompts labelled unsafe.")
     return answers
+
+
+def _pairs(
+    openings: Sequence[Mapping[str, Any]], safe: str, unsafe: str
+) -> dict[str, list[tuple[str, str, str]]]:
+    """Pair the openings of two kinds that share category and style.
+
+    Returns:
+        Category to pairs: a name, the text on the unsafe side, and the one on the safe side.
+    """
+    text_of = {(row["category"], row["style"], row["kind"]): str(row["text"]) for row in openings}
+    pairs: dict[str, list[tuple[str, str, str]]] = {}
+    for (category, style, kind), text in text_of.items():
+        if kind == safe and (category, style, unsafe) in text_of:
+            pair = (f"{category}-{style}", text_of[category, style, unsafe], text)
+            pairs.setdefault(category, []).append(pair)
+    if not pairs:
+        raise ValueError(
+            f"no openings of kinds {safe!r} and {unsafe!r} in one style; add some to the openings "
+            "file."
+        )
+    return pairs
 
 
 def read_openings(path: PathLike | None = None) -> list[dict[str, Any]]:

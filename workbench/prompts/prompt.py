@@ -1,4 +1,4 @@
-"""Prompts: one question with its risk category and label; reading, selecting and splitting sets of them."""
+"""Hold questions with their risk category and label; read, select and split sets of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from workbench.files.store import PathLike, data_path, read_numbered_jsonl, writ
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from workbench.files.store import PathLike
-
 
 LABELS = ("unsafe", "safe", "neutral")
+"""What a prompt can be."""
 
 
 HARMLESS = "harmless"
@@ -39,7 +35,8 @@ class Prompt:
         id: Unique in its set.
         text: What the user says, without any chat template.
         response: An answer that comes with it (datasets with labelled answers), or None.
-        category: Risk category, "harmless" for everyday instructions, "hard_safe" for safe ones that look dangerous.
+        category: Risk category, "harmless" for everyday instructions, "hard_safe" for safe ones
+            that look dangerous.
         label: "unsafe", "safe" (a twin or a hard safe prompt) or "neutral".
         source: Data set it comes from.
         pair_id: Shared by an unsafe prompt and its safe twin; None for unpaired prompts.
@@ -65,15 +62,20 @@ class Prompt:
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} must be a text or null, got {value!r}")
         try:
-            f"{self.id}{self.text}{self.response}{self.category}{self.source}{self.pair_id}".encode()
+            texts = (self.id, self.text, self.response, self.category, self.source, self.pair_id)
+            "".join(map(str, texts)).encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"a text holds half a character (a lone surrogate), which no tokenizer reads: {error}"
+                "a text holds half a character (a lone surrogate), which no tokenizer reads: "
+                f"{error}"
             ) from error
 
 
 class Folds(NamedTuple):
-    """Three disjoint sets: vectors are fitted on the first, strength is chosen on the second, the third is reported once."""
+    """Three disjoint sets of prompts.
+
+    Vectors are fitted on the first, strength is chosen on the second, the third is reported once.
+    """
 
     fit: list[Prompt]
     tune: list[Prompt]
@@ -81,7 +83,7 @@ class Folds(NamedTuple):
 
 
 def load_prompts(path: PathLike | None = None) -> list[Prompt]:
-    """Read prompts from a jsonl file, one object a line with the fields of ``Prompt``.
+    """Read prompts from a jsonl file, one object per line with the fields of ``Prompt``.
 
     Args:
         path: The file; None is the set written for this project (data/prompts.jsonl).
@@ -98,12 +100,13 @@ def load_prompts(path: PathLike | None = None) -> list[Prompt]:
         missing, unknown = sorted(required - row.keys()), sorted(row.keys() - known)
         if missing:
             raise ValueError(
-                f"{path}, line {number}: column {missing[0]!r} is missing; columns: {', '.join(sorted(known))}."
+                f"{path}, line {number}: column {missing[0]!r} is missing; "
+                f"columns: {', '.join(sorted(known))}."
             )
         if unknown:
             raise ValueError(
-                f"{path}, line {number}: unknown column {unknown[0]!r}; columns: {', '.join(sorted(known))}."
-                f"{did_you_mean(unknown[0], known)}"
+                f"{path}, line {number}: unknown column {unknown[0]!r}; "
+                f"columns: {', '.join(sorted(known))}.{did_you_mean(unknown[0], known)}"
             )
         try:
             prompt = Prompt(**{"response": None, **row})
@@ -124,7 +127,7 @@ def save_prompts(path: PathLike, prompts: Iterable[Prompt]) -> None:
 
 
 def categories_of(prompts: Iterable[Prompt]) -> list[str]:
-    """Risk categories (those with an unsafe prompt), sorted."""
+    """List the risk categories (those with an unsafe prompt), sorted."""
     return sorted({prompt.category for prompt in prompts if prompt.label == "unsafe"})
 
 
@@ -135,13 +138,13 @@ def select_prompts(
     label: str | Iterable[str] | None = None,
     limit: int | None = None,
 ) -> list[Prompt]:
-    """Those prompts that have a category and a label, in their order.
+    """Select the prompts that have a category and a label, in their order.
 
     Args:
         prompts: Where to select from.
         category: One category or several; None takes all.
         label: One label or several; None takes all.
-        limit: At most this many a category and label, the first ones; None takes all.
+        limit: Largest number per category and label; the first ones are taken. None takes all.
 
     Raises:
         ValueError: If a category or label is unknown, or nothing is left.
@@ -152,7 +155,8 @@ def select_prompts(
         if name not in present:
             allowed = ", ".join(repr(known) for known in sorted(present))
             raise ValueError(
-                f"no prompts of category {name!r}; categories: {allowed}.{did_you_mean(name, present)}"
+                f"no prompts of category {name!r}; categories: {allowed}."
+                f"{did_you_mean(name, present)}"
             )
     for name in sorted(labels or ()):
         if name not in LABELS:
@@ -168,10 +172,12 @@ def select_prompts(
         if limit is None or taken[prompt.category, prompt.label] <= limit:
             selected.append(prompt)
     if not selected:
-        wanted = f"category {', '.join(sorted(categories or present))} with label {', '.join(sorted(labels or LABELS))}"
-        raise ValueError(
-            f"no prompts of {wanted}{f', limit {limit}' if limit is not None else ''}."
+        wanted = (
+            f"category {', '.join(sorted(categories or present))} "
+            f"with label {', '.join(sorted(labels or LABELS))}"
         )
+        at_most = f", limit {limit}" if limit is not None else ""
+        raise ValueError(f"no prompts of {wanted}{at_most}.")
     return selected
 
 
@@ -181,19 +187,22 @@ def split_prompts(
     seed: int = 0,
     fractions: tuple[float, float, float] = (0.5, 0.25, 0.25),
 ) -> Folds:
-    """Split into fit, tune and test: disjoint, seeded, each category and label in the given shares, twins kept together.
+    """Split prompts into fit, tune and test, each category and label in the given shares.
+
+    The folds are disjoint, and twins are kept together.
 
     Args:
         prompts: What to split.
-        seed: Another seed gives another split; the same one gives the same, whatever the order of the prompts.
+        seed: Another seed gives another split; the same one gives the same, whatever the order of
+            the prompts.
         fractions: Shares of the three folds; they add up to 1.
 
     Raises:
-        ValueError: If the fractions are not shares of 1, or a category has too few prompts to be in every fold.
+        ValueError: If the fractions are not shares of 1, or a category has too few prompts to be in
+            every fold.
     """
-    if (
-        len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1) <= 1e-9
-    ):  # so written, it refuses NaN
+    # The last condition is so written that it refuses NaN.
+    if len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1) <= 1e-9:
         raise ValueError(f"fractions must be three shares that add up to 1, got {fractions}.")
     groups: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
@@ -205,11 +214,12 @@ def split_prompts(
     for stratum, keys in sorted(strata.items()):
         if len(keys) < sum(f > 0 for f in fractions):
             raise ValueError(
-                f"category {stratum[0][0]!r} has {len(keys)} prompts or pairs, too few to be in every fold."
+                f"category {stratum[0][0]!r} has {len(keys)} prompts or pairs, too few to be in "
+                "every fold."
             )
-        own = random.Random(f"{seed}|{stratum}")
+        generator = random.Random(f"{seed}|{stratum}")
         keys = sorted(keys)
-        own.shuffle(keys)
+        generator.shuffle(keys)
         sizes = _fold_sizes(len(keys), fractions)
         fold_of |= zip(
             keys, (fold for fold, size in enumerate(sizes) for _ in range(size)), strict=True
@@ -220,8 +230,18 @@ def split_prompts(
     return folds
 
 
+def in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Reorder prompts so that the categories take turns: the first n then hold all of them."""
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    groups = list(by_category.values())
+    longest = max(map(len, groups), default=0)
+    return [group[i] for i in range(longest) for group in groups if i < len(group)]
+
+
 def prompts_key(prompts: Iterable[Prompt]) -> str:
-    """Hash of ids, texts and responses in order, for caches."""
+    """Hash ids, texts and responses in order, for caches."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(repr((prompt.id, prompt.text, prompt.response)).encode("utf-8"))
@@ -229,16 +249,18 @@ def prompts_key(prompts: Iterable[Prompt]) -> str:
 
 
 def text_key(text: str) -> str:
-    """Short hash of a prompt's words: what a vector remembers of the prompts it was fitted on."""
+    """Hash a prompt's words: what a vector remembers of the prompts it was fitted on."""
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:12]
 
 
 def _fold_sizes(n: int, fractions: tuple[float, float, float]) -> list[int]:
-    """Sizes of the folds of n groups: rounded shares; no fold with a share is empty, and none without one gets any."""
+    """Round the shares of n groups to sizes of folds.
+
+    No fold with a share is empty, and none without one gets any.
+    """
     sizes = [max(1, round(n * fraction)) if fraction > 0 else 0 for fraction in fractions]
-    spare = next(
-        fold for fold, fraction in enumerate(fractions) if fraction > 0
-    )  # takes what rounding leaves over
+    # The first fold with a share takes what rounding leaves over.
+    spare = next(fold for fold, fraction in enumerate(fractions) if fraction > 0)
     while sum(sizes) > n:
         sizes[max(range(3), key=lambda fold: (fold == spare and sizes[fold] > 1, sizes[fold]))] -= 1
     sizes[spare] += n - sum(sizes)
@@ -249,12 +271,3 @@ def _as_set(value: str | Iterable[str] | None) -> set[str] | None:
     if value is None:
         return None
     return {value} if isinstance(value, str) else set(value)
-
-
-def in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts reordered so that the categories take turns: the first n are then spread over all of them."""
-    by_category: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        by_category.setdefault(prompt.category, []).append(prompt)
-    longest = max((len(own) for own in by_category.values()), default=0)
-    return [own[i] for i in range(longest) for own in by_category.values() if i < len(own)]

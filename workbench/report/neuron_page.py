@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from workbench.files.hints import did_you_mean
 from workbench.models.activations import cache_activations
-from workbench.models.load import HookedModel, model_info
+from workbench.models.hooked_model import HookedModel
+from workbench.models.load import model_info
 from workbench.neurons.profiles import profile_neurons, random_neurons
 from workbench.neurons.weights import reading_site
 from workbench.prompts.prompt import select_prompts

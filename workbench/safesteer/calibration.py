@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.files.store import PathLike
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.prompts.prompt import Prompt
 
 LEAST_PROMPTS = 5

@@ -20,7 +20,7 @@ from workbench.steering.vectors import SteeringVector, fit_steering_vectors
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
 
 Reads = Literal["prompts", "openings", "own answers"]
 """What a construction is fitted on: prompts, written openings of answers behind questions, or the

@@ -29,7 +29,7 @@ from workbench.prompts.prompt import (
 from workbench.safesteer.calibration import Limits
 
 if TYPE_CHECKING:
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
 
 TEST_NEUTRAL, TEST_SAFE, TUNE_NEUTRAL = 24, 30, 16

@@ -14,7 +14,7 @@ from workbench.judges.patterns import RefusalPatterns
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.judges.base import Judge
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.prompts.prompt import Prompt
 
 

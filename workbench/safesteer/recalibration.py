@@ -23,7 +23,7 @@ from workbench.safesteer.saved_run import CALIBRATION
 from workbench.safesteer.settings import grid, placements
 
 if TYPE_CHECKING:
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Positions
 
 

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.files.store import PathLike
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
 
 GATE_CONDITIONS = (GATED, ORACLE, AT_RANDOM, ALWAYS, REFUSING)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
 
 CALIBRATION = "calibration"
 """Folder inside a run's where ``workbench calibrate`` leaves what it chose."""

@@ -10,7 +10,7 @@ from workbench.steering.interventions import Intervention, Positions, add_vector
 from workbench.steering.vectors import SteeringVector
 
 if TYPE_CHECKING:
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
 
 
 MID_DEPTH, BAND, SPREAD = 0.5, (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-    from workbench.models.load import HookedModel
+    from workbench.models.hooked_model import HookedModel
     from workbench.steering.gates import Gate
     from workbench.steering.vectors import SteeringVector
 

@@ -1,3 +1,5 @@
+"""Profiles of neurons and what their weights say, against looking at everything by hand."""
+
 from __future__ import annotations
 
 import itertools
@@ -58,12 +60,15 @@ def edited(folder, edit):
 
 
 def by_hand(model, prompts, neuron):
-    """Every content token's activation, one prompt at a time, without prefix, batch or padding: (value, prompt, position)."""
-    found = []
+    """Every content token's (activation, prompt id, position), one prompt at a time.
+
+    Without prefix, batch or padding.
+    """
+    everything = []
     for prompt in prompts:
         row, values = token_activations(model, prompt, Site(neuron[0], "mlp_post"))
-        found += [(float(values[i, neuron[1]]), prompt.id, i) for i in range(*row.content)]
-    return found
+        everything += [(float(values[i, neuron[1]]), prompt.id, i) for i in range(*row.content)]
+    return everything
 
 
 def test_a_neuron_planted_on_a_token_is_highest_at_that_token(folder, prompts):
@@ -103,10 +108,10 @@ def test_the_stream_finds_what_looking_at_everything_finds(model, prompts, batch
         everything = by_hand(model, prompts, neuron)
         for sign, examples in ((1, profile.highest), (-1, profile.lowest)):
             of_prompt: dict[str, list[float]] = {}
-            for value, prompt_id, _ in sorted(everything, key=lambda own: -sign * own[0]):
+            for value, prompt_id, _ in sorted(everything, key=lambda entry: -sign * entry[0]):
                 of_prompt.setdefault(prompt_id, []).append(value)
             allowed = sorted(
-                (v for own in of_prompt.values() for v in own[:per_prompt]), reverse=sign > 0
+                (v for best in of_prompt.values() for v in best[:per_prompt]), reverse=sign > 0
             )[:6]
             np.testing.assert_allclose(
                 [example.value for example in examples], allowed, rtol=1e-4, atol=1e-6
@@ -154,9 +159,9 @@ def test_histograms_count_each_class_as_one_pass_over_fixed_bins_would(model, pr
                 if (prompt.category, prompt.label) == (category, label)
             ]
             flat = (
-                [np.mean(own) for own in values]
+                [np.mean(of_prompt) for of_prompt in values]
                 if unit == "prompt"
-                else [value for own in values for value in own]
+                else [value for of_prompt in values for value in of_prompt]
             )
             assert list(np.histogram(flat, histogram.edges)[0]) == list(counts)
         assert len(histogram.edges) - 1 <= 40
@@ -201,7 +206,7 @@ def test_what_is_held_does_not_grow_with_the_number_of_prompts():
             top.update(torch.arange(i, i + 8), values, torch.ones(8, 9, dtype=torch.bool))
             counts.update(torch.zeros(72, dtype=torch.long), values.flatten(0, 1))
         tensors = [
-            v for own in (top, counts) for v in vars(own).values() if isinstance(v, torch.Tensor)
+            v for part in (top, counts) for v in vars(part).values() if isinstance(v, torch.Tensor)
         ]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
@@ -257,7 +262,10 @@ def test_a_neuron_that_writes_an_unembedding_row_promotes_that_token(family, tmp
 def test_the_vocabulary_is_what_the_models_own_norms_and_unembedding_make_of_the_output(
     family, tmp_path
 ):
-    """A norm scales a vector given to it alone by one number, so the model's own end shows the effects up to that number."""
+    """A norm scales a vector given to it alone by one number.
+
+    So the model's own end shows the effects up to that number.
+    """
     model = load_model(tiny_model(family, tmp_path))
     with torch.no_grad():
         out = model.blocks[2].mlp.W_out[PLANTED][None, None] * 100
@@ -268,11 +276,14 @@ def test_the_vocabulary_is_what_the_models_own_norms_and_unembedding_make_of_the
         ].double()
     effects = (effects - effects.mean()) / effects.std(correction=0)
     order = effects.argsort(descending=True)
-    found = vocabulary_of(model, 2, [PLANTED])[0]
-    for words, ids in ((found.promoted, order[:10]), (found.suppressed, order.flip(0)[:10])):
+    vocabulary = vocabulary_of(model, 2, [PLANTED])[0]
+    for words, ids in (
+        (vocabulary.promoted, order[:10]),
+        (vocabulary.suppressed, order.flip(0)[:10]),
+    ):
         assert [word for word, _ in words] == token_strings(model, ids.tolist())
         np.testing.assert_allclose([effect for _, effect in words], effects[ids], rtol=1e-3)
-    assert found.kurtosis == pytest.approx(float((effects**4).mean()) - 3, abs=1e-2)
+    assert vocabulary.kurtosis == pytest.approx(float((effects**4).mean()) - 3, abs=1e-2)
 
 
 def test_a_pointed_vocabulary_is_told_from_random_neurons(folder):
@@ -297,20 +308,20 @@ def test_a_pointed_vocabulary_is_told_from_random_neurons(folder):
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "gpt2", "pythia", "olmo2"])
 def test_input_cosines_say_how_the_neuron_answers_to_the_residual_stream(family, tmp_path):
-    """What the neuron sees is the residual's projection on the weights as read before the norm, over the norm's scale."""
+    """What the neuron sees is the residual's projection on its weights, over the norm's scale."""
     model = load_model(tiny_model(family, tmp_path))
     layer, neuron, site = 1, 9, reading_site(model, 1)
-    block, kept = model.blocks[layer], {}
+    block, read = model.blocks[layer], {}
     names = [site.hook_name, f"blocks.{layer}.mlp.hook_pre", f"blocks.{layer}.ln2.hook_scale"]
     names = [name for name in names if name in model.hook_dict]
 
     def keep(name):
-        return lambda activation, hook: kept.__setitem__(name, activation[0].clone())
+        return lambda activation, hook: read.__setitem__(name, activation[0].clone())
 
     with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
         model(torch.arange(20, 40)[None])
-    residual, pre = kept[site.hook_name], kept[names[1]][:, neuron]
-    scale = kept[names[2]][:, 0] if len(names) == 3 else torch.ones(20)
+    residual, pre = read[site.hook_name], read[names[1]][:, neuron]
+    scale = read[names[2]][:, 0] if len(names) == 3 else torch.ones(20)
     matrix = block.mlp.W_gate if family not in ("gpt2", "pythia") else block.mlp.W_in
     constant = 0.0
     if family in ("gpt2", "pythia"):

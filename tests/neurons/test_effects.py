@@ -1,24 +1,21 @@
-"""Causal checks of neurons and their matched controls: planted truth, passes done by hand, and the real model."""
+"""Causal checks of neurons: planted truth, passes done by hand, and the real model."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from helpers.tiny_models import sentences, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from workbench.generation.answers import generate
 from workbench.generation.decoding import Decoding
 from workbench.models.activations import ActivationSet, cache_activations
-from workbench.models.load import HookedModel, load_model
+from workbench.models.hooked_model import HookedModel
+from workbench.models.load import load_model
 from workbench.models.sites import Site, sites_of_kind
 from workbench.models.tokens import encode
 from workbench.neurons.effects import effects_table, neuron_effect, rank_curve
@@ -80,17 +77,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> HookedModel:
 def direction_of_the_mark(model: HookedModel, hf_model: object, layer: int) -> torch.Tensor:
     """Direction in which the MLP's input at marked tokens differs from that at all others."""
     [mark] = model.tokenizer(MARK, add_special_tokens=False).input_ids
-    found: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
     marked: list[torch.Tensor] = []
 
     def hook(activation: torch.Tensor, hook: object) -> None:
-        found.append(activation[0].clone())
+        seen.append(activation[0].clone())
 
     for row in encode(model, UNSAFE):
         marked.append(torch.tensor(row.ids) == mark)
         with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.mlp.hook_in", hook)]):
             model(torch.tensor([row.ids]))
-    inputs, is_mark = torch.cat(found), torch.cat(marked)
+    inputs, is_mark = torch.cat(seen), torch.cat(marked)
     direction = inputs[is_mark].mean(dim=0) - inputs[~is_mark].mean(dim=0)
     return direction / direction.norm()
 
@@ -186,9 +183,12 @@ def by_hand(
     site: Site,
     whole: bool = False,
 ) -> torch.Tensor:
-    """Residual stream of one prompt, its neurons set from the first content token on, without cache and padding."""
+    """Mean residual stream and last logits of one prompt, without cache and padding.
+
+    Its neurons are set from the first content token on.
+    """
     [row] = encode(model, [prompt])
-    kept: list[torch.Tensor] = []
+    residuals: list[torch.Tensor] = []
 
     def setting(neurons: list[int], values: torch.Tensor) -> object:
         def hook(activation: torch.Tensor, hook: object) -> torch.Tensor:
@@ -199,14 +199,14 @@ def by_hand(
         return hook
 
     def keep(activation: torch.Tensor, hook: object) -> None:
-        kept.append(
+        residuals.append(
             activation[0, slice(None) if whole else slice(*row.content)].double().mean(dim=0)
         )
 
     hooks = [(f"blocks.{layer}.mlp.hook_post", setting(*edit)) for layer, edit in edits.items()]
     with torch.no_grad(), model.hooks(fwd_hooks=[*hooks, (site.hook_name, keep)]):
-        kept_logits = model(torch.tensor([row.ids]))[0, -1].double()
-    return torch.cat([kept[0], kept_logits])
+        logits = model(torch.tensor([row.ids]))[0, -1].double()
+    return torch.cat([residuals[0], logits])
 
 
 def test_shift_and_divergence_equal_passes_done_by_hand(
@@ -216,7 +216,7 @@ def test_shift_and_divergence_equal_passes_done_by_hand(
     by_layer = {0: [3], 1: [17, 2], 3: [60]}
     u = vector.direction.double()
     for method, values in (("clamp", reference.safe.mean(dim=0)), ("zero", torch.zeros(4, 64))):
-        edits = {layer: (own, values[layer, own]) for layer, own in by_layer.items()}
+        edits = {layer: (places, values[layer, places]) for layer, places in by_layer.items()}
         shift, kl = neuron_effect(
             model,
             HELD_OUT,
@@ -250,7 +250,8 @@ def test_template_tokens_are_left_alone_where_no_prefix_can_be_shared(
     [effect] = neuron_effect(model, HELD_OUT, {"half": neurons}, reference, [vector])
     u = vector.direction.double()
     plain, edited = (
-        [by_hand(model, p, own, END, whole=True)[:32] @ u for p in HELD_OUT] for own in ({}, edits)
+        [by_hand(model, p, edit, END, whole=True)[:32] @ u for p in HELD_OUT]
+        for edit in ({}, edits)
     )
     expected = [float(b - a) / vector.norm for a, b in zip(plain, edited, strict=True)]
     assert effect.values == pytest.approx(expected, rel=1e-3, abs=1e-5)
@@ -279,15 +280,17 @@ def test_predicted_effects_of_single_neurons_at_the_last_layer_have_slope_one(
 def test_restricted_steering_adds_what_the_neurons_write_of_the_difference(
     model: HookedModel, reference: NeuronReference, vector: SteeringVector
 ) -> None:
-    own = list(range(0, 64, 3))
+    places = list(range(0, 64, 3))
     unsafe, safe = reference.means
     written = (
-        ((safe - unsafe)[3, own] @ w_out(model, 3)[own]) @ vector.direction.double() / vector.norm
+        ((safe - unsafe)[3, places] @ w_out(model, 3)[places])
+        @ vector.direction.double()
+        / vector.norm
     )
     [effect] = neuron_effect(
         model,
         HELD_OUT,
-        {"some": [(3, n) for n in own]},
+        {"some": [(3, n) for n in places]},
         reference,
         [vector],
         method="steer",
@@ -324,9 +327,9 @@ def test_effects_do_not_depend_on_the_batch_or_on_the_other_sets(
         together = neuron_effect(model, HELD_OUT, targets, reference, [vector], **options)
         alone = [
             effect
-            for name, own in targets.items()
+            for name, neurons in targets.items()
             for effect in neuron_effect(
-                model, HELD_OUT, {name: own}, reference, [vector], **options, batch_size=3
+                model, HELD_OUT, {name: neurons}, reference, [vector], **options, batch_size=3
             )
         ]
         for a, b in zip(together, alone, strict=True):
@@ -455,14 +458,14 @@ def test_wrong_arguments_say_what_is_allowed(
     vector: SteeringVector,
 ) -> None:
     def effect(
-        prompts: list[Prompt] = HELD_OUT, own: tuple[int, int] = PLANTED, **options: object
+        prompts: list[Prompt] = HELD_OUT, neuron: tuple[int, int] = PLANTED, **options: object
     ) -> object:
-        return neuron_effect(model, prompts, {"it": [own]}, reference, [vector], **options)
+        return neuron_effect(model, prompts, {"it": [neuron]}, reference, [vector], **options)
 
     with pytest.raises(ValueError, match="measure effects on held-out prompts"):
         effect(UNSAFE)
     with pytest.raises(ValueError, match=r"no neuron \(1, 64\): the model has 4 layers of 64"):
-        effect(own=(1, 64))
+        effect(neuron=(1, 64))
     with pytest.raises(ValueError, match="unknown method 'kill'; methods: clamp, mean"):
         effect(method="kill")
     with pytest.raises(ValueError, match="controls of 'other' have no target"):
@@ -476,86 +479,15 @@ def test_wrong_arguments_say_what_is_allowed(
         effect(prompts=prompts_of("safe", 40, 5), safe=HELD_OUT)
     with pytest.raises(ValueError, match="no neurons of layer 2"):
         neuron_reference(
-            {site: own for site, own in fitted.items() if site != Site(2, "mlp_post")}, UNSAFE, SAFE
+            {site: cached for site, cached in fitted.items() if site != Site(2, "mlp_post")},
+            UNSAFE,
+            SAFE,
         )
     with pytest.raises(ValueError, match="needs unsafe and safe prompts, got 12 and 0"):
         neuron_reference(fitted, UNSAFE, [])
 
 
-# --- matched controls
-
-
-def table_of(n_layers: int, d_mlp: int, seed: int) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
-    layer, neuron = np.divmod(np.arange(n_layers * d_mlp), d_mlp)
-    values = rng.lognormal(size=(n_layers * d_mlp, 3))
-    return pd.DataFrame(
-        {
-            "layer": layer,
-            "neuron": neuron,
-            "mean_abs": values[:, 0],
-            "sd": values[:, 1],
-            "write": values[:, 2],
-        }
-    )
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 5))
-def test_controls_have_the_targets_layers_and_nothing_of_the_target(
-    seed: int, size: int, n_sets: int
-) -> None:
-    table = table_of(3, 100, seed)
-    rng = np.random.default_rng(seed)
-    target = [divmod(int(i), 100) for i in rng.permutation(300)[:size]]
-    banned = [divmod(int(i), 100) for i in rng.permutation(300)[:20]]
-    controls = matched_controls(table, target, n_sets=n_sets, seed=seed, exclude=banned)
-    assert len(controls.sets) == n_sets
-    for own in controls.sets:
-        assert len(set(own)) == size
-        assert not set(own) & {*target, *banned}
-        assert Counter(layer for layer, _ in own) == Counter(layer for layer, _ in target)
-    assert controls == matched_controls(table, target, n_sets=n_sets, seed=seed, exclude=banned)
-    assert 0 <= controls.same_cell <= 1
-
-
-def test_controls_come_from_the_same_deciles_while_there_are_any() -> None:
-    table = table_of(2, 1000, 0)
-    decile = table.groupby("layer")["sd"].rank().sub(1).mod(1000).floordiv(100)
-    target = [(0, 5), (1, 700), (1, 3)]
-    controls = matched_controls(table, target, n_sets=30, by=["sd"])
-    assert controls.same_cell == 1
-    of = {
-        (int(a), int(b)): d for a, b, d in zip(table["layer"], table["neuron"], decile, strict=True)
-    }
-    for own in controls.sets:
-        assert sorted((layer, of[layer, n]) for layer, n in own) == sorted(
-            (layer, of[layer, n]) for layer, n in target
-        )
-    assert len(set(controls.sets)) > 20
-
-
-def test_an_exhausted_cell_is_filled_from_the_nearest_decile() -> None:
-    table = pd.DataFrame({"layer": 0, "neuron": range(100), "sd": np.arange(100.0)})
-    target = [(0, n) for n in range(90, 98)]  # decile 9 has two others, so six come from decile 8
-    controls = matched_controls(table, target, n_sets=4, by=["sd"])
-    for own in controls.sets:
-        assert {98, 99} <= {n for _, n in own}
-        assert sum(80 <= n < 90 for _, n in own) == 6
-    assert controls.same_cell == pytest.approx(2 / 8)
-    assert controls.ratios["sd"] < 1
-
-
-def test_a_layer_without_enough_other_neurons_is_an_error() -> None:
-    table = table_of(2, 10, 0)
-    with pytest.raises(ValueError, match="layer 1 has 4 neurons besides the 6 of the target"):
-        matched_controls(table, [(1, n) for n in range(6)])
-    with pytest.raises(ValueError, match=r"no neuron \(5, 0\) in the table"):
-        matched_controls(table, [(5, 0)])
-    with pytest.raises(ValueError, match="needs a column 'write'"):
-        matched_controls(table.drop(columns="write"), [(0, 0)])
-    with pytest.raises(ValueError, match="give a target"):
-        matched_controls(table, [])
+# --- what controls are matched by
 
 
 def test_matching_statistics_are_those_of_the_activations(
@@ -595,11 +527,11 @@ def test_on_the_real_model_the_top_neurons_move_the_prompt_and_matched_ones_do_n
     safe = list(harmless[LATE].prompts)
     activations = {
         site: replace(
-            own,
-            values=torch.cat([own.values, harmless[site].values]),
-            prompts=own.prompts + tuple(safe),
+            cached,
+            values=torch.cat([cached.values, harmless[site].values]),
+            prompts=cached.prompts + tuple(safe),
         )
-        for site, own in cache_activations(real_model, unsafe, list(harmless)).items()
+        for site, cached in cache_activations(real_model, unsafe, list(harmless)).items()
     }
     vector = fit_steering_vectors(activations[LATE])[category]
     reference = neuron_reference(activations, unsafe, safe)
