@@ -10,7 +10,7 @@ from workbench.evaluation.scoring import ALL, HEADLINE, RATES, Evaluation
 from workbench.files.hints import did_you_mean
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.stats import estimates as statistics
-from workbench.stats.agreement import agreement
+from workbench.stats.agreement import measure_agreement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -198,7 +198,7 @@ def judge_agreement(
             [None if v is None else bool(v) for v in _or_none(own[name])]
             for name in (first, second)
         )
-        found = agreement(a, b)
+        found = measure_agreement(a, b)
         row = {
             "condition": condition,
             "kappa": found.kappa.value,

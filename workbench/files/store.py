@@ -207,7 +207,7 @@ def file_checksum(path: PathLike) -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Hash a tensor's values (16 hexadecimal digits of the SHA-256 in float32), for cache keys."""
+    """Hash a tensor's float32 values (16 hexadecimal digits of the SHA-256), for cache keys."""
     values = tensor.detach().float().cpu().contiguous().numpy()
     return hashlib.sha256(values.tobytes()).hexdigest()[:16]
 
