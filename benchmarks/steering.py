@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 import workbench as wb
+from workbench.evaluation.comparisons import judge_agreement
 from workbench.evaluation.gating import (
     CLOSED,
     REFUSING,
@@ -140,7 +141,7 @@ def measure(out: Path, seed: int, max_new_tokens: int, limit: int | None) -> Non
     print(f"\ngate at {GATE_SITE}")
     print(activation_rates(fitted.gate, held_out).round(3).to_string(index=False))
     print(cells(result, fired, GATED).round(3).T.to_string())
-    print(wb.judge_agreement(result).round(2).to_string(index=False))
+    print(judge_agreement(result).round(2).to_string(index=False))
 
 
 class Fitted(NamedTuple):
