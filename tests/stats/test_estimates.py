@@ -136,6 +136,13 @@ def test_adjusted_values_equal_statsmodels_on_those_that_were_tested(p: np.ndarr
             )
 
 
+def test_a_family_without_a_test_stays_without_one() -> None:
+    p = np.array([[math.nan, math.nan], [0.01, math.nan]])
+    for adjust in (holm, benjamini_hochberg):
+        np.testing.assert_array_equal(adjust(p, axis=1), p)
+        np.testing.assert_array_equal(p[1], [0.01, math.nan])  # and the argument is left alone
+
+
 def test_families_lie_along_the_axis_named() -> None:
     p = np.random.default_rng(0).random((4, 6))
     p[1, 2] = np.nan
