@@ -170,7 +170,7 @@ def fit_everything(model: Any, judge: Any, folds: wb.Folds, out: Path) -> Fitted
     store: Any = {"store": out / "activations"}
     sites = [*FOUR_SITES, ONE_SITE]
     prompts = wb.cache_activations(model, [*fit, *tune, *test], [GATE_SITE, *sites], **store)
-    answers = {
+    answers: dict[Any, Any] = {
         name: wb.cache_activations(model, pairs, sites, span="response", **store)
         for name, pairs in (
             ("openings", wb.answer_prompts(fit)),
