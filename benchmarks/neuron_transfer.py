@@ -1,10 +1,12 @@
-"""Do neurons found on the project's own prompts keep telling a category apart on a public benchmark that nothing was fitted on?
+"""Measure whether neurons found on the project's prompts also work on a public benchmark.
 
     python benchmarks/neuron_transfer.py --safebench safebench.csv
 
-For each category the 50 neurons with the largest AUROC against neutral prompts (either side of .5) are picked on the fit fold. Their AUROC is then
-measured on the project's held-out prompts (tune and test) and on SafeBench's category of the same name, against the same held-out neutral prompts.
-The winner's curse shows in the first step, the change of data in the second.
+For each category the 50 neurons with the largest AUROC against neutral prompts (either side of .5)
+are picked on the fit fold. Their AUROC is then measured on the project's held-out prompts (tune and
+test) and on SafeBench's category of the same name, on which nothing was fitted, against the same
+held-out neutral prompts. The winner's curse shows in the first step, the change of data in the
+second.
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ def main() -> None:
     public = wb.select_prompts(
         wb.read_dataset(f"safebench:{options.safebench}"), category=CATEGORIES
     )
-    own = wb.select_prompts(
+    unsafe = wb.select_prompts(
         [*folds.fit, *folds.tune, *folds.test], category=CATEGORIES, label="unsafe"
     )
     neutral = wb.select_prompts([*folds.fit, *folds.tune, *folds.test], label="neutral")
     sites = wb.sites_of_kind(model, "mlp_post")
-    acts = wb.cache_activations(model, [*own, *neutral, *public], sites, progress=True)
-    row = {prompt.id: i for i, prompt in enumerate([*own, *neutral, *public])}
+    acts = wb.cache_activations(model, [*unsafe, *neutral, *public], sites, progress=True)
+    row_of = {prompt.id: i for i, prompt in enumerate([*unsafe, *neutral, *public])}
     neurons = np.concatenate([acts[site].values.numpy() for site in sites], axis=1)
 
     def values(prompts: list[wb.Prompt]) -> np.ndarray:
-        return neurons[[row[prompt.id] for prompt in prompts]]
+        return neurons[[row_of[prompt.id] for prompt in prompts]]
 
     held_out = [*folds.tune, *folds.test]
     for category in CATEGORIES:
@@ -60,20 +62,19 @@ def main() -> None:
             ),
         }
         scores = {}
-        for name, (unsafe, other) in sets.items():
-            labels = np.arange(len(unsafe) + len(other)) < len(unsafe)
-            scores[name] = auroc(values([*unsafe, *other]), labels)
+        for name, (of_category, others) in sets.items():
+            labels = np.arange(len(of_category) + len(others)) < len(of_category)
+            scores[name] = auroc(values([*of_category, *others]), labels)
         side = np.sign(scores["own, fit"] - 0.5)
-        chosen = np.argsort(-np.abs(scores["own, fit"] - 0.5), kind="stable")[:TOP]
-        line = []
+        top = np.argsort(-np.abs(scores["own, fit"] - 0.5), kind="stable")[:TOP]
+        means = []
         for name, score in scores.items():
-            signed = 0.5 + side[chosen] * (score[chosen] - 0.5)
-            line.append(f"{name} {mean(signed)}")
-        drop = side[chosen] * (scores["own, held out"] - scores["SafeBench"])[chosen]
+            toward_side = 0.5 + side[top] * (score[top] - 0.5)
+            means.append(f"{name} {mean(toward_side)}")
+        drop = side[top] * (scores["own, held out"] - scores["SafeBench"])[top]
         print(
-            f"{category}: AUROC of the top {TOP}: "
-            + "; ".join(line)
-            + f"; drop held out to SafeBench {mean(drop)}"
+            f"{category}: AUROC of the top {TOP}: {'; '.join(means)}; "
+            f"drop held out to SafeBench {mean(drop)}"
         )
 
 

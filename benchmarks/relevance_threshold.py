@@ -1,8 +1,10 @@
-"""Where "on topic" begins: cosine of prompt and answer for the answers of a run, against answers to other prompts of the same category.
+"""Compare thresholds of the cosine of prompt and answer above which an answer is on topic.
 
     python benchmarks/relevance_threshold.py --run runs/demo
 
-The unsteered answers that are neither refusals nor broken are taken. ``evaluation.RELEVANT`` is the threshold in use.
+Each unsteered answer of a run that is neither a refusal nor broken is compared with its prompt and
+with the other prompts of its category. ``RELEVANT`` in workbench/evaluation/scoring.py is the
+threshold in use.
 """
 
 from __future__ import annotations
@@ -31,14 +33,18 @@ def main() -> None:
     cosines = np.array(
         relevance([a["prompt"] for a, _ in pairs], [b["text"] for _, b in pairs]), dtype=float
     )
-    own = np.array([a is b for a, b in pairs])
+    is_own_prompt = np.array([a is b for a, b in pairs])
     print(
-        f"{own.sum()} answers with their prompts, {(~own).sum()} with another prompt of the category"
+        f"{is_own_prompt.sum()} answers with their prompts, "
+        f"{(~is_own_prompt).sum()} with another prompt of the category"
     )
     for threshold in sorted({0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, RELEVANT}):
-        kept, wrong = (cosines[own] >= threshold).mean(), (cosines[~own] >= threshold).mean()
-        used = "  <- in use" if threshold == RELEVANT else ""
-        print(f"cosine >= {threshold:.2f}: own prompt {kept:.2f}, another prompt {wrong:.2f}{used}")
+        right = (cosines[is_own_prompt] >= threshold).mean()
+        wrong = (cosines[~is_own_prompt] >= threshold).mean()
+        note = "  <- in use" if threshold == RELEVANT else ""
+        print(
+            f"cosine >= {threshold:.2f}: own prompt {right:.2f}, another prompt {wrong:.2f}{note}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the workbench is measured against: raw Hugging Face hooks and generate, and, run as a script in their own environments, other libraries.
+"""Run what the workbench is measured against: raw Hugging Face code and other libraries.
 
-    python benchmarks/speed_peers.py nnsight    # started by speed.py; lines on standard input say when to run
+    python benchmarks/speed_peers.py nnsight    # started by speed.py
 
-No import of workbench here: those environments do not have it.
+The other libraries run as this script, each in an environment of its own; lines on standard input
+say when to run. Nothing of workbench is imported here, because those environments do not have it.
 """
 
 from __future__ import annotations
@@ -19,15 +20,13 @@ Rows = list[tuple[list[int], list[int]]]
 
 
 def batches_of(rows: Rows, size: int) -> Any:
-    """Sorted by length, padded on the right: tokens, mask, spans, places."""
+    """Cut rows, longest first, into padded batches of tokens, mask, spans and places."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     for start in range(0, len(order), size):
         places = order[start : start + size]
         width = max(len(rows[i][0]) for i in places)
-        tokens, mask = (
-            torch.zeros(len(places), width, dtype=torch.long),
-            torch.zeros(len(places), width, dtype=torch.long),
-        )
+        tokens = torch.zeros(len(places), width, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
         for row, i in enumerate(places):
             ids = torch.tensor(rows[i][0])
             tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
@@ -35,7 +34,10 @@ def batches_of(rows: Rows, size: int) -> Any:
 
 
 def raw_extraction(model: Any, rows: Rows, size: int = 32) -> dict[Any, torch.Tensor]:
-    """Means over the user's words of what attention writes, the residual stream and the neurons, at every layer: hooks, batches, no head."""
+    """Average each layer's activations over the user's words, with hooks and without the head.
+
+    Read are what attention writes, the residual stream and the neurons, in batches.
+    """
     means: dict[Any, torch.Tensor] = {}
     now: dict[str, Any] = {}
 
@@ -69,7 +71,10 @@ def raw_extraction(model: Any, rows: Rows, size: int = 32) -> dict[Any, torch.Te
 
 
 def raw_generation(model: Any, ids: list[list[int]], n_new: int, tokenizer: Any) -> list[list[int]]:
-    """Hugging Face's generate, one left-padded batch, greedy; tokens up to the end of each answer."""
+    """Answer greedily in one left-padded batch with Hugging Face's generate.
+
+    Each answer's tokens go up to its end.
+    """
     width = max(map(len, ids))
     pad = tokenizer.pad_token_id
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
@@ -98,15 +103,15 @@ def nnsight(folder: str, rows: Rows) -> Any:
     def run() -> None:
         for tokens, mask, spans, _ in batches_of(rows, 32):
             with torch.no_grad(), model.trace({"input_ids": tokens, "attention_mask": mask}):
-                kept = list().save()  # noqa: C408 - nnsight's own way of keeping values
+                saved = list().save()  # noqa: C408 - nnsight's own way of keeping values
                 for block in model.model.layers:
-                    kept.append(block.self_attn.output[0])
-                    kept.append(block.mlp.down_proj.input)
-                    kept.append(block.output)
-            for value in kept:
-                own = value[0] if isinstance(value, tuple) else value
+                    saved.append(block.self_attn.output[0])
+                    saved.append(block.mlp.down_proj.input)
+                    saved.append(block.output)
+            for value in saved:
+                activations = value[0] if isinstance(value, tuple) else value
                 for row, (a, b) in enumerate(spans):
-                    own[row, a:b].mean(dim=0)
+                    activations[row, a:b].mean(dim=0)
 
     return run
 
@@ -117,13 +122,13 @@ def steering_vectors(folder: str, rows: Rows) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
-    def run() -> (
-        None
-    ):  # one kind of site a pass is what it offers: three passes would be unfair, so the residual stream alone
+    # It reads one kind of site per pass. Three passes would be unfair, so it reads the residual
+    # stream alone.
+    def run() -> None:
         for tokens, mask, spans, _ in batches_of(rows, 32):
-            with torch.no_grad(), record_activations(model, layer_type="decoder_block") as kept:
+            with torch.no_grad(), record_activations(model, layer_type="decoder_block") as recorded:
                 model(input_ids=tokens, attention_mask=mask)
-            for values in kept.values():
+            for values in recorded.values():
                 for row, (a, b) in enumerate(spans):
                     values[0][row, a:b].mean(dim=0)
 
@@ -135,14 +140,14 @@ def repeng(folder: str, rows: Rows) -> Any:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        folder
-    )  # its transformers is older than the checkpoint's tokenizer class
+    # its transformers is older than the checkpoint's tokenizer class
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     texts = [tokenizer.decode(ids) for ids, _ in rows]
     layers = list(range(1, model.config.num_hidden_layers))
 
-    def run() -> None:  # its own batching, the residual stream at the last token alone
+    # with its own batching; it reads the residual stream at the last token alone
+    def run() -> None:
         with torch.no_grad():
             batched_get_hiddens(model, tokenizer, texts, layers, 32)
 

@@ -1,3 +1,5 @@
+"""Test that tables are read row by row, and that damaged ones say where."""
+
 import gzip
 import json
 import lzma

@@ -1,4 +1,4 @@
-"""Files on disk: written atomically, checked when read, and never pickled."""
+"""Read and write files: written atomically, checked when read, and never pickled."""
 
 import lazy_loader
 

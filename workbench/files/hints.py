@@ -1,4 +1,4 @@
-"""Sites: which vector inside a transformer is meant. The only place that spells a TransformerLens hook name."""
+"""Suggest the allowed word that a user probably meant, for error messages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ if TYPE_CHECKING:
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """A hint for an error message: the closest allowed word, or nothing."""
+    """Return the closest allowed word as " Did you mean 'word'?", or "" where none is close."""
     matches = get_close_matches(given, list(allowed), n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""

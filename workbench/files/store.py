@@ -1,4 +1,4 @@
-"""Files on disk: safetensors and JSON only, written atomically, read with checks. No pickle anywhere."""
+"""Write JSON, text and safetensors files atomically and read them with checks; no pickle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PathLike = str | os.PathLike[str]
 
 
 def data_path(name: str) -> Path:
-    """Path of a file of the project's own data folder, in a checkout or in an installed package.
+    """Find a file of the project's data folder, in a checkout or in an installed package.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -33,10 +33,10 @@ def data_path(name: str) -> Path:
 
 
 def existing_file(path: PathLike) -> Path:
-    """The path, if it is a file.
+    """Check that a path is a file and return it.
 
     Raises:
-        FileNotFoundError: If it is not, with the path as given.
+        FileNotFoundError: If there is no such file, with the path as given.
     """
     path = Path(path)
     if not path.is_file():
@@ -46,9 +46,10 @@ def existing_file(path: PathLike) -> Path:
 
 @contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an exception.
+    """Give a temporary path that replaces ``path`` when the block ends without an exception.
 
-    A reader sees the old file or the whole new one, never a half; after an exception nothing is left behind.
+    A reader sees the old file or the whole new one, never a half. After an exception the old file
+    is as it was and the temporary one, which lies in the same folder, is gone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,9 +60,10 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        # mkstemp makes its files private; a result gets the rights of any new file
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; a result is not
+        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -74,7 +76,7 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """Write a JSON file atomically, indented, keys in the order given."""
+    """Write a JSON file atomically, indented, with its keys in the order given."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -83,7 +85,7 @@ def read_json(path: PathLike) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not JSON, with the line.
+        ValueError: If it is not valid JSON, with the line.
     """
     path = existing_file(path)
     try:
@@ -93,12 +95,15 @@ def read_json(path: PathLike) -> Any:
 
 
 def write_jsonl(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
+    """Write a file of one JSON object per line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_jsonl(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON object a line and flush it to disk, so that a kill loses at most the line being written."""
+    """Append rows to a file of one JSON object per line and flush them to disk.
+
+    If the process is killed, at most the line being written is lost (see ``read_jsonl``).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -108,16 +113,17 @@ def append_jsonl(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_jsonl(path: PathLike, *, cut_last: bool = False) -> list[dict[str, Any]]:
-    """Read one JSON object a line; blank lines are skipped.
+    """Read a file of one JSON object per line; blank lines are skipped.
 
     Args:
         path: The file.
-        cut_last: For files written by ``append_jsonl``: a last line without its line end was cut by a kill; drop it,
-            from the file too, so that appending goes on from a whole line.
+        cut_last: For files written by ``append_jsonl``: a last line without a line end was cut
+            off when the process was killed. Drop it, from the file too, so that appending goes
+            on after a whole line.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a line is not a JSON object, with its number.
+        ValueError: If a line is not a JSON object, with the number of the line.
     """
     return [row for _, row in read_numbered_jsonl(path, cut_last=cut_last)]
 
@@ -125,7 +131,10 @@ def read_jsonl(path: PathLike, *, cut_last: bool = False) -> list[dict[str, Any]
 def read_numbered_jsonl(
     path: PathLike, *, cut_last: bool = False
 ) -> list[tuple[int, dict[str, Any]]]:
-    """``read_jsonl`` with the number of each row's line, from 1, for messages about what a row holds."""
+    """Read as ``read_jsonl`` does, each row with the number of its line, counted from 1.
+
+    The numbers are for error messages about what a row holds.
+    """
     path = existing_file(path)
     content = path.read_bytes()
     if cut_last and content and not content.endswith(b"\n"):
@@ -157,12 +166,12 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], card: Mapping[s
         card: JSON values that say what the tensors are.
 
     Returns:
-        SHA-256 checksum of the file.
+        The file's SHA-256 checksum.
     """
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
-        # Copies: safetensors refuses tensors that share memory.
+        # copies, because safetensors refuses tensors that share memory
         copies = {
             name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()
         }
@@ -183,7 +192,8 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             card = json.loads((file.metadata() or {})["card"])
-            return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 - not a dict
+            names = file.keys()  # safe_open gives no dict: one cannot iterate over it
+            return {name: file.get_tensor(name) for name in names}, card
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or was not written by workbench ({error}); delete and rebuild it."
@@ -191,19 +201,18 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def file_checksum(path: PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Short hash of a tensor's values, for keys."""
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[
-        :16
-    ]
+    """Hash a tensor's float32 values (16 hexadecimal digits of the SHA-256), for cache keys."""
+    values = tensor.detach().float().cpu().contiguous().numpy()
+    return hashlib.sha256(values.tobytes()).hexdigest()[:16]
 
 
 def key_of(value: Any) -> str:
-    """A short stable key of a JSON value (16 hexadecimal digits of its SHA-256), for caches."""
+    """Hash a JSON value (16 hexadecimal digits of its SHA-256), for cache keys."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]

@@ -1,4 +1,7 @@
-"""Rows of table files that others wrote: csv, tsv, json, jsonl and parquet. They are parsed, nothing in them is run."""
+"""Read tables that others wrote: csv, tsv, json, jsonl and parquet.
+
+The files are parsed; nothing in them is run.
+"""
 
 from __future__ import annotations
 
@@ -17,44 +20,47 @@ SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def read_rows(path: PathLike) -> list[dict[str, Any]]:
-    """Read a table with named columns; each row is a dict.
+    """Read a table with named columns as one dict per row.
 
-    Cells of csv and tsv files are texts; a JSON file is a list of objects or holds one object a line, whatever it is called.
+    Cells of csv and tsv files are texts. A json or jsonl file is a list of objects or holds one
+    object per line; which of the two is told by its content, not by its name.
 
     Args:
         path: The file; csv, tsv, json and jsonl may be compressed (.gz, .xz).
 
     Raises:
-        ValueError: If there is no such file, its format is unknown, it holds no rows, or it cannot be parsed (with the line).
+        ValueError: If there is no such file, its format is unknown, it holds no rows, or it
+            cannot be parsed (with the line).
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
-            f"no file {str(path)!r}{' (it is a folder; name a file in it)' if path.is_dir() else ''}."
-        )
+        hint = " (it is a folder; name a file in it)" if path.is_dir() else ""
+        raise ValueError(f"no file {str(path)!r}{hint}.")
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz").removesuffix(".xz")).suffix
     if suffix not in SUFFIXES:
         raise ValueError(
-            f"cannot read {str(path)!r}; formats: {', '.join(SUFFIXES)}, all but parquet also as .gz or .xz."
+            f"cannot read {str(path)!r}; formats: {', '.join(SUFFIXES)}, "
+            "all but parquet also as .gz or .xz."
         )
     if suffix == ".parquet":
         rows = _parquet_rows(path)
+    elif suffix in (".json", ".jsonl"):
+        rows = _json_rows(_text_of(path), path)
     else:
-        opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(name[-3:], open)
-        try:
-            with opener(path, "rb") as file:
-                text = file.read().decode("utf-8-sig")
-        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as text: {error}.") from error
-        rows = (
-            _json_rows(text, path)
-            if suffix in (".json", ".jsonl")
-            else _csv_rows(text, path, suffix)
-        )
+        rows = _csv_rows(_text_of(path), path, suffix)
     if not rows:
         raise ValueError(f"{path} holds no rows.")
     return rows
+
+
+def _text_of(path: Path) -> str:
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.name.lower()[-3:], open)
+    try:
+        with opener(path, "rb") as file:
+            return file.read().decode("utf-8-sig")
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}.") from error
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
@@ -87,9 +93,11 @@ def _csv_rows(text: str, path: Path, suffix: str) -> list[dict[str, Any]]:
 
 
 def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
+    # a list is parsed whole; anything else line by line, numbered for error messages
     is_list = text.lstrip().startswith("[")
+    parts = [(1, text)] if is_list else list(enumerate(text.split("\n"), start=1))
     rows: list[Any] = []
-    for number, part in [(1, text)] if is_list else enumerate(text.split("\n"), start=1):
+    for number, part in parts:
         if not part.strip():
             continue
         try:

@@ -11,7 +11,7 @@ import torch
 from workbench.files.store import PathLike, key_of, read_tensors, write_tensors
 from workbench.judges.base import Verdict
 from workbench.judges.text_quality import ENCODER_HUB_NAME, load_encoder
-from workbench.stats.agreement import agreement
+from workbench.stats.agreement import measure_agreement
 from workbench.stats.linear_probe import fit_linear_probe
 from workbench.stats.selectivity import auroc, auroc_interval
 
@@ -163,7 +163,7 @@ def train_probe(
         "default_encoder": ENCODER_HUB_NAME,
         "unseen": f"{FOLDS} folds, each prompt in one of them",
         "auroc": {"value": area, "low": float(low), "high": float(high)},
-        "agreement": agreement(list(scores > 0), list(labels)).to_dict(),
+        "agreement": measure_agreement(list(scores > 0), list(labels)).to_dict(),
     }
     weights, bias = fit(slice(None))
     return ProbeJudge(

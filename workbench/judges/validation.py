@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.files.hints import did_you_mean
 from workbench.files.tables import read_rows
 from workbench.judges.patterns import RefusalPatterns
-from workbench.stats.agreement import Agreement, agreement
+from workbench.stats.agreement import Agreement, measure_agreement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,7 +89,7 @@ def validate(judge: Judge, answers: LabelledAnswers) -> dict[str, Agreement]:
     for measure, truth in answers.truth.items():
         predicted = [_outcome(verdict, measure) for verdict in verdicts]
         if any(outcome is not None for outcome in predicted) and _measures(verdicts, measure):
-            found[measure] = agreement(predicted, truth)
+            found[measure] = measure_agreement(predicted, truth)
     if not found:
         said = ", ".join(sorted({verdict.label for verdict in verdicts}))
         raise ValueError(

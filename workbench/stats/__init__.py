@@ -1,4 +1,4 @@
-"""Statistics: estimates with intervals, tests, selectivity, agreement and linear probes; numbers in, numbers out."""
+"""Compute statistics: estimates with intervals, tests, agreement and linear probes."""
 
 import lazy_loader
 

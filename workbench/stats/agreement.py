@@ -1,4 +1,7 @@
-"""How well yes/no verdicts agree with each other or with the truth: accuracy, precision, recall and Cohen's kappa."""
+"""Measure how well verdicts agree with each other or with the truth.
+
+The measures are accuracy, precision, recall and Cohen's kappa.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well yes/no verdicts match the truth, over ``n`` prompts with both and without ``n_unscored`` that lack one.
+    """Hold how well yes/no verdicts match the truth.
 
     Attributes:
-        accuracy: Share of scored prompts where they are equal.
-        precision: Share of the predicted True that are True; its unscored are of unknown truth.
-        recall: Share of the True that were predicted; its unscored got no verdict.
+        accuracy: Share of scored prompts where verdict and truth are equal.
+        precision: Share of True among the prompts predicted True; those of unknown truth are its
+            unscored ones.
+        recall: Share of prompts predicted True among those that are True; those without a verdict
+            are its unscored ones.
         kappa: Cohen's kappa: 1 for full agreement, 0 for what chance gives.
+        n: Prompts with both a verdict and a truth.
+        n_unscored: Prompts that lack one of them.
     """
 
     accuracy: Rate
@@ -43,21 +50,23 @@ class Agreement:
     n_unscored: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as nested dictionaries of plain numbers."""
+        """Turn it into nested dictionaries of plain numbers."""
         return asdict(self)
 
 
 def cohen_kappa(
     a: Iterable[Hashable], b: Iterable[Hashable], *, level: float = 0.95, seed: int = 0
 ) -> Estimate:
-    """Cohen's kappa (1960) of two raters, with a bootstrap interval (2000 draws): agreement beyond label frequencies.
+    """Compute Cohen's kappa (1960) of two raters, with a bootstrap interval of 2000 draws.
 
-    nan where both give one and the same label throughout, with the interval (-1, 1). At full agreement the interval has
-    width 0: read the accuracy's there.
+    Kappa is the agreement beyond what the frequencies of the labels give. It is nan, with the
+    interval (-1, 1), where both raters give one and the same label throughout. At full agreement
+    its interval has width 0; read that of the accuracy there. ``cohen_kappa_score`` of scikit-learn
+    gives the same value, but no interval.
 
     Args:
         a: Labels of one rater, of any kind, None where unscored.
-        b: Labels of the other, in the same order.
+        b: Labels of the other rater, in the same order.
         level: Confidence level.
         seed: Seed of the resampling.
 
@@ -68,35 +77,38 @@ def cohen_kappa(
     first, second = list(a), list(b)
     if len(first) != len(second) or not first:
         raise ValueError(
-            f"raters need a label each for the same prompts, got {len(first)} and {len(second)}."
+            "raters need one label each for the same prompts, at least one, "
+            f"got {len(first)} and {len(second)}."
         )
-    rows = [
-        row for row in zip(first, second, strict=True) if not any(x is None or x != x for x in row)
+    # cross-tabulate the pairs that both raters labelled
+    pairs = [
+        pair
+        for pair in zip(first, second, strict=True)
+        if not any(label is None or label != label for label in pair)
     ]
-    n, codes = (
-        len(rows),
-        {label: code for code, label in enumerate(dict.fromkeys(x for row in rows for x in row))},
-    )
-    k = len(codes)
-    cells = np.bincount([codes[x] * k + codes[y] for x, y in rows], minlength=k * k)
+    labels = dict.fromkeys(label for pair in pairs for label in pair)
+    codes = {label: code for code, label in enumerate(labels)}
+    n, k = len(pairs), len(codes)
+    cells = np.bincount([codes[x] * k + codes[y] for x, y in pairs], minlength=k * k)
     value, low, high = math.nan, -1.0, 1.0
     if k > 1:
         value = float(_kappa(cells.reshape(k, k)))
         # to resample prompts is to draw the cells of the table from a multinomial
-        samples = _kappa(
-            np.random.default_rng(seed).multinomial(n, cells / n, 2000).reshape(-1, k, k)
-        )
+        tables = np.random.default_rng(seed).multinomial(n, cells / n, 2000).reshape(-1, k, k)
+        samples = _kappa(tables)
         low, high = bootstrap_interval(samples[~np.isnan(samples)], n, level=level)
     return Estimate(value, max(low, -1.0), min(high, 1.0), n, len(first) - n)
 
 
-def agreement(
+def measure_agreement(
     predicted: Outcomes, truth: Outcomes, *, level: float = 0.95, seed: int = 0
 ) -> Agreement:
-    """Agreement of yes/no verdicts with the truth: accuracy, precision, recall (Wilson) and kappa (bootstrap).
+    """Measure how well yes/no verdicts match the truth.
+
+    The intervals of accuracy, precision and recall are Wilson's, that of kappa is a bootstrap one.
 
     Args:
-        predicted: Verdicts, None where the judge gave none, one a prompt.
+        predicted: Verdicts, one per prompt, None where the judge gave none.
         truth: Reference labels in the same order, None where unknown.
         level: Confidence level.
         seed: Seed of the resampling for kappa.
@@ -104,14 +116,18 @@ def agreement(
     Raises:
         ValueError: If nothing was given, lengths differ, or an outcome is not True, False or None.
     """
-    verdicts, facts = (
-        to_floats(predicted, "predicted", yes_no=True),
-        to_floats(truth, "truth", yes_no=True),
-    )
+    verdicts = to_floats(predicted, "predicted", yes_no=True)
+    facts = to_floats(truth, "truth", yes_no=True)
     kappa = cohen_kappa(verdicts, facts, level=level, seed=seed)
-    equal = np.where(np.isnan(verdicts + facts), np.nan, verdicts == facts)
-    right, found = rate(facts[verdicts == 1], level=level), rate(verdicts[facts == 1], level=level)
-    return Agreement(rate(equal, level=level), right, found, kappa, kappa.n, kappa.n_unscored)
+    is_equal = np.where(np.isnan(verdicts + facts), np.nan, verdicts == facts)
+    return Agreement(
+        accuracy=rate(is_equal, level=level),
+        precision=rate(facts[verdicts == 1], level=level),
+        recall=rate(verdicts[facts == 1], level=level),
+        kappa=kappa,
+        n=kappa.n,
+        n_unscored=kappa.n_unscored,
+    )
 
 
 def _kappa(tables: Float[np.ndarray, "... k k"]) -> Float[np.ndarray, ...]:

@@ -1,4 +1,7 @@
-"""Linear probes: logistic regression on standardised values, given back in the values' own units."""
+"""Fit linear probes: logistic regression on standardised values.
+
+Weights are given back in the units of the values.
+"""
 
 from __future__ import annotations
 

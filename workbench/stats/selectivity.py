@@ -1,8 +1,9 @@
-"""How well scores tell prompts apart: AUROC, Hedges g and permutation p per column, thresholds.
+"""Measure how well scores tell prompts apart, column by column, and calibrate thresholds.
 
-Scores are arrays with a row for each prompt and a column for each neuron (or one vector); labels are True for the class
-looked for, one vector or a column for each labeling (category). Results have a row for each labeling and a column for
-each score; an axis that was not given is not returned. Work goes in blocks of columns, so that memory stays small.
+Scores are arrays with one row per prompt and one column per neuron, or a single vector. Labels are
+True for the class looked for: a single vector, or one column per labeling (category). Results have
+one row per labeling and one column per column of scores; an axis that was not given is not
+returned. Columns are worked on in blocks, so that memory stays small.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
 Scores = Float[np.ndarray, "prompts columns"] | Float[np.ndarray, "prompts"]
 
-
 Labels = Bool[np.ndarray, "prompts labelings"] | Bool[np.ndarray, "prompts"]
-
 
 BLOCK = 4096
 """Columns worked on at once: a block of 250 rows takes 8 MB in float64."""
@@ -32,12 +31,16 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold calibrated on scores that must not pass it: a gate fires where a score is **above** ``value``.
+    """Hold a threshold that was calibrated on scores that must not pass it.
+
+    A gate fires where a score is **above** ``value``.
 
     Attributes:
-        value: Threshold in score units; inf (never fires) where n is too small for the rate asked.
+        value: Threshold in score units; inf (never fires) where n is too small for the rate.
         rate: False-activation rate asked for.
-        low, high: Interval of the true false-activation rate, as ``n`` scores can promise it; (0, 0) for inf.
+        low, high: Interval of the true false-activation rate that ``n`` scores can promise;
+            (0, 0) for an infinite threshold.
+        n: Scores it was calibrated on.
     """
 
     value: float
@@ -48,27 +51,33 @@ class Threshold:
 
 
 def auroc(scores: Scores, labels: Labels) -> Any:
-    """Chance that a True row scores above a False one, ties half (Mann and Whitney 1947): .5 separates nothing.
+    """Compute the chance that a True row scores above a False one, with ties counted half.
+
+    .5 separates nothing (Mann and Whitney 1947). ``roc_auc_score`` of scikit-learn and
+    ``mannwhitneyu`` of scipy give the same number for one labeling; here all labelings share one
+    ranking of each column and one matrix product, as tens of thousands of neurons need.
 
     Args:
         scores: Numbers in any unit, [prompts] or [prompts, columns].
         labels: Bools, [prompts] or [prompts, labelings].
 
     Returns:
-        AUROC, [labelings, columns] without the axes not given; a float for one vector and one labeling.
+        AUROC, [labelings, columns] without the axes not given; a float for one vector and one
+        labeling.
 
     Raises:
-        ValueError: If lengths differ, a score is nan or infinite, labels are not bools, or a labeling lacks a class.
+        ValueError: If lengths differ, a score is nan or infinite, labels are not bools, or a
+            labeling lacks a class.
     """
     x, is_true = _checked(scores, labels, 1)
-    u = np.concatenate([_rank_sums(block, is_true)[0] for block in _blocks(x)], axis=1)
+    u = np.concatenate([_mann_whitney_u(block, is_true) for block in _blocks(x)], axis=1)
     return _shaped(u / (is_true.sum(axis=0) * (~is_true).sum(axis=0))[:, None], scores, labels)
 
 
 def auroc_interval(
     value: Any, n_true: int, n_false: int, *, level: float = 0.95
 ) -> tuple[Any, Any]:
-    """Interval of an AUROC by its large-sample variance (Hanley and McNeil 1982, Radiology 143:29), within [0, 1].
+    """Compute the interval of an AUROC from its large-sample variance, within [0, 1].
 
     Args:
         value: One AUROC or an array of them.
@@ -78,6 +87,8 @@ def auroc_interval(
 
     Raises:
         ValueError: If a class has no rows.
+
+    Source: Hanley and McNeil 1982 (Radiology 143:29).
     """
     from scipy.special import ndtri
 
@@ -85,7 +96,8 @@ def auroc_interval(
     if min(n_true, n_false) < 1:
         raise ValueError(f"both classes need rows, got {n_true} and {n_false}.")
     a = np.asarray(value, dtype=float)
-    # At an AUROC of 0 or 1 the variance is 0: half a pair of rows is counted as misplaced, so that the interval has a width.
+    # At an AUROC of 0 or 1 the variance is 0. Half a pair of rows is counted as misplaced there,
+    # so that the interval has a width.
     inside = np.clip(a, 0.5 / (n_true * n_false), 1 - 0.5 / (n_true * n_false))
     one, two = inside / (2 - inside), 2 * inside**2 / (1 + inside)
     variance = (
@@ -96,50 +108,22 @@ def auroc_interval(
     return (low, high) if a.ndim else (float(low), float(high))
 
 
-def auroc_p_values(scores: Scores, labels: Labels) -> Any:
-    """Two-sided p-values against AUROC .5: the Mann-Whitney test by the normal approximation.
-
-    With tie and continuity correction, as scipy's asymptotic method; 1 for a constant column. Rough for small n.
-
-    Args:
-        scores: As ``auroc``.
-        labels: As ``auroc``.
-
-    Returns:
-        p-values, [labelings, columns] without the axes not given.
-
-    Raises:
-        ValueError: As ``auroc``.
-    """
-    from scipy.special import ndtr
-
-    x, is_true = _checked(scores, labels, 1)
-    pairs, n = (is_true.sum(axis=0) * (~is_true).sum(axis=0))[:, None], len(x)
-    p = []
-    for block in _blocks(x):
-        u, spread = _rank_sums(block, is_true)
-        deviation = np.sqrt(pairs / (n * (n - 1)) * spread)
-        distance = np.abs(u - pairs / 2) - 0.5
-        z = np.divide(
-            distance, deviation, out=np.full_like(distance, -math.inf), where=deviation > 0
-        )
-        p.append(np.minimum(1, 2 * ndtr(-z)))
-    return _shaped(np.concatenate(p, axis=1), scores, labels)
-
-
 def hedges_g(scores: Scores, labels: Labels) -> Any:
-    """Mean of the True rows minus mean of the False ones, in pooled standard deviations, corrected for small samples.
+    """Compute the standardised mean difference of True and False rows (Hedges' g).
+
+    It is the mean of the True rows minus that of the False ones, in pooled standard deviations,
+    corrected for small samples.
 
     Args:
-        scores: As ``auroc``.
-        labels: As ``auroc``.
+        scores: As for ``auroc``.
+        labels: As for ``auroc``.
 
     Returns:
-        g, [labelings, columns] without the axes not given; 0 for a constant column, +-inf where classes differ without
-        any spread inside them.
+        g, [labelings, columns] without the axes not given; 0 for a constant column, +-inf where
+        the classes differ without any spread inside them.
 
     Raises:
-        ValueError: As ``auroc``, or if a class has fewer than two rows.
+        ValueError: As for ``auroc``, or if a class has fewer than two rows.
 
     Source: Hedges 1981 (Journal of Educational Statistics 6:107), the exact correction.
     """
@@ -172,19 +156,22 @@ def max_statistic_permutation(
     n_permutations: int = 500,
     seed: int = 0,
 ) -> Any:
-    """Family-wise p-value of each column: how often the best of all columns does as well when labels are shuffled.
+    """Compute the family-wise p-value of each column by shuffling labels.
 
-    The statistic is the absolute sum over True rows in units of its standard deviation under shuffling. For the values
-    this orders shuffles as the mean difference in pooled standard deviations does, for their mid-ranks as the
-    tie-corrected Mann-Whitney test. A family is all columns of one labeling: with several labelings, correct over those
-    too. The smallest p is 1 / (1 + n_permutations).
+    It is how often the best of all columns does as well as this one when labels are shuffled.
+    The statistic is the absolute sum over True rows in units of its standard deviation under
+    shuffling. For values it orders shuffles as the mean difference in pooled standard deviations
+    does, for their mid-ranks as the tie-corrected Mann-Whitney test does. A family is all columns
+    of one labeling: with several labelings, correct over those too. The smallest p is
+    1 / (1 + n_permutations).
 
     Args:
         scores: Numbers in any unit, [prompts] or [prompts, columns].
         labels: Bools, [prompts] or [prompts, labelings].
         statistic: Compare means or ranks.
-        groups: Group of each row; labels are then shuffled inside groups only, and values taken relative to the group's
-            mean. With pairs of one True and one False row this is the sign-flip test of the paired differences.
+        groups: Group of each row. Labels are then shuffled inside groups only, and values are
+            taken relative to their group's mean. With pairs of one True and one False row this is
+            the sign-flip test of the paired differences.
         n_permutations: Shuffles; all labelings share them.
         seed: Seed of the shuffles.
 
@@ -192,58 +179,31 @@ def max_statistic_permutation(
         p-values, [labelings, columns] without the axes not given; 1 for a constant column.
 
     Raises:
-        ValueError: As ``auroc``, or if groups do not fit, or in none of them labels could be shuffled.
+        ValueError: As for ``auroc``, or if groups do not fit or leave nothing to shuffle.
 
-    Source: Westfall and Young 1993, single step; aligned ranks inside groups, Hodges and Lehmann 1962.
+    Source: Westfall and Young 1993, single step; aligned ranks in groups: Hodges and Lehmann 1962.
     """
-    from scipy.stats import rankdata
-
     if statistic not in ("mean_difference", "rank_sum"):
         raise ValueError(f"statistic must be 'mean_difference' or 'rank_sum', got {statistic!r}.")
     if n_permutations < 1:
         raise ValueError(f"n_permutations must be at least 1, got {n_permutations}; 500 is usual.")
     x, is_true = _checked(scores, labels, 1)
     group = _group_index(groups, len(x))
-    sizes = np.bincount(group)[:, None]
-    shares = np.stack([np.bincount(group, weights=column) for column in is_true.T], axis=1) / sizes
-    # variance of a sum over the True rows of a group: n_true n_false / (n (n - 1)) times its sum of squares
-    weights = ((shares * (1 - shares) * sizes) / np.maximum(sizes - 1, 1))[group]
-    if not weights.any(axis=0).all():
-        raise ValueError(
-            "a labeling has no group with both classes, so nothing can be shuffled; give larger groups."
-        )
-    values, scales = [], []
-    for block in _blocks(x):
-        aligned = _centered(block, group)
-        if statistic == "rank_sum":
-            aligned = _centered(rankdata(aligned, axis=0), group)
-        variance = weights.T @ aligned**2
-        scales.append(
-            np.divide(1, np.sqrt(variance), out=np.zeros_like(variance), where=variance > 0)
-        )
-        values.append(aligned.astype(np.float32))
-    rng, by_group = np.random.default_rng(seed), np.argsort(group, kind="stable")
-    shuffle_block = max(1, 1024 // is_true.shape[1])
-    observed = np.concatenate(
-        [_z(is_true.T[None], *part)[0] for part in zip(values, scales, strict=True)], axis=1
+    blocks = _aligned_blocks(x, is_true, group, statistic)
+    # the observed statistic of each column, and the largest over columns of each shuffle
+    observed = np.concatenate([_z(is_true.T[None], *block)[0] for block in blocks], axis=1)
+    shuffles = _shuffled_labels(is_true, group, n_permutations, seed)
+    null = np.concatenate(
+        [
+            np.max([_z(shuffled, *block).max(axis=2) for block in blocks], axis=0)
+            for shuffled in shuffles
+        ]
     )
-    largest = []
-    for start in range(0, n_permutations, shuffle_block):
-        keys = group + rng.random((min(shuffle_block, n_permutations - start), len(x)))
-        shuffled = np.empty((len(keys), is_true.shape[1], len(x)), dtype=np.float32)
-        shuffled[:, :, by_group] = is_true[np.argsort(keys, axis=1)].transpose(0, 2, 1)
-        largest.append(
-            np.max(
-                [_z(shuffled, *part).max(axis=2) for part in zip(values, scales, strict=True)],
-                axis=0,
-            )
-        )
-    null = np.concatenate(largest)
     # a shuffle that gives the labels back must count as reached, whatever float32 makes of it
     p = np.stack(
         [
-            permutation_p(row * (1 - 1e-5), draws)
-            for row, draws in zip(observed, null.T, strict=True)
+            permutation_p(labeling * (1 - 1e-5), draws)
+            for labeling, draws in zip(observed, null.T, strict=True)
         ]
     )
     return _shaped(p, scores, labels)
@@ -252,11 +212,14 @@ def max_statistic_permutation(
 def permutation_p(
     observed: Float[np.ndarray, ...] | float, null: Float[np.ndarray, "draws ..."]
 ) -> Any:
-    """(1 + #{null >= observed}) / (1 + R): p of a statistic against R draws under the null (Phipson and Smyth 2010).
+    """Compute the p-value of a statistic against R draws under the null hypothesis.
+
+    It is (1 + #{null >= observed}) / (1 + R) (Phipson and Smyth 2010).
 
     Args:
         observed: One value, or an array of them.
-        null: R draws along the first axis; further axes as ``observed``, or none where all share the same draws.
+        null: R draws along the first axis; further axes as in ``observed``, or none where all
+            values share the same draws.
 
     Returns:
         A float for one value, else an array; never 0, as the observed draw is one of the null.
@@ -271,29 +234,30 @@ def permutation_p(
         )
     if np.isnan(observed).any() or np.isnan(null).any():
         raise ValueError("observed or null holds nan; drop what has no statistic first.")
-    shared = null.ndim == 1  # sorting then spares comparing every value with every draw
-    reached = (
-        len(null) - np.searchsorted(np.sort(null), observed)
-        if shared
-        else (null >= observed).sum(axis=0)
-    )
+    if null.ndim == 1:  # shared draws: sorting spares comparing every value with every draw
+        reached = len(null) - np.searchsorted(np.sort(null), observed)
+    else:
+        reached = (null >= observed).sum(axis=0)
     p = (1 + reached) / (1 + len(null))
     return p if observed.ndim else float(p)
 
 
 def conformal_threshold(scores: Iterable[float], rate: float, *, level: float = 0.95) -> Threshold:
-    """The smallest threshold that lets at most ``rate`` of exchangeable new scores above it, on average.
+    """Find the smallest threshold that at most ``rate`` of new scores pass, on average.
 
-    It is the k-th smallest score, k = ceil((n + 1)(1 - rate)). Over calibration sets the share above it follows
-    Beta(n + 1 - k, k), or less with ties (Vovk 2012, PMLR 25:475): the interval is that distribution's.
+    New scores must be exchangeable with the given ones. The threshold is the k-th smallest score,
+    k = ceil((n + 1)(1 - rate)). Over calibration sets the share above it follows
+    Beta(n + 1 - k, k), or is less with ties (Vovk 2012, PMLR 25:475): the interval is that
+    distribution's.
 
     Args:
-        scores: Scores of calibration prompts that must not activate, one a prompt.
+        scores: Scores of calibration prompts that must not activate, one per prompt.
         rate: False-activation rate allowed, in (0, 1).
         level: Level of the interval.
 
     Raises:
-        ValueError: If there are no scores, one is None, nan or infinite, or rate is outside (0, 1).
+        ValueError: If there are no scores, one is None, nan or infinite, or the rate is outside
+            (0, 1).
     """
     from scipy.special import betaincinv
 
@@ -304,11 +268,11 @@ def conformal_threshold(scores: Iterable[float], rate: float, *, level: float = 
         raise ValueError(f"rate must be between 0 and 1, got {rate!r}.")
     if n == 0 or np.isnan(known).any():
         raise ValueError(
-            f"scores must be there and not None or nan, got {n} with {np.isnan(known).sum()} such."
+            f"scores must be given, none of them None or nan, got {n} scores of which "
+            f"{np.isnan(known).sum()} are; drop those first."
         )
-    above = math.floor(
-        (n + 1) * rate + 1e-9
-    )  # n + 1 - k; the slack because .29 * 100 is 28.999999999999996
+    # n + 1 - k; with some slack, because .29 * 100 is 28.999999999999996
+    above = math.floor((n + 1) * rate + 1e-9)
     if above == 0:
         return Threshold(math.inf, rate, 0.0, 0.0, n)
     low, high = betaincinv(above, n + 1 - above, [(1 - level) / 2, (1 + level) / 2])
@@ -318,7 +282,7 @@ def conformal_threshold(scores: Iterable[float], rate: float, *, level: float = 
 def _checked(
     scores: Scores, labels: Labels, least: int
 ) -> tuple[Float[np.ndarray, "prompts columns"], Bool[np.ndarray, "prompts labelings"]]:
-    """Both with two axes, or an error; ``least`` is the number of rows that each class needs."""
+    """Check scores and labels and give both two axes; each class needs ``least`` rows."""
     if hasattr(scores, "detach") or hasattr(labels, "detach"):
         raise ValueError(
             "scores and labels must be numpy arrays, got a tensor; pass tensor.numpy()."
@@ -332,21 +296,24 @@ def _checked(
         or is_true.size == 0
     ):
         raise ValueError(
-            f"scores and labels need a row for each prompt, got {x.shape} and {is_true.shape}."
+            f"scores and labels need one row per prompt, got {x.shape} and {is_true.shape}."
         )
     if is_true.dtype != bool:
         raise ValueError(
-            f"labels must be True or False, got {is_true.dtype}; compare them first, as in labels == 1."
+            f"labels must be True or False, got {is_true.dtype}; "
+            "compare them first, as in labels == 1."
         )
     if x.dtype.kind not in "fiub" or not np.isfinite(x).all():
         raise ValueError(
-            f"scores must be finite numbers, got {x.dtype} with nan, inf or text; drop those rows first."
+            f"scores must be finite numbers, got {x.dtype} with nan, inf or text; "
+            "drop those rows first."
         )
     x, is_true = x.reshape(len(x), -1), is_true.reshape(len(x), -1)
     fewest = np.minimum(is_true.sum(axis=0), (~is_true).sum(axis=0))
     if fewest.min() < least:
         raise ValueError(
-            f"labeling {fewest.argmin()} has {fewest.min()} rows of a class; each needs {least} or more."
+            f"labeling {fewest.argmin()} has {fewest.min()} rows of a class; "
+            f"each needs {least} or more."
         )
     return x, is_true
 
@@ -362,21 +329,70 @@ def _blocks(
     return (x[:, start : start + BLOCK].astype(float) for start in range(0, x.shape[1], BLOCK))
 
 
-def _rank_sums(
+def _mann_whitney_u(
     block: Float[np.ndarray, "prompts block"], is_true: Bool[np.ndarray, "prompts labelings"]
-) -> tuple[Float[np.ndarray, "labelings block"], Float[np.ndarray, block]]:
-    """Mann-Whitney's U and the sum of squares of the mid-ranks, which holds the tie correction."""
+) -> Float[np.ndarray, "labelings block"]:
+    """Count the pairs of a True and a False row in which the True one scores higher (U)."""
     from scipy.stats import rankdata
 
     ranks = rankdata(block, axis=0) - (len(block) + 1) / 2
     n_true = is_true.sum(axis=0)[:, None]
-    return is_true.T @ ranks + n_true * (len(block) - n_true) / 2, (ranks**2).sum(axis=0)
+    return is_true.T @ ranks + n_true * (len(block) - n_true) / 2
+
+
+def _aligned_blocks(
+    x: Float[np.ndarray, "prompts columns"],
+    is_true: Bool[np.ndarray, "prompts labelings"],
+    group: Int[np.ndarray, prompts],
+    statistic: str,
+) -> list[tuple[Float[np.ndarray, "prompts block"], Float[np.ndarray, "labelings block"]]]:
+    """Center values, or their ranks, in groups; beside them 1 / deviation of a sum over True."""
+    from scipy.stats import rankdata
+
+    sizes = np.bincount(group)[:, None]
+    shares = np.stack([np.bincount(group, weights=column) for column in is_true.T], axis=1) / sizes
+    # variance of a sum over a group's True rows: n_true n_false / (n (n - 1)) times its sum of
+    # squares
+    weights = ((shares * (1 - shares) * sizes) / np.maximum(sizes - 1, 1))[group]
+    if not weights.any(axis=0).all():
+        raise ValueError(
+            "a labeling has no group with both classes, so nothing can be shuffled; "
+            "give larger groups."
+        )
+    blocks = []
+    for block in _blocks(x):
+        aligned = _centered(block, group)
+        if statistic == "rank_sum":
+            aligned = _centered(rankdata(aligned, axis=0), group)
+        variance = weights.T @ aligned**2
+        scale = np.divide(1, np.sqrt(variance), out=np.zeros_like(variance), where=variance > 0)
+        blocks.append((aligned.astype(np.float32), scale))
+    return blocks
+
+
+def _shuffled_labels(
+    is_true: Bool[np.ndarray, "prompts labelings"],
+    group: Int[np.ndarray, prompts],
+    n_permutations: int,
+    seed: int,
+) -> Iterator[Float[np.ndarray, "shuffles labelings prompts"]]:
+    """Shuffle labels inside groups, about a thousand columns of labels at a time."""
+    n_prompts, n_labelings = is_true.shape
+    rng, by_group = np.random.default_rng(seed), np.argsort(group, kind="stable")
+    most_at_once = max(1, 1024 // n_labelings)
+    for start in range(0, n_permutations, most_at_once):
+        n_shuffles = min(most_at_once, n_permutations - start)
+        # sorted by group and then at random, the rows of a group change places with each other
+        keys = group + rng.random((n_shuffles, n_prompts))
+        shuffled = np.empty((n_shuffles, n_labelings, n_prompts), dtype=np.float32)
+        shuffled[:, :, by_group] = is_true[np.argsort(keys, axis=1)].transpose(0, 2, 1)
+        yield shuffled
 
 
 def _centered(
     block: Float[np.ndarray, "prompts block"], group: Int[np.ndarray, prompts]
 ) -> Float[np.ndarray, "prompts block"]:
-    """Values minus the mean of their group, with the rounding left by constant values set to 0."""
+    """Subtract each group's mean; what rounding leaves of constant values is set to 0."""
     order, sizes = np.argsort(group, kind="stable"), np.bincount(group)
     sums = np.add.reduceat(block[order], np.cumsum(sizes) - sizes, axis=0)
     centered = block - (sums / sizes[:, None])[group]
@@ -399,7 +415,7 @@ def _z(
     values: Float[np.ndarray, "prompts block"],
     scale: Float[np.ndarray, "labelings block"],
 ) -> Float[np.ndarray, "shuffles labelings block"]:
-    """Absolute sums over the True rows, for all shuffles and labelings in one matrix product."""
+    """Compute absolute sums over True rows for all shuffles and labelings in one product."""
     z = (labels.reshape(-1, len(values)) @ values).reshape(*labels.shape[:2], -1)
     z *= scale
     return np.abs(z, out=z)

@@ -1,4 +1,4 @@
-"""Storage: files appear whole or not at all, and what is damaged says so."""
+"""Test that files appear whole or not at all, and that damaged ones say so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from workbench.files import store as storage
+from workbench.files import store
 from workbench.files.store import (
     append_jsonl,
     atomic_path,
@@ -246,7 +246,7 @@ def test_tensors_are_written_atomically(tmp_path: Path, monkeypatch: pytest.Monk
     def cut(*_: object, **__: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "file_checksum", cut)
+    monkeypatch.setattr(store, "file_checksum", cut)
     with pytest.raises(KeyboardInterrupt):
         write_tensors(path, {"a": torch.ones(1)}, {})
     assert path.read_bytes() == before
