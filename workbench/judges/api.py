@@ -58,7 +58,7 @@ class Prices:
     Attributes:
         per_million_in: For tokens sent.
         per_million_out: For tokens received.
-        budget: In the same currency; a call whose estimate is higher is not started. None: no limit.
+        budget: In the same currency; a call whose estimate is higher is not started; None for none.
     """
 
     per_million_in: float
@@ -303,17 +303,13 @@ class _Asking:
                 group.create_task(work(client))
 
     def _client(self) -> AsyncOpenAI:
-        """Make a client that knows only this judge's settings, whatever OPENAI_* variables say."""
+        """Make a client of this judge's settings."""
         import openai
 
-        # Without a value of its own the client would read the key from OPENAI_API_KEY.
-        unsent = ["OpenAI-Organization", "OpenAI-Project"] + ["Authorization"] * (self.key is None)
-        headers: dict[str, Any] = {name: openai.Omit() for name in unsent}
         on_this_machine = _is_loopback(urlsplit(self.judge.base_url).hostname or "")
         return openai.AsyncOpenAI(
-            api_key=self.key or "none",
+            api_key=self.key or "none",  # without one the client would take that of OPENAI_API_KEY
             base_url=self.judge.base_url,
-            default_headers=headers,
             max_retries=self.judge.retries,
             timeout=self.judge.timeout,
             http_client=openai.DefaultAsyncHttpxClient(
@@ -342,10 +338,14 @@ class _Asking:
         import openai
 
         others = {name: value for name, value in body.items() if name not in ("model", "messages")}
+        unsent = ["OpenAI-Organization", "OpenAI-Project", *["Authorization"] * (self.key is None)]
         try:
             async with asyncio.timeout(self._longest):
                 reply = await client.chat.completions.with_raw_response.create(
-                    model=body["model"], messages=body["messages"], extra_body=others
+                    model=body["model"],
+                    messages=body["messages"],
+                    extra_body=others,
+                    extra_headers=dict.fromkeys(unsent, openai.Omit()),
                 )
         except (openai.APITimeoutError, TimeoutError):
             raise _NoReplyError(
