@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from workbench.files.store import key_of
-from workbench.judges.base import Verdict
-from workbench.judges.cache import NO_ANSWER, check_pairs, is_empty
+from workbench.judges.base import Verdict, check_pairs, is_empty
+from workbench.judges.cache import NO_ANSWER
 from workbench.judges.rubrics import Rubric, load_rubrics
 
 if TYPE_CHECKING:

@@ -24,8 +24,7 @@ from workbench.judges._checkpoints import (
     pad_id,
     read_checkpoint,
 )
-from workbench.judges.base import Verdict
-from workbench.judges.cache import check_pairs, is_empty
+from workbench.judges.base import Verdict, check_pairs, is_empty
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

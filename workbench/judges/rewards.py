@@ -22,7 +22,7 @@ from workbench.judges._checkpoints import (
     left_padded,
     read_checkpoint,
 )
-from workbench.judges.cache import check_pairs, is_empty
+from workbench.judges.base import check_pairs, is_empty
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
