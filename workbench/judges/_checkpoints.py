@@ -136,7 +136,7 @@ def read_checkpoint(
     local = Path(source).is_dir()
     name = Path(source).resolve().name if local else str(source)
     if not local:
-        # This says at once that the hub cannot be reached; transformers would try for half a minute.
+        # Where the hub cannot be reached this says so at once; transformers takes half a minute.
         on_hub_or_cached(name, revision, explain=True)
     options = {"dtype": DTYPES[dtype], "revision": revision or "main", **options}
     model, tokenizer = _from_pretrained(auto, source, name, options)
@@ -192,7 +192,8 @@ def frame_of(
     It comes from the checkpoint's own chat template, or from ``text`` with {prompt} and {response}.
 
     Raises:
-        ValueError: If the template is missing, fails, or does not hold both texts once, in this order.
+        ValueError: If the template is missing, fails, or does not hold both texts once, in this
+            order.
     """
     tokenizer = checkpoint.tokenizer
     if text is not None:

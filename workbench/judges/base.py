@@ -1,4 +1,4 @@
-"""Say what a judge is: prompts and answers in, a verdict for each out, whatever is behind it.
+"""Define what a judge is: it takes prompts and answers and gives a verdict on each.
 
 A verdict says what one named judge saw, not what is true: report the judge's agreement with human
 labels beside its rates, and read refusals next to degeneration and relevance (``text_quality``),

@@ -156,7 +156,7 @@ def hidden_states(
 def fit_framing(
     states: Float[Tensor, "answer d"], labels: Sequence[str], *, penalty: float = 100.0
 ) -> tuple[Float[Tensor, "framing d"], Float[Tensor, " framing"]]:
-    """Fit a multinomial logistic regression on standardised states; the framings weigh the same.
+    """Fit a multinomial logistic regression on standardised states; framings weigh the same.
 
     Args:
         states: One row per answer, see ``hidden_states``.

@@ -83,7 +83,8 @@ def load_guard(
 
     Args:
         family: One of ``guard_families()``.
-        name_or_path: A checkpoint of that family: hub name or local folder; None is the family's usual one.
+        name_or_path: A checkpoint of that family: hub name or local folder; None is the family's
+            usual one.
         measures: ``"unsafe"`` (labels unsafe and safe), or ``"refusal"`` where the family says it
             (refusal and not_refusal).
         guidelines: For a guard that is asked about guidelines: other ones, by name.

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 REFUSAL_WINDOW = 300
-"""Characters read: who refuses does so at the start, and later on the same words are advice or a story."""
+"""Characters read.
+
+Who refuses does so at the start; later on the same words are advice or a story.
+"""
 
 
 _PATTERNS_FILE = "refusal_patterns.json"
@@ -27,7 +30,8 @@ class RefusalPattern:
     Attributes:
         regex: Compiled, without regard to case.
         kind: What makes it a refusal, such as ``"apology"`` or ``"polite deflection"``.
-        where: ``"start"`` (at the first character) or ``"anywhere"`` (in the first ``REFUSAL_WINDOW``).
+        where: ``"start"`` (at the first character) or ``"anywhere"`` (in the first
+            ``REFUSAL_WINDOW``).
         example: A harmless sentence it finds.
     """
 

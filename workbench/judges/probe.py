@@ -122,7 +122,8 @@ def train_probe(
         penalty: Weight of the squared norm on standardised features.
 
     Raises:
-        ValueError: If the measure is unknown, lengths differ, or a side has fewer prompts than folds.
+        ValueError: If the measure is unknown, lengths differ, or a side has fewer prompts than
+            folds.
     """
     if measures not in MEASURES:
         raise ValueError(
@@ -187,7 +188,7 @@ def _unseen_scores(
 def _fit(
     features: Float[np.ndarray, "pair feature"], labels: Bool[np.ndarray, " pair"], penalty: float
 ) -> tuple[Float[np.ndarray, " feature"], float]:
-    """Fit weights and bias; the penalty grows with the features, and both sides weigh the same."""
+    """Fit weights and bias; the penalty grows with the features, both sides weigh the same."""
     answers = ["yes" if label else "no" for label in labels]
     values = torch.from_numpy(np.asarray(features))
     probe = fit_linear_probe(values, answers, penalty=penalty * features.shape[1], balanced=True)

@@ -44,7 +44,7 @@ _NAMED = re.compile(rf"(?:helpsteer2?[-_ .:])?({'|'.join(ATTRIBUTES)})", re.IGNO
 
 @dataclass(frozen=True)
 class Rewards:
-    """Hold what a reward model says of one answer: five numbers, all None where it is unscored.
+    """Hold five numbers that a reward model gives an answer, all None where it is unscored.
 
     Attributes:
         helpfulness: How well the answer serves the request.
@@ -86,7 +86,8 @@ def load_reward_model(
         batch_size: Answers rated at a time.
 
     Raises:
-        ValueError: If it cannot be read, has fewer than five outputs, or does not say which is which.
+        ValueError: If it cannot be read, has fewer than five outputs, or does not say which is
+            which.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -214,8 +215,8 @@ def _columns(name: str, outputs: Sequence[str]) -> tuple[int, ...]:
     names = [attribute for attribute, _ in named]
     if sorted(names) != sorted(ATTRIBUTES):
         raise ValueError(
-            f"{name!r} does not say which of its {len(outputs)} outputs are {', '.join(ATTRIBUTES)} "
-            f"(it names {', '.join(outputs[:5])} ...); "
+            f"{name!r} does not say which of its {len(outputs)} outputs are "
+            f"{', '.join(ATTRIBUTES)} (it names {', '.join(outputs[:5])} ...); "
             "pass outputs=[...] in its documented order."
         )
     return tuple(dict(named)[attribute] for attribute in ATTRIBUTES)

