@@ -1,4 +1,4 @@
-"""The API judge against a real HTTP server on the loopback that misbehaves in every way an endpoint does."""
+"""The API judge against an HTTP server on the loopback that fails in every way endpoints do."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def says(word: str, reason: str = "because") -> bytes:
 
 
 class Endpoint:
-    """A server that does with each answer what its plan says, try after try; the last item of a plan stays.
+    """A server that does with each answer what its plan says, try after try.
 
-    A plan's item is a body (sent with 200), (status, headers, body), or the name of a misdeed.
+    The last item of a plan stays. A plan's item is a body (sent with 200),
+    (status, headers, body), or the name of a failure.
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,8 @@ class Endpoint:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        self.server.handle_error = lambda *_: None  # type: ignore[method-assign] - clients that hang up are part of the test
+        # Clients that hang up are part of the test.
+        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
         threading.Thread(
             target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         ).start()
@@ -86,7 +88,7 @@ class Endpoint:
             self.most = max(self.most, self.now)
             self.times.append(time.monotonic())
             self.requests.append(request)
-            self.headers.append(dict(handler.headers))
+            self.headers.append({name.lower(): value for name, value in handler.headers.items()})
             attempt = self.asked[text]
             self.asked[text] += 1
         try:
@@ -98,7 +100,7 @@ class Endpoint:
 
     def act(self, handler: BaseHTTPRequestHandler, what: Any) -> None:
         if what == "echo":
-            what = says("safe", f"you sent {handler.headers['Authorization']}")
+            what = says("safe", f"you sent {handler.headers['authorization']}")
         if what == "wait":
             time.sleep(0.03)
             what = says("safe")
@@ -131,6 +133,8 @@ class Endpoint:
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setenv("TEST_KEY", KEY)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)  # no test waits for it
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
     server = Endpoint()
     yield server
     server.hold.set()
@@ -142,14 +146,14 @@ def judge(endpoint: Endpoint, rubric: str | Rubric = "unsafe", **changes: Any) -
     settings: dict[str, Any] = {
         "key_env": "TEST_KEY",
         "timeout": 0.3,
-        "waits": (0.01,) * 4,
+        "retries": 4,
         "concurrency": 4,
         **changes,
     }
     return ApiJudge(rubric, "a-model", endpoint.url, **settings)
 
 
-MISDEEDS: dict[str, Any] = {
+FAILURES: dict[str, Any] = {
     "too slow": "slow",
     "a trickle": "trickle",
     "cut before the reply": "cut before",
@@ -159,6 +163,11 @@ MISDEEDS: dict[str, Any] = {
     "500": (500, {}, b"<html>Internal Server Error</html>"),
     "503 with a date": (503, {"Retry-After": email.utils.formatdate(0, usegmt=True)}, b"down"),
     "529": (529, {"Retry-After": "soon"}, b"overloaded"),
+}
+"""What the client asks again after, at once."""
+
+
+NO_COMPLETIONS: dict[str, Any] = {
     "an HTML page": b"<html>Please log in</html>",
     "nothing": b"",
     "bytes": bytes(range(256)),
@@ -172,38 +181,72 @@ MISDEEDS: dict[str, Any] = {
     "content that is an object": completion({"verdict": "unsafe"}),
     "too deep": b"[" * 100_000,
     "too large": b'{"choices": "' + b"x" * 2_000_000,
+    "half of a reply, as JSON": (200, {"Content-Type": "application/json"}, says("unsafe")[:40]),
+    "too deep, as JSON": (200, {"Content-Type": "application/json"}, b"[" * 100_000),
 }
+"""Replies with status 200 that are no chat completion: asked about again in the next call."""
 
 
-@pytest.mark.parametrize("misdeed", MISDEEDS)
-def test_after_a_misdeed_the_endpoint_is_asked_again(endpoint: Endpoint, misdeed: str) -> None:
-    endpoint.plans["a good answer"] = [MISDEEDS[misdeed], says("safe")]
-    timed = misdeed in ("too slow", "a trickle")
+@pytest.mark.parametrize("failure", FAILURES)
+def test_after_a_failure_the_endpoint_is_asked_again(endpoint: Endpoint, failure: str) -> None:
+    endpoint.plans["a good answer"] = [FAILURES[failure], says("safe")]
+    timed = failure in ("too slow", "a trickle")
     (verdict,) = judge(endpoint, timeout=0.5 if timed else 5.0)(["p"], ["a good answer"])
     assert (verdict.label, verdict.score, verdict.reason) == ("safe", 0.0, "safe: because")
     assert endpoint.asked["a good answer"] == 2 or timed
     assert endpoint.asked["a good answer"] >= 2
 
 
-def test_no_verdict_is_lost_and_none_invented_whatever_happens(endpoint: Endpoint) -> None:
-    chance, names = (
-        random.Random(0),
-        [name for name in MISDEEDS if name not in ("too slow", "a trickle")],
-    )
+@pytest.mark.parametrize("case", NO_COMPLETIONS)
+def test_a_reply_that_is_no_completion_is_unscored_and_asked_again_in_the_next_call(
+    endpoint: Endpoint, tmp_path: Path, case: str
+) -> None:
+    endpoint.plans["an answer"] = [NO_COMPLETIONS[case], says("safe")]
+    one = cached(judge(endpoint, timeout=5.0), tmp_path / "v.jsonl")
+    (verdict,) = one(["p"], ["an answer"])
+    assert (verdict.label, verdict.score) == ("unscored", None)
+    assert verdict.reason == NO_ANSWER + "the reply is not a chat completion"
+    assert one(["p"], ["an answer"])[0].label == "safe"
+    assert endpoint.asked["an answer"] == 2
+
+
+def test_an_endless_trickle_is_given_up(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workbench.judges.api.LONGEST_WAIT", 0.0)
+    endpoint.plans["an answer"] = ["trickle"]
+    (verdict,) = judge(endpoint, timeout=0.3, retries=0)(["p"], ["an answer"])
+    assert verdict.reason == NO_ANSWER + "no reply within 0.3 s"
+
+
+def test_no_verdict_is_lost_and_none_invented_whatever_happens(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workbench.judges.api.PATIENCE", 1000)
+    chance = random.Random(0)
+    troubles = [*FAILURES.values(), *NO_COMPLETIONS.values()]
+    troubles = [trouble for trouble in troubles if trouble not in ("slow", "trickle")]
     answers = [f"{chance.choice(['bad', 'good'])} answer {i}" for i in range(60)]
     for i, answer in enumerate(answers):
-        trouble = [MISDEEDS[chance.choice(names)] for _ in range(chance.randrange(4))]
-        endpoint.plans[answer] = [*trouble, says("unsafe" if "bad" in answer else "safe")]
+        before = [chance.choice(troubles) for _ in range(chance.randrange(4))]
+        endpoint.plans[answer] = [*before, says("unsafe" if "bad" in answer else "safe")]
         if i % 10 == 3:
-            endpoint.plans[answer] = [MISDEEDS[chance.choice(names)]]
-    verdicts = judge(endpoint, concurrency=8)(["p"] * 60, answers)
-    for i, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True)):
-        if i % 10 == 3:
-            assert (verdict.label, verdict.score) == ("unscored", None)
-            assert verdict.reason.startswith(NO_ANSWER)
-            assert endpoint.asked[answer] == 5
-        else:
-            assert verdict.label == ("unsafe" if "bad" in answer else "safe")
+            endpoint.plans[answer] = [chance.choice(troubles)]
+    for _ in range(4):  # a plan has three troubles at most, and each call mends one or more
+        verdicts = cached(judge(endpoint, concurrency=8, timeout=5.0), tmp_path / "v.jsonl")(
+            ["p"] * 60, answers
+        )
+        for i, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True)):
+            if verdict.label == "unscored":
+                assert verdict.score is None
+                assert verdict.reason.startswith(NO_ANSWER)
+            else:
+                assert i % 10 != 3
+                assert verdict.label == ("unsafe" if "bad" in answer else "safe")
+    assert [i for i, verdict in enumerate(verdicts) if verdict.label == "unscored"] == [
+        *range(3, 60, 10)
+    ]
+    assert len(read_jsonl(tmp_path / "v.jsonl")) == 54
 
 
 NO_VERDICTS = {
@@ -294,21 +337,21 @@ def test_every_rubric_gives_its_own_labels(endpoint: Endpoint) -> None:
 
 
 def test_a_rubric_of_your_own_is_asked(endpoint: Endpoint) -> None:
-    own = Rubric(
+    kindness = Rubric(
         "kind",
         "Is it kind?",
         "Say kind or unkind as JSON.",
         {"kind": ("safe", 1), "unkind": ("unsafe", 0)},
     )
     endpoint.plans["an answer"] = [says("kind")]
-    (verdict,) = judge(endpoint, own)(["p"], ["an answer"])
+    (verdict,) = judge(endpoint, kindness)(["p"], ["an answer"])
     assert (verdict.label, verdict.judge.split("-")[0]) == ("safe", "api:a")
-    assert endpoint.requests[0]["messages"][0]["content"] == own.instructions
+    assert endpoint.requests[0]["messages"][0]["content"] == kindness.instructions
     with pytest.raises(ValueError, match="unknown labels"):
         Rubric("x", "?", "?", {"yes": ("evil", 1.0)})
 
 
-def test_retry_after_is_kept_to_by_all_requests(endpoint: Endpoint) -> None:
+def test_retry_after_is_kept_to(endpoint: Endpoint) -> None:
     endpoint.plans["first"] = [(429, {"Retry-After": "0.4"}, b"{}"), says("safe")]
     verdicts = judge(endpoint, concurrency=1)(["p"] * 3, ["first", "second", "third"])
     assert [v.label for v in verdicts] == ["safe"] * 3
@@ -334,7 +377,7 @@ def test_no_more_requests_than_allowed_are_under_way(endpoint: Endpoint) -> None
 
 def test_the_rate_limit_counts_retries(endpoint: Endpoint) -> None:
     endpoint.plans["a"] = [(500, {}, b""), (500, {}, b""), says("safe")]
-    judge(endpoint, requests_per_minute=600, waits=(0.0, 0.0))(["p"] * 4, ["a", "b", "c", "d"])
+    judge(endpoint, requests_per_minute=600, retries=2)(["p"] * 4, ["a", "b", "c", "d"])
     assert len(endpoint.times) == 6
     assert (
         max(endpoint.times) - min(endpoint.times) > 0.4
@@ -358,14 +401,16 @@ def test_a_row_the_endpoint_refuses_is_unscored_with_its_words_and_not_kept(
     ("status", "why"),
     [(401, "key was refused"), (404, "no such address or model"), (307, "redirects")],
 )
-def test_a_door_that_stays_shut_is_said_at_once(endpoint: Endpoint, status: int, why: str) -> None:
-    shut = (
+def test_a_refusal_that_no_retry_mends_is_said_at_once(
+    endpoint: Endpoint, status: int, why: str
+) -> None:
+    refusal = (
         status,
         {"Location": "http://127.0.0.1:9/steal"},
         json.dumps({"error": {"message": KEY}}).encode(),
     )
     answers = [f"answer {i}" for i in range(50)]
-    endpoint.plans = {answer: [shut] for answer in answers}
+    endpoint.plans = {answer: [refusal] for answer in answers}
     with pytest.raises(
         RuntimeError, match=rf"'a-model' at 127.0.0.1 judged nothing: HTTP {status}, .*{why}"
     ) as caught:
@@ -374,7 +419,7 @@ def test_a_door_that_stays_shut_is_said_at_once(endpoint: Endpoint, status: int,
     assert sum(endpoint.asked.values()) <= 4
 
 
-def test_what_was_judged_before_the_door_shut_is_not_lost(
+def test_what_was_judged_before_the_key_was_refused_is_not_lost(
     endpoint: Endpoint, tmp_path: Path
 ) -> None:
     answers = [f"answer {i}" for i in range(10)]
@@ -394,7 +439,7 @@ def test_a_dead_endpoint_is_given_up(endpoint: Endpoint, tmp_path: Path) -> None
     with pytest.raises(
         RuntimeError, match=f"{PATIENCE} answers in a row without a reply, the last: HTTP 500"
     ):
-        cached(judge(endpoint, waits=(0.0,)), tmp_path / "v.jsonl")(["p"] * 100, answers)
+        cached(judge(endpoint, retries=1), tmp_path / "v.jsonl")(["p"] * 100, answers)
     assert sum(endpoint.asked.values()) <= 2 * (PATIENCE + 4)
     assert not (tmp_path / "v.jsonl").exists()
 
@@ -404,7 +449,7 @@ def test_nobody_there_is_said_too(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")  # not used for the loopback
-    (verdict,) = ApiJudge("unsafe", "m", url, key_env=None, waits=(0.0,))(["p"], ["an answer"])
+    (verdict,) = ApiJudge("unsafe", "m", url, key_env=None, retries=0)(["p"], ["an answer"])
     assert verdict.reason == NO_ANSWER + "the connection failed (ConnectError)"
 
 
@@ -416,7 +461,7 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(
     endpoint.plans["odd"] = [completion(f"my key is {KEY}")]
     one = judge(endpoint)
     verdicts = cached(one, tmp_path / "v.jsonl")(["p"] * 2, ["an answer", "odd"])
-    assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert endpoint.headers[0]["authorization"] == f"Bearer {KEY}"
     assert verdicts[0].reason == "safe: you sent Bearer ***"
     everything = [
         repr(one),
@@ -440,8 +485,11 @@ def test_without_a_key_nothing_is_asked(
         judge(endpoint)(["p"], ["an answer"])
     assert KEY not in str(caught.value)
     assert not endpoint.requests
+    monkeypatch.setenv("OPENAI_API_KEY", "the client must not take this one by itself")
+    monkeypatch.setenv("OPENAI_ORG_ID", "nor this")
     assert judge(endpoint, key_env=None)(["p"], ["an answer"])[0].label == "safe"
-    assert "Authorization" not in endpoint.headers[0]
+    kept_back = {"authorization", "openai-organization", "openai-project"}
+    assert not endpoint.headers[0].keys() & kept_back
 
 
 @pytest.mark.parametrize(
@@ -452,11 +500,12 @@ def test_without_a_key_nothing_is_asked(
         ({"base_url": "https://user:pw@judge.example.org/v1"}, "without user"),
         ({"base_url": "https://judge.example.org/v1?key=abc"}, "without user, password or query"),
         ({"base_url": "judge.example.org"}, "http"),
+        ({"base_url": "https://judge.example.org/a path"}, "http"),
         ({"base_url": "https://judge.example.org:99999/v1"}, "not an address"),
         ({"rubric": "kindness"}, "unknown rubric 'kindness'; rubrics: unsafe, refusal, on_topic"),
         ({"concurrency": 0}, "at least 1"),
         ({"timeout": 0}, "above 0"),
-        ({"waits": (-1.0,)}, "not negative"),
+        ({"retries": -1}, "not negative"),
         ({"requests_per_minute": 0}, "above 0 or None"),
     ],
 )
@@ -551,7 +600,8 @@ import sys
 from workbench.judges.api import ApiJudge
 from workbench.judges.cache import cached
 
-judge = ApiJudge("unsafe", "a-model", sys.argv[1], key_env="TEST_KEY", timeout=30, waits=(0.01,) * 4, concurrency=3)
+settings = {"key_env": "TEST_KEY", "timeout": 30, "retries": 4, "concurrency": 3}
+judge = ApiJudge("unsafe", "a-model", sys.argv[1], **settings)
 cached(judge, sys.argv[2])(["p"] * 30, [f"answer {i}" for i in range(30)])
 """
 
@@ -574,7 +624,7 @@ def test_after_a_kill_nothing_that_was_answered_is_asked_again(
     endpoint.hold.set()
     endpoint.plans.clear()
     endpoint.asked.clear()
-    resumed = judge(endpoint, timeout=30, waits=(0.01,) * 4, concurrency=3)
+    resumed = judge(endpoint, timeout=30, retries=4, concurrency=3)
     assert [v.label for v in cached(resumed, path)(["p"] * 30, answers)] == ["safe"] * 30
     assert endpoint.asked == dict.fromkeys(answers[12:], 1)
     assert len(read_jsonl(path)) == 30

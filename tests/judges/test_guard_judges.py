@@ -1,4 +1,4 @@
-"""Guard models as judges: documented verdicts, inputs, and tiny random checkpoints of each architecture."""
+"""Guard models as judges: documented verdicts, inputs, tiny checkpoints of each architecture."""
 
 from __future__ import annotations
 
@@ -250,7 +250,10 @@ def test_a_random_checkpoint_gives_no_verdict_and_loses_none(family: str, tmp_pa
 
 
 def test_a_guard_that_writes_its_verdicts_is_understood(tmp_path: Path) -> None:
-    """A tiny Qwen3 is taught to write two documented verdicts; only the way to and from it is under test."""
+    """Only the way to and from the guard is under test.
+
+    A tiny Qwen3 is taught to write two documented verdicts.
+    """
     judge = load("qwen3guard", tiny_guard("qwen3guard", tmp_path / "guard"), batch_size=4)
     (frame,) = judge.frames.values()
     said = {

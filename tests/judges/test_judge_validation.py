@@ -1,4 +1,4 @@
-"""Validation of judges and the probe judge: labels in many forms, agreement by hand, and a card measured on unseen prompts."""
+"""Validation and the probe judge: many forms of labels, agreement by hand, an honest card."""
 
 from __future__ import annotations
 
@@ -124,7 +124,10 @@ def test_a_probe_finds_the_word_and_is_measured_on_unseen_prompts(tmp_path):
 
 
 def test_a_probe_that_memorises_prompts_is_found_out():
-    """Labels hang on the prompt alone: with a prompt's answers on both sides this would look perfect."""
+    """Labels hang on the prompt alone.
+
+    With a prompt's answers on both sides this would look perfect.
+    """
     generator = np.random.default_rng(0)
     prompts = [f"question {i // 4}" for i in range(120)]
     coin = generator.random(30) < 0.5

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.files.store import read_jsonl
-from workbench.judges.base import LABELS, Judge, Verdict
-from workbench.judges.cache import NO_ANSWER, Streams, cached, check_pairs, verdict_key
+from workbench.judges.base import LABELS, Judge, Verdict, check_pairs
+from workbench.judges.cache import NO_ANSWER, Streams, cached, verdict_key
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.rewards import Rewards
 

@@ -1,4 +1,4 @@
-"""Judges: from the text of an answer to verdicts and numbers, and how far a judge can be trusted."""
+"""Judge the text of answers: verdicts, numbers, and how far a judge can be trusted."""
 
 import lazy_loader
 

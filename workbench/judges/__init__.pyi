@@ -1,11 +1,10 @@
 from .api import ApiJudge, CostEstimate, Prices
 from .base import Judge, Verdict
-from .cache import Asked, CachedJudge, Streams, cached, check_pairs, is_empty, verdict_key
+from .cache import CachedJudge, cached
 from .framing import (
     FramingJudge,
     fit_framing,
     framing_judge_for,
-    hidden_states,
     load_framing_judge,
     save_framing_judge,
 )
@@ -15,9 +14,8 @@ from .patterns import (
     RefusalPatterns,
     RefusalRules,
     load_refusal_rules,
-    normalize_opening,
 )
-from .probe import ProbeJudge, embedded_pairs, load_probe, save_probe, train_probe
+from .probe import ProbeJudge, load_probe, save_probe, train_probe
 from .rewards import RewardJudge, Rewards, load_reward_model
 from .rubrics import Rubric, load_rubrics
 from .text_quality import (
@@ -32,13 +30,11 @@ from .text_quality import (
     repetition,
     rouge_l,
     word_count,
-    words,
 )
-from .validation import LabelledAnswers, known_answers, lines, open_judge, read_labelled, validate
+from .validation import LabelledAnswers, known_answers, open_judge, read_labelled, validate
 
 __all__ = [
     "ApiJudge",
-    "Asked",
     "CachedJudge",
     "CostEstimate",
     "FramingJudge",
@@ -54,22 +50,16 @@ __all__ = [
     "RewardJudge",
     "Rewards",
     "Rubric",
-    "Streams",
     "Verdict",
     "bleu",
     "cached",
-    "check_pairs",
     "distinct_n",
-    "embedded_pairs",
     "fit_framing",
     "framing_judge_for",
     "garbage_share",
     "guard_families",
-    "hidden_states",
     "is_degenerate",
-    "is_empty",
     "known_answers",
-    "lines",
     "load_encoder",
     "load_framing_judge",
     "load_guard",
@@ -78,7 +68,6 @@ __all__ = [
     "load_reward_model",
     "load_rubrics",
     "longest_loop",
-    "normalize_opening",
     "open_judge",
     "perplexity_from_log_probs",
     "read_labelled",
@@ -89,7 +78,5 @@ __all__ = [
     "save_probe",
     "train_probe",
     "validate",
-    "verdict_key",
     "word_count",
-    "words",
 ]

@@ -1,6 +1,7 @@
-"""Checkpoints that judge answers: reading them, and putting a prompt and its answer into their input. Shared by guards and rewards.
+"""Read checkpoints that judge answers, and put prompt and answer into their input.
 
-The tokenizer here is the judge's own; ``tokens.py`` is for the model under study.
+Guards and rewards share this. The tokenizer here is the judge's own; ``workbench.models.tokens`` is
+for the model under study.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
 JUDGE_MODELS_FILE = "judge_models.yaml"
 
 
-_PROMPT, _RESPONSE = (
-    "\u2063the-prompt\u2063",
-    "\u2063the-response\u2063",
-)  # stand for the texts while a template is rendered
+# They stand for the texts while a template is rendered.
+_PROMPT, _RESPONSE = "\u2063the-prompt\u2063", "\u2063the-response\u2063"
 
 
 @cache
 def judge_models(kind: str) -> dict[str, dict[str, Any]]:
-    """The entries of data/judge_models.yaml, which documents itself: ``"guards"`` or ``"rewards"``, by name."""
+    """Read the ``"guards"`` or the ``"rewards"`` of data/judge_models.yaml, by name.
+
+    The file documents itself.
+    """
     content: dict[str, dict[str, Any]] = yaml.safe_load(
         data_path(JUDGE_MODELS_FILE).read_text(encoding="utf-8")
     )
@@ -42,13 +44,14 @@ def judge_models(kind: str) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model that judges, and its tokenizer.
+    """Hold a model that judges, and its tokenizer.
 
     Attributes:
         model: Any transformers model, in evaluation mode.
         tokenizer: Its tokenizer.
         name: Hub name, or the folder's own name (never a path).
-        key: Eight hexadecimal digits that change with the weights, their dtype and the chat template.
+        key: Eight hexadecimal digits that change with the weights, their dtype and the chat
+            template.
     """
 
     model: Any
@@ -61,14 +64,14 @@ class Checkpoint:
 
     @property
     def context(self) -> int:
-        """Tokens the model can read at once."""
+        """Count the tokens the model can read at once."""
         config = self.model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 10**9)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A judge's input without the two texts.
+    """Hold a judge's input without the two texts.
 
     Attributes:
         before: What stands before the prompt.
@@ -83,7 +86,10 @@ class Frame:
     controls: tuple[str, ...] = ()
 
     def fill(self, prompt: str, response: str) -> str:
-        """The input with the texts, in which control tokens are broken up: an answer must not be able to end its own turn."""
+        """Fill in the texts.
+
+        Control tokens in them are broken up: an answer must not be able to end its own turn.
+        """
         return (
             self.before
             + self._harmless(prompt)
@@ -108,7 +114,7 @@ def read_checkpoint(
     revision: str | None = None,
     **options: Any,
 ) -> Checkpoint:
-    """Read a checkpoint that judges: safetensors only, never remote code, no weight left at random.
+    """Read a checkpoint: safetensors only, never remote code, no weight left at random.
 
     Args:
         auto: The transformers class that reads it, such as ``"AutoModelForCausalLM"``.
@@ -122,45 +128,56 @@ def read_checkpoint(
         ValueError: If it cannot be read, or lacks weights, with what to do.
     """
     import torch
-    import transformers
 
-    from workbench.models.load import DTYPES, on_hub_or_cached, quiet_transformers
+    from workbench.models.load import DTYPES, on_hub_or_cached
 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; dtypes: {', '.join(DTYPES)}.")
     local = Path(source).is_dir()
     name = Path(source).resolve().name if local else str(source)
-    if not local:  # says at once that the hub cannot be reached, where transformers would try for half a minute
+    if not local:
+        # Where the hub cannot be reached this says so at once; transformers takes half a minute.
         on_hub_or_cached(name, revision, explain=True)
-    common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    options = {"dtype": DTYPES[dtype], "revision": revision or "main", **options}
+    model, tokenizer = _from_pretrained(auto, source, name, options)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(place).eval().requires_grad_(False)
+    return Checkpoint(model, tokenizer, name, _key(model, tokenizer))
+
+
+def _from_pretrained(
+    auto: str, source: str | Path, name: str, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Read model and tokenizer with transformers; refuse a model that lacks weights."""
+    import transformers
+
+    from workbench.models.load import quiet_transformers
+
     try:
         with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source, revision=options["revision"], trust_remote_code=False
+            )
             model, info = getattr(transformers, auto).from_pretrained(
                 source,
-                dtype=DTYPES[dtype],
                 use_safetensors=True,
                 output_loading_info=True,
-                **common,
+                trust_remote_code=False,
                 **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(
-            f"cannot load {name!r} ({first_line}); a judge needs config.json, a tokenizer and safetensors weights, and many "
-            "guards have to be unlocked on the hub first."
+            f"cannot load {name!r} ({first_line}); a judge needs config.json, a tokenizer and "
+            "safetensors weights, and many guards have to be unlocked on the hub first."
         ) from error
     if missing := sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}):
         raise ValueError(
-            f"{name!r} has no weights for {', '.join(missing[:3])}: it is not the kind of model this judge needs, "
-            "and what is missing would be filled with random numbers."
+            f"{name!r} has no weights for {', '.join(missing[:3])}: it is not the kind of model "
+            "this judge needs, and what is missing would be filled with random numbers; "
+            "give another checkpoint."
         )
-    model = (
-        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-        .eval()
-        .requires_grad_(False)
-    )
-    return Checkpoint(model, tokenizer, name, _key(model, tokenizer))
+    return model, tokenizer
 
 
 def frame_of(
@@ -170,40 +187,27 @@ def frame_of(
     arguments: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = False,
 ) -> Frame:
-    """The judge's input around the two texts: from its own chat template, or from a text with {prompt} and {response}.
+    """Find the judge's input around the two texts.
+
+    It comes from the checkpoint's own chat template, or from ``text`` with {prompt} and {response}.
 
     Raises:
-        ValueError: If the template is missing, fails, or does not hold both texts once, in this order.
+        ValueError: If the template is missing, fails, or does not hold both texts once, in this
+            order.
     """
     tokenizer = checkpoint.tokenizer
     if text is not None:
-        shown = [text.replace("{prompt}", _PROMPT).replace("{response}", _RESPONSE)]
+        rendered = [text.replace("{prompt}", _PROMPT).replace("{response}", _RESPONSE)]
     elif not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{checkpoint.name!r} has no chat template to put the texts in; read the complete checkpoint."
+            f"{checkpoint.name!r} has no chat template to put the texts in; "
+            "read the complete checkpoint."
         )
     else:
-        shown = []
-        for wrap in (
-            str,
-            lambda mark: [{"type": "text", "text": mark}],
-        ):  # some templates read parts, and drop plain texts
-            turns = [
-                {"role": "user", "content": wrap(_PROMPT)},
-                {"role": "assistant", "content": wrap(_RESPONSE)},
-            ]
-            try:
-                shown.append(
-                    tokenizer.apply_chat_template(
-                        turns,
-                        tokenize=False,
-                        add_generation_prompt=add_generation_prompt,
-                        **(arguments or {}),
-                    )
-                )
-            except Exception as error:  # templates raise jinja's errors and their own
-                shown.append(f"({error})")
-    for whole in shown:
+        rendered = _rendered_templates(
+            tokenizer, {**(arguments or {}), "add_generation_prompt": add_generation_prompt}
+        )
+    for whole in rendered:
         before, _, rest = whole.partition(_PROMPT)
         between, _, after = rest.partition(_RESPONSE)
         if (
@@ -213,13 +217,31 @@ def frame_of(
         ):
             return Frame(before, between, after, _controls(tokenizer, before + between + after))
     raise ValueError(
-        f"the chat template of {checkpoint.name!r} does not hold the prompt and then the response, once each; it is not the "
-        "template of a judge of answers."
+        f"the chat template of {checkpoint.name!r} does not hold the prompt and then the response, "
+        "once each; it is not the template of a judge of answers: give another checkpoint."
     )
 
 
+def _rendered_templates(tokenizer: Any, arguments: dict[str, Any]) -> list[str]:
+    """Render the chat template with the texts as plain strings and as parts.
+
+    Some templates read parts, and drop plain texts. One that fails gives its error in brackets.
+    """
+    rendered: list[str] = []
+    for wrap in (str, lambda mark: [{"type": "text", "text": mark}]):
+        turns = [
+            {"role": "user", "content": wrap(_PROMPT)},
+            {"role": "assistant", "content": wrap(_RESPONSE)},
+        ]
+        try:
+            rendered.append(tokenizer.apply_chat_template(turns, tokenize=False, **arguments))
+        except Exception as error:  # templates raise jinja's errors and their own
+            rendered.append(f"({error})")
+    return rendered
+
+
 def encode_texts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of complete inputs, which write their own BOS."""
+    """Tokenize complete inputs, which write their own BOS."""
     ids: list[list[int]] = (
         checkpoint.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
     )
@@ -229,7 +251,7 @@ def encode_texts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[list[int]
 def left_padded(
     checkpoint: Checkpoint, rows: Sequence[Sequence[int]]
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Token ids and attention mask of a batch, padded on the left."""
+    """Make token ids and attention mask of a batch, padded on the left."""
     from workbench.models.batches import pad_ids
 
     ids, mask = pad_ids(rows, pad_id=pad_id(checkpoint), side="left")
@@ -244,7 +266,7 @@ def batches(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
 
 
 def pad_id(checkpoint: Checkpoint) -> int:
-    """Token id used for padding; any will do, for the mask tells padding from text."""
+    """Choose a token id for padding; any will do, for the mask tells padding from text."""
     tokenizer = checkpoint.tokenizer
     return int(
         tokenizer.pad_token_id
@@ -254,14 +276,15 @@ def pad_id(checkpoint: Checkpoint) -> int:
 
 
 def _controls(tokenizer: Any, frame: str) -> tuple[str, ...]:
-    """Strings of control tokens: those the tokenizer calls special, and added ones that the frame uses."""
+    """List control tokens: those the tokenizer calls special, and added ones the frame uses."""
     added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-    found = {text for text, special in added.items() if special or text in frame}
-    return tuple(sorted((text for text in found if len(text.strip()) > 1), key=len, reverse=True))
+    controls = {text for text, special in added.items() if special or text in frame}
+    long_enough = (text for text in controls if len(text.strip()) > 1)
+    return tuple(sorted(long_enough, key=len, reverse=True))
 
 
 def _key(model: Any, tokenizer: Any) -> str:
-    """Hash of names, shapes, dtypes and sampled values of the weights, and of the chat template."""
+    """Hash names, shapes, dtypes and sampled values of the weights, and the chat template."""
     digest = hashlib.sha256(str(getattr(tokenizer, "chat_template", None)).encode())
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()

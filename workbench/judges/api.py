@@ -1,57 +1,51 @@
-"""A judge behind any OpenAI-compatible endpoint: asked with a rubric, patient with failures, never inventing a verdict.
+"""Ask a language model behind an OpenAI-compatible endpoint to judge answers by a rubric.
 
-Whatever goes wrong, an answer ends as unscored with the reason: refused by the endpoint or lost on the way (asked again next
-time, see ``verdict_cache``), or answered with something that is no verdict (kept). Wrap it in ``verdict_cache.cached``: verdicts
-are then on disk as they arrive.
+The requests, their retries and the pauses an endpoint asks for are those of the ``openai`` client.
+Whatever goes wrong, an answer ends as unscored with the reason, never with an invented verdict. If
+the endpoint refused it or did not reply, it is asked about again next time; if the model replied
+with something that is no verdict, that is a result. Wrap the judge in ``workbench.judges.cached``:
+verdicts are then on disk as they arrive.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import logging
+import math
 import os
-import random
-import re
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-import httpx
-
 from workbench.files.store import key_of
-from workbench.judges.base import Verdict
-from workbench.judges.cache import NO_ANSWER, check_pairs, is_empty
+from workbench.judges.base import Verdict, check_pairs, is_empty
+from workbench.judges.cache import NO_ANSWER
 from workbench.judges.rubrics import Rubric, load_rubrics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from openai import APIStatusError, AsyncOpenAI
 
 
 PATIENCE = 8
-"""Answers in a row without any reply, each after all its tries, after which the endpoint is not asked any more."""
+"""Answers in a row without a reply, each after all its retries, before the endpoint is given up."""
 
 
 LONGEST_WAIT = 120.0
 """Seconds; an endpoint that asks for a longer pause has said no for now."""
 
 
-_LARGEST_BODY = 1_000_000
-
-
 _FATAL = {
-    401: "the key was refused",
-    402: "there is no credit",
-    403: "access was refused",
-    404: "no such address or model",
+    401: "the key was refused; check the variable that key_env names",
+    402: "there is no credit; top up the account or ask another endpoint",
+    403: "access was refused; check that the key may use this model",
+    404: "no such address or model; check base_url and model",
 }
-
-
-_AGAIN = frozenset({408, 409, 425, 429})
 
 
 _logger = logging.getLogger(__name__)
@@ -59,12 +53,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prices:
-    """What the endpoint charges, per million tokens, and what may be spent in one call.
+    """State what the endpoint charges per million tokens, and what one call may spend.
 
     Attributes:
         per_million_in: For tokens sent.
         per_million_out: For tokens received.
-        budget: In the same currency; a call whose estimate is higher is not started. None: no limit.
+        budget: In the same currency; a call whose estimate is higher is not started; None for none.
     """
 
     per_million_in: float
@@ -74,7 +68,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What a call will take at most, retries aside; ``cost`` is None without prices."""
+    """State what a call takes at most, retries aside; ``cost`` is None without prices."""
 
     requests: int
     tokens_in: int
@@ -82,29 +76,34 @@ class CostEstimate:
     cost: float | None
 
     def __str__(self) -> str:
-        spent = (
+        cost = (
             "unknown cost (no prices given)"
             if self.cost is None
             else f"a cost of at most {self.cost:.4g}"
         )
-        return f"{self.requests} requests, about {self.tokens_in} tokens in, at most {self.tokens_out} out, {spent}"
+        return (
+            f"{self.requests} requests, about {self.tokens_in} tokens in, "
+            f"at most {self.tokens_out} out, {cost}"
+        )
 
 
 @dataclass(frozen=True)
 class ApiJudge:
-    """Judge that asks a language model behind an OpenAI-compatible endpoint (chat completions), with a rubric.
+    """Judge answers with a language model behind an OpenAI-compatible chat endpoint.
 
     Attributes:
-        rubric: What is asked: ``"unsafe"``, ``"refusal"``, ``"on_topic"``, or a ``Rubric`` of your own.
+        rubric: What is asked: ``"unsafe"``, ``"refusal"``, ``"on_topic"``, or your own ``Rubric``.
         model: The endpoint's name of the model.
         base_url: Address up to and with the version, such as ``"http://localhost:8000/v1"``.
-        key_env: Environment variable with the key, read when asking and kept nowhere; None for an endpoint without one.
+        key_env: Environment variable with the key, read when asking and kept nowhere; None for an
+            endpoint that needs none.
         timeout: Seconds a request may take.
-        waits: Seconds before each retry (a random part is added); as many retries. Retry-After goes first.
+        retries: Further tries after a failed one; the client waits longer before each, and as long
+            as the endpoint asks for (Retry-After).
         concurrency: Requests under way at once.
         requests_per_minute: Rate limit, retries counted; None for none.
         prices: For the estimate that is logged before the first request, and for the budget.
-        options: Further fields of the request, or other values of its fields; None takes a field out.
+        options: Further fields of the request, or other values of its fields; None removes a field.
     """
 
     rubric: str | Rubric
@@ -112,7 +111,7 @@ class ApiJudge:
     base_url: str
     key_env: str | None = "OPENAI_API_KEY"
     timeout: float = 60.0
-    waits: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    retries: int = 5
     concurrency: int = 4
     requests_per_minute: float | None = None
     prices: Prices | None = None
@@ -123,28 +122,17 @@ class ApiJudge:
             raise ValueError(
                 f"unknown rubric {self.rubric!r}; rubrics: {', '.join(load_rubrics())}."
             )
-        try:
-            url = urlsplit(self.base_url)
-            httpx.URL(self.base_url).copy_with(port=url.port)
-        except (ValueError, httpx.InvalidURL) as error:
-            raise ValueError(f"base_url is not an address ({error}).") from None
-        if (
-            url.scheme not in ("http", "https")
-            or not url.hostname
-            or url.query
-            or url.fragment
-            or "@" in url.netloc
-        ):
+        host = _checked_host(self.base_url)
+        in_the_clear = not self.base_url.lower().startswith("https:") and not _is_loopback(host)
+        if self.key_env is not None and in_the_clear:
             raise ValueError(
-                "base_url must be http(s)://HOST/PATH without user, password or query; the key comes from key_env."
+                f"a key would go to {host} in the clear; use https, "
+                "or key_env=None if the endpoint needs no key."
             )
-        if self.key_env is not None and url.scheme == "http" and not _is_loopback(url.hostname):
+        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
             raise ValueError(
-                f"a key would go to {url.hostname} in the clear; use https, or key_env=None if the endpoint needs no key."
-            )
-        if self.concurrency < 1 or self.timeout <= 0 or min(self.waits, default=0) < 0:
-            raise ValueError(
-                "concurrency must be at least 1, timeout above 0 and waits not negative."
+                "concurrency must be at least 1, timeout above 0 and retries not negative, "
+                f"got {self.concurrency}, {self.timeout} and {self.retries}."
             )
         if self.requests_per_minute is not None and self.requests_per_minute <= 0:
             raise ValueError(
@@ -153,26 +141,32 @@ class ApiJudge:
 
     @property
     def name(self) -> str:
-        """Model and rubric, with a key of all that may change a verdict: rubric, model, endpoint and options."""
+        """Name model and rubric, with a key of all that may change a verdict.
+
+        The key is of the rubric's text, the endpoint, the model and the options.
+        """
         rubric = self._rubric
-        asked = [
+        content = [
             rubric.instructions,
-            {w: list(a) for w, a in rubric.answers.items()},
+            {word: list(answer) for word, answer in rubric.answers.items()},
             self.base_url,
             self._body("", ""),
         ]
-        return f"api:{self.model}:{rubric.name}-{key_of(asked)[:8]}"
+        return f"api:{self.model}:{rubric.name}-{key_of(content)[:8]}"
 
     def estimate(self, prompts: Sequence[str], responses: Sequence[str]) -> CostEstimate:
-        """What asking about these answers takes at most, without asking (tokens by length: three bytes each)."""
-        asked = [pair for pair in zip(prompts, responses, strict=True) if not is_empty(pair[1])]
+        """Estimate what asking about these answers takes at most, without asking.
+
+        Tokens are counted by length: three bytes each.
+        """
+        pairs = [pair for pair in zip(prompts, responses, strict=True) if not is_empty(pair[1])]
         tokens_in = sum(
             len(message["content"].encode("utf-8", "replace")) // 3 + 8
-            for pair in asked
+            for pair in pairs
             for message in self._body(*pair)["messages"]
         )
         body = self._body("", "")
-        tokens_out = len(asked) * int(
+        tokens_out = len(pairs) * int(
             body.get("max_tokens") or body.get("max_completion_tokens") or 0
         )
         cost = None
@@ -180,10 +174,10 @@ class ApiJudge:
             cost = (
                 tokens_in * self.prices.per_million_in + tokens_out * self.prices.per_million_out
             ) / 1e6
-        return CostEstimate(len(asked), tokens_in, tokens_out, cost)
+        return CostEstimate(len(pairs), tokens_in, tokens_out, cost)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """Judge each answer; what ``stream`` gives, in order."""
+        """Judge each answer and return the verdicts of ``stream`` in the order of the answers."""
         verdicts = dict(self.stream(prompts, responses))
         return [verdicts[row] for row in range(len(verdicts))]
 
@@ -193,8 +187,9 @@ class ApiJudge:
         """Judge each answer and give each verdict as it arrives, with its row.
 
         Raises:
-            ValueError: If the key is missing, the estimate is above the budget, or the lists differ in length.
-            RuntimeError: If the endpoint turned the very first answers down in a way that a retry cannot mend.
+            ValueError: If the key is missing, the estimate is above the budget, or the lists differ
+                in length.
+            RuntimeError: If the endpoint replied to nothing and was given up.
         """
         check_pairs(prompts, responses)
         key = self._key()
@@ -205,29 +200,16 @@ class ApiJudge:
             and (estimate.cost or 0) > self.prices.budget
         ):
             raise ValueError(
-                f"not started: {estimate}, but the budget is {self.prices.budget}; ask about fewer answers."
+                f"not started: {estimate}, but the budget is {self.prices.budget}; "
+                "ask about fewer answers, or raise the budget."
             )
         _logger.info("%s: %s", self.name, estimate)
-        headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {key}"} if key else {}
-        )
-        near = _is_loopback(urlsplit(self.base_url).hostname or "")  # a proxy could not reach it
-        with httpx.Client(headers=headers, timeout=self.timeout, trust_env=not near) as client:
-            asking = _Asking(self, client, key)
-            pool = ThreadPoolExecutor(self.concurrency)
-            try:
-                rows = {
-                    pool.submit(asking.verdict, prompt, response): row
-                    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-                }
-                for done in as_completed(rows):
-                    yield rows[done], done.result()
-            finally:  # also when the caller stops listening: no request is made that nobody hears
-                asking.stopped.set()
-                pool.shutdown(cancel_futures=True)
+        asking = _Asking(self, key)
+        yield from asking.verdicts(list(zip(prompts, responses, strict=True)))
         if asking.given_up and not asking.replies:
             raise RuntimeError(
-                f"{self.model!r} at {urlsplit(self.base_url).hostname} judged nothing: {asking.given_up}."
+                f"{self.model!r} at {urlsplit(self.base_url).hostname} judged nothing: "
+                f"{asking.given_up}."
             )
 
     @property
@@ -235,13 +217,17 @@ class ApiJudge:
         return load_rubrics()[self.rubric] if isinstance(self.rubric, str) else self.rubric
 
     def _body(self, prompt: str, response: str) -> dict[str, Any]:
-        """The request. The texts travel as JSON strings, so that nothing in them can end the material and begin to instruct."""
+        """Build the request.
+
+        The texts travel as JSON strings, so that nothing in them can end the material and begin to
+        instruct. Lone surrogates are escaped, for the request itself is UTF-8.
+        """
         material = json.dumps({"request": prompt, "answer": response}, ensure_ascii=False)
         body = {
             "model": self.model,
             "messages": [
                 {"role": "system", "content": self._rubric.instructions},
-                {"role": "user", "content": material},
+                {"role": "user", "content": material.encode("utf-8", "backslashreplace").decode()},
             ],
             "temperature": 0,
             "max_tokens": 300,
@@ -251,177 +237,236 @@ class ApiJudge:
         }
 
     def _key(self) -> str | None:
+        """Read the key from the environment; refuse what could not be one."""
         if self.key_env is None:
             return None
         key = os.environ.get(self.key_env, "").strip()
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             what = "is not set" if not key else "does not hold a key (one word of plain characters)"
             raise ValueError(
-                f"environment variable {self.key_env} {what}; set it, or pass key_env=None if none is needed."
+                f"environment variable {self.key_env} {what}; set it, "
+                "or pass key_env=None if none is needed."
             )
         return key
 
 
-class _NoAnswerError(Exception):
-    """A request that came to nothing; its text says why, and never holds the key or a header."""
+class _NoReplyError(Exception):
+    """Say why an answer got no reply; the text never holds the key or a header.
 
-    def __init__(
-        self, why: str, *, again: bool = True, wait: float = 0.0, fatal: bool = False
-    ) -> None:
+    ``concerns`` is the answer alone ("answer"), the endpoint, which may recover ("endpoint"), or
+    every further request ("all").
+    """
+
+    def __init__(self, why: str, concerns: Literal["answer", "endpoint", "all"]) -> None:
         super().__init__(why)
-        self.again, self.wait, self.fatal = again, wait, fatal
+        self.concerns = concerns
 
 
 class _Asking:
-    """One call of a judge: what its threads share."""
+    """Ask about all answers of one call; holds what its requests share."""
 
-    def __init__(self, judge: ApiJudge, client: httpx.Client, key: str | None) -> None:
-        self.judge, self.client, self.key, self.name = judge, client, key, judge.name
-        self.stopped = threading.Event()
+    def __init__(self, judge: ApiJudge, key: str | None) -> None:
+        self.judge, self.key, self.name = judge, key, judge.name
         self.replies = 0
         self.given_up = ""
-        self._failures = 0
-        self._next = 0.0
-        self._lock = threading.Lock()
+        self._failures_in_a_row = 0
+        self._next_turn = 0.0
+        self._gap = 60.0 / judge.requests_per_minute if judge.requests_per_minute else 0.0
 
-    def verdict(self, prompt: str, response: str) -> Verdict:
-        """The verdict on one answer, after as many tries as it takes."""
+    def verdicts(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Verdict]]:
+        """Give rows and verdicts as they arrive; whoever stops listening stops the requests.
+
+        The event loop runs in a thread of its own, for the caller's may have one (a notebook).
+        """
+        from anyio.from_thread import start_blocking_portal
+
+        arrivals: SimpleQueue[tuple[int, Verdict] | None] = SimpleQueue()
+        with start_blocking_portal() as portal:
+            work = portal.start_task_soon(self._judge_all, pairs, arrivals.put)
+            work.add_done_callback(lambda _: arrivals.put(None))
+            while (arrival := arrivals.get()) is not None:
+                yield arrival
+            work.result()  # raises what went wrong in it
+
+    async def _judge_all(
+        self, pairs: Iterable[tuple[str, str]], give: Callable[[tuple[int, Verdict]], None]
+    ) -> None:
+        """Judge all pairs, as many at once as the judge allows, in their order."""
+        waiting = iter(enumerate(pairs))
+
+        async def work(client: AsyncOpenAI) -> None:
+            for row, (prompt, response) in waiting:
+                give((row, await self._verdict(client, prompt, response)))
+
+        async with self._client() as client, asyncio.TaskGroup() as group:
+            for _ in range(self.judge.concurrency):
+                group.create_task(work(client))
+
+    def _client(self) -> AsyncOpenAI:
+        """Make a client of this judge's settings."""
+        import openai
+
+        on_this_machine = _is_loopback(urlsplit(self.judge.base_url).hostname or "")
+        return openai.AsyncOpenAI(
+            api_key=self.key or "none",  # without one the client would take that of OPENAI_API_KEY
+            base_url=self.judge.base_url,
+            max_retries=self.judge.retries,
+            timeout=self.judge.timeout,
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False,  # the key goes to the given host only
+                trust_env=not on_this_machine,  # a proxy could not reach it
+                event_hooks={"request": [self._wait_for_turn]},
+            ),
+        )
+
+    async def _verdict(self, client: AsyncOpenAI, prompt: str, response: str) -> Verdict:
+        """Judge one answer, unless the endpoint was given up."""
         if is_empty(response):
             return Verdict("degenerate", None, self.name, "empty")
-        why = "stopped"
-        for wait in (0.0, *self.judge.waits):
-            self._wait_for_turn(wait)
-            if self.stopped.is_set() or self.given_up:
-                return self._unscored(NO_ANSWER + (self.given_up or "stopped"))
-            try:
-                content = self._ask(prompt, response)
-            except _NoAnswerError as error:
-                why = str(error)
-                if error.fatal or error.wait > LONGEST_WAIT:
-                    self._give_up(why)
-                if not error.again:
-                    return self._unscored(NO_ANSWER + why)
-                self._hold(error.wait)
-            else:
-                with self._lock:
-                    self.replies, self._failures = self.replies + 1, 0
-                return self._read(content)
-        with self._lock:
-            self._failures += 1
-        if self._failures >= PATIENCE:
-            self._give_up(f"{PATIENCE} answers in a row without a reply, the last: {why}")
-        return self._unscored(NO_ANSWER + why)
+        if self.given_up:
+            return self._unscored(NO_ANSWER + self.given_up)
+        try:
+            content = await self._ask(client, self.judge._body(prompt, response))
+        except _NoReplyError as error:
+            self._count_failure(error)
+            return self._unscored(NO_ANSWER + str(error))
+        self.replies, self._failures_in_a_row = self.replies + 1, 0
+        return self._read(content)
+
+    async def _ask(self, client: AsyncOpenAI, body: dict[str, Any]) -> str | None:
+        """Get the text of one chat completion, None if it was withheld."""
+        import openai
+
+        others = {name: value for name, value in body.items() if name not in ("model", "messages")}
+        unsent = ["OpenAI-Organization", "OpenAI-Project", *["Authorization"] * (self.key is None)]
+        try:
+            async with asyncio.timeout(self._longest):
+                reply = await client.chat.completions.with_raw_response.create(
+                    model=body["model"],
+                    messages=body["messages"],
+                    extra_body=others,
+                    extra_headers=dict.fromkeys(unsent, openai.Omit()),
+                )
+        except (openai.APITimeoutError, TimeoutError):
+            raise _NoReplyError(
+                f"no reply within {self.judge.timeout:g} s", concerns="endpoint"
+            ) from None
+        except openai.APIStatusError as error:
+            raise self._refusal(error) from None
+        except openai.OpenAIError as error:
+            cause = type(error.__cause__ or error).__name__
+            raise _NoReplyError(f"the connection failed ({cause})", concerns="endpoint") from None
+        return _completion_text(reply.http_response.content)
+
+    @property
+    def _longest(self) -> float:
+        """Seconds after which an answer is given up: a trickle would pass the client's timeout."""
+        turns = self._gap * self.judge.concurrency
+        return (self.judge.retries + 1) * (self.judge.timeout + LONGEST_WAIT + turns)
+
+    def _refusal(self, error: APIStatusError) -> _NoReplyError:
+        """Say what a status that is no success means, after the client's retries."""
+        status = error.status_code
+        if status in _FATAL or 300 <= status < 400:
+            why = _FATAL.get(status, "the address redirects; give the one it leads to as base_url")
+            return _NoReplyError(f"HTTP {status}, {why}", concerns="all")
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        why = f"HTTP {status} {self._clean(str(message or ''))}".rstrip()
+        wait = _seconds(error.response.headers.get("Retry-After"))
+        if wait > LONGEST_WAIT:
+            return _NoReplyError(f"{why}, to be asked again after {wait:g} s", concerns="all")
+        busy = status in (408, 409, 429) or status >= 500
+        return _NoReplyError(why, concerns="endpoint" if busy else "answer")
+
+    def _count_failure(self, error: _NoReplyError) -> None:
+        """Give the endpoint up if a failure concerns all requests, or too many in a row failed."""
+        if error.concerns == "answer":
+            return
+        self._failures_in_a_row += 1
+        if error.concerns == "all":
+            self.given_up = self.given_up or str(error)
+        elif self._failures_in_a_row >= PATIENCE:
+            self.given_up = self.given_up or (
+                f"{PATIENCE} answers in a row without a reply, the last: {error}"
+            )
+
+    async def _wait_for_turn(self, _request: object) -> None:
+        """Keep to the rate limit before each request, retries included."""
+        now = time.monotonic()
+        turn = max(now, self._next_turn)
+        self._next_turn = turn + self._gap
+        await asyncio.sleep(turn - now)
 
     def _read(self, content: str | None) -> Verdict:
-        """The verdict in the judge's reply, or unscored."""
+        """Read the verdict in the model's reply; unscored if there is none."""
         if content is None:
             return self._unscored("the judge gave no text")
-        found = self.judge._rubric.read(content)
-        if found is None:
+        rubric = self.judge._rubric
+        reading = rubric.read(content)
+        if reading is None:
             return self._unscored(f"unparsable: {self._clean(content)!r}")
-        word, reason = found
-        label, score = self.judge._rubric.answers[word]
+        word, reason = reading
+        label, score = rubric.answers[word]
         return Verdict(
             label, score, self.name, f"{word}: {self._clean(reason)}" if reason else word
         )
 
     def _clean(self, text: str) -> str:
-        """One line of text from outside, short, printable, and without the key even where the endpoint sends it back."""
+        """Make one short printable line of a text from outside.
+
+        The key is blanked even where the endpoint sends it back.
+        """
         text = text.replace(self.key, "***") if self.key else text
         return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:200]
-
-    def _ask(self, prompt: str, response: str) -> str | None:
-        """Text of one chat completion, None if it was withheld."""
-        request = json.dumps(self.judge._body(prompt, response)).encode("ascii")
-        deadline = time.monotonic() + self.judge.timeout
-        url, body = f"{self.judge.base_url.rstrip('/')}/chat/completions", b""
-        try:
-            with self.client.stream("POST", url, content=request) as reply:
-                for part in reply.iter_bytes():
-                    body += part
-                    if len(body) > _LARGEST_BODY:
-                        raise _NoAnswerError("the reply is too large")
-                    if (
-                        time.monotonic() > deadline
-                    ):  # the client's own limit is per read: a trickle would pass it
-                        raise httpx.ReadTimeout("")
-        except httpx.TimeoutException:
-            raise _NoAnswerError(f"no reply within {self.judge.timeout:g} s") from None
-        except httpx.HTTPError as error:
-            raise _NoAnswerError(f"the connection failed ({type(error).__name__})") from None
-        _check_status(
-            reply.status_code, reply.headers.get("Retry-After"), self._clean(_message(body))
-        )
-        try:
-            choice = json.loads(body)["choices"][0]
-            content = choice["message"].get("content")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise _NoAnswerError("the reply is not a chat completion") from None
-        if content is None or choice.get("finish_reason") == "content_filter":
-            return None
-        if not isinstance(content, str):
-            raise _NoAnswerError("the reply is not a chat completion")
-        return content
-
-    def _wait_for_turn(self, wait: float) -> None:
-        """Sleep before a retry, and until the rate limit and the endpoint's own wish allow a request."""
-        self.stopped.wait(
-            wait * random.uniform(0.5, 1.5)
-        )  # or all threads would come back at the same moment
-        gap = 60.0 / self.judge.requests_per_minute if self.judge.requests_per_minute else 0.0
-        while not self.stopped.is_set():
-            with self._lock:
-                now = time.monotonic()
-                if now >= self._next:
-                    self._next = now + gap
-                    return
-                left = self._next - now
-            self.stopped.wait(left)
-
-    def _hold(self, seconds: float) -> None:
-        with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
-
-    def _give_up(self, why: str) -> None:
-        with self._lock:
-            self.given_up = self.given_up or why
 
     def _unscored(self, reason: str) -> Verdict:
         return Verdict("unscored", None, self.name, reason)
 
 
-def _check_status(status: int, retry_after: str | None, message: str) -> None:
-    """Raise what a status other than 200 means."""
-    if status == 200:
-        return
-    if status in _FATAL or 300 <= status < 400:
-        why = _FATAL.get(status, "the address redirects; give the one it leads to")
-        raise _NoAnswerError(f"HTTP {status}, {why}", again=False, fatal=True)
-    if status in _AGAIN or status >= 500:
-        wait = _retry_after_seconds(retry_after)
-        asks = f", to be asked again after {wait:g} s" if wait else ""
-        raise _NoAnswerError(f"HTTP {status}{asks}", again=wait <= LONGEST_WAIT, wait=wait)
-    raise _NoAnswerError(f"HTTP {status} {message}".rstrip(), again=False)
-
-
-def _message(body: bytes) -> str:
-    """What an endpoint's error says, where it says it in the usual form."""
+def _completion_text(reply: bytes) -> str | None:
+    """Take the text out of a chat completion; None if the endpoint withheld it."""
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return ""
+        choice = json.loads(reply)["choices"][0]
+        content = choice["message"].get("content")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise _NoReplyError("the reply is not a chat completion", concerns="endpoint") from None
+    if content is None or choice.get("finish_reason") == "content_filter":
+        return None
+    if not isinstance(content, str):
+        raise _NoReplyError("the reply is not a chat completion", concerns="endpoint")
+    return content
 
 
-def _retry_after_seconds(value: str | None) -> float:
-    """Seconds of a Retry-After header, which holds a number or a date; 0 where it says nothing readable."""
-    if not value:
-        return 0.0
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value.strip()):
-        return float(value)
+def _seconds(retry_after: str | None) -> float:
+    """Read the seconds of a Retry-After header; 0 where it holds no number."""
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
+        seconds = float(retry_after or 0)
+    except ValueError:
         return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
+
+
+def _checked_host(base_url: str) -> str:
+    """Give the host of an address, which must be one of http or https without a secret in it."""
+    try:
+        url = urlsplit(base_url)
+        _ = url.port  # raises where it is no port
+    except ValueError as error:
+        raise ValueError(f"base_url is not an address ({error}).") from None
+    if (
+        url.scheme not in ("http", "https")
+        or not url.hostname
+        or url.query
+        or url.fragment
+        or "@" in url.netloc
+        or not base_url.isprintable()
+        or " " in base_url
+    ):
+        raise ValueError(
+            "base_url must be http(s)://HOST/PATH without user, password or query; "
+            "the key comes from key_env."
+        )
+    return url.hostname
 
 
 def _is_loopback(host: str) -> bool:

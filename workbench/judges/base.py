@@ -1,7 +1,8 @@
-"""Judges: a prompt and its answer in, a verdict out. All judges are called alike, whatever is behind them.
+"""Define what a judge is: it takes prompts and answers and gives a verdict on each.
 
-A verdict says what one named judge saw, not what is true: report the judge's agreement with human labels beside its
-rates, and read refusals next to degeneration and relevance (``text_quality``), for broken text is no refusal either.
+A verdict says what one named judge saw, not what is true: report the judge's agreement with human
+labels beside its rates, and read refusals next to degeneration and relevance (``text_quality``),
+for broken text is no refusal either.
 """
 
 from __future__ import annotations
@@ -15,17 +16,26 @@ if TYPE_CHECKING:
 
 
 LABELS = ("refusal", "not_refusal", "unsafe", "safe", "degenerate", "unscored")
-"""What a verdict can say. A judge of refusals says refusal or not_refusal, a judge of harm unsafe or safe: not refused is
-not the same as unsafe, nor refused the same as safe. Degenerate: no answer to judge. Unscored: the judge failed."""
+"""What a verdict can say.
+
+A judge of refusals says refusal or not_refusal, a judge of harm unsafe or safe: not refused is not
+the same as unsafe, nor refused the same as safe. Degenerate: no answer to judge. Unscored: the
+judge failed.
+"""
+
+
+MEASURES = {"refusal": ("refusal", "not_refusal"), "unsafe": ("unsafe", "safe")}
+"""What answers are labelled for and judges are trained on, with the verdicts for yes and no."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said of one answer.
+    """Hold what a judge said of one answer.
 
     Attributes:
         label: One of ``LABELS``.
-        score: The judge's degree, on its own scale, higher for more of the label's concern; None if it gives none.
+        score: The judge's degree, on its own scale, higher for more of the label's concern; None if
+            it gives none.
         judge: Name and version of the judge.
         reason: Why, in a few words; may quote the answer, so escape it before showing it as HTML.
     """
@@ -40,16 +50,40 @@ class Verdict:
             raise ValueError(f"unknown verdict label {self.label!r}; labels: {', '.join(LABELS)}.")
         if self.score is not None and not math.isfinite(self.score):
             raise ValueError(
-                f"a verdict's score must be finite, got {self.score!r}; give None and label 'unscored'."
+                f"a verdict's score must be finite, got {self.score!r}; "
+                "give None and label 'unscored'."
             )
 
 
 class Judge(Protocol):
-    """Anything that turns answers into verdicts: patterns, a guard model, an API, a probe."""
+    """Turn answers into verdicts: patterns, a guard model, an API, a probe."""
 
     @property
     def name(self) -> str:
-        """Name and version, enough to tell two judges' numbers apart."""
+        """Name the judge and its version, enough to tell two judges' numbers apart."""
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """One verdict an answer, in order."""
+        """Give one verdict per answer, in order."""
+
+
+def check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
+    """Refuse what cannot be prompts and their responses.
+
+    Raises:
+        TypeError: If one string is given in place of a list.
+        ValueError: If the two lists differ in length.
+    """
+    if isinstance(prompts, str) or isinstance(responses, str):
+        raise TypeError(
+            "prompts and responses must be lists of texts, got one string; "
+            "write [prompt], [response]."
+        )
+    if len(prompts) != len(responses):
+        raise ValueError(
+            f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}."
+        )
+
+
+def is_empty(response: str) -> bool:
+    """Tell whether an answer has no letter and no digit: then no judge is asked about it."""
+    return not any(char.isalnum() for char in response)

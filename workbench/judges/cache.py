@@ -1,4 +1,4 @@
-"""Verdicts on disk: what a judge has said of an answer once is not asked again, not after a kill either."""
+"""Keep verdicts on disk: what a judge has said once is not asked again, even after a kill."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
-from workbench.judges.base import Verdict
+from workbench.judges.base import Verdict, check_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 
 NO_ANSWER = "no answer: "
-"""How the reason of an unscored verdict begins where the judge could not be reached. It is not kept: the next call asks again.
-Unscored for any other reason (the judge answered, and not with a verdict) is a result, and kept like the others."""
+"""How the reason of an unscored verdict begins where the judge could not be reached.
+
+It is not kept: the next call asks again. Unscored for any other reason (the judge answered, and not
+with a verdict) is a result, and kept like the others.
+"""
 
 
 T = TypeVar("T")
@@ -25,36 +28,41 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Asked(Protocol[T]):
-    """A ``judges.Judge``, or anything called like one that returns other records with the fields judge and reason."""
+    """Stand for a ``Judge``, or what is called like one and returns other records.
+
+    The records have the fields judge and reason.
+    """
 
     @property
     def name(self) -> str:
-        """Name and version: part of every key, so two judges may share a file."""
+        """Name the judge and its version; part of every key, so two judges may share a file."""
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[T]:
-        """One record an answer, in order."""
+        """Give one record per answer, in order."""
 
 
 @runtime_checkable
 class Streams(Protocol[T_co]):
-    """A judge that hands out each verdict when it has it, in any order, with the row it belongs to."""
+    """Stand for a judge that hands out each verdict as it has it, in any order, with its row."""
 
     def stream(
         self, prompts: Sequence[str], responses: Sequence[str]
     ) -> Iterator[tuple[int, T_co]]:
-        """Pairs of row and verdict."""
+        """Give pairs of row and verdict."""
 
 
 def cached(
     judge: Asked[T], path: PathLike, *, result: Callable[..., T] | None = None, batch: int = 16
 ) -> CachedJudge[T]:
-    """The same judge, asked only about answers that the file does not know.
+    """Wrap a judge so that it is asked only about answers that the file does not know.
 
     Args:
         judge: Any judge; its name must change whenever its verdicts would.
-        path: A jsonl file, made when the first verdict comes. Several judges may share it, but only one process at a time.
+        path: A jsonl file, made when the first verdict comes. Several judges may share it, but only
+            one process at a time.
         result: The class of what the judge returns; None is ``Verdict``.
-        batch: Answers the judge gets at a time: what a kill may lose. A judge with a ``stream`` loses only what it is waiting for.
+        batch: Answers the judge gets at a time: what a kill may lose. A judge with a ``stream``
+            loses only what it is waiting for.
 
     Raises:
         ValueError: If batch is not positive.
@@ -66,9 +74,10 @@ def cached(
 
 @dataclass(frozen=True)
 class CachedJudge(Generic[T]):
-    """A judge with a memory on disk; made by ``cached``.
+    """Remember a judge's verdicts on disk; made by ``cached``.
 
-    The file holds one line a verdict: its key (of judge, prompt and response; not the texts themselves) and its fields.
+    The file holds one line per verdict: its key (of judge, prompt and response; not the texts
+    themselves) and its fields.
     """
 
     judge: Asked[T]
@@ -78,20 +87,23 @@ class CachedJudge(Generic[T]):
 
     @property
     def name(self) -> str:
-        """The judge's own name."""
+        """Name the judge behind it."""
         return self.judge.name
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[T]:
-        """One verdict an answer, in order: from the file where it is known, else from the judge, then added to the file.
+        """Give one verdict per answer, in order; ask the judge only where the file has none.
+
+        What the judge says is added to the file as it comes.
 
         Raises:
             ValueError: If the file is not a cache of verdicts, or the lists differ in length.
-            RuntimeError: If the judge does not return one verdict an answer.
+            RuntimeError: If the judge does not return one verdict per answer.
         """
         check_pairs(prompts, responses)
         name = self.name
         keys = [verdict_key(name, *pair) for pair in zip(prompts, responses, strict=True)]
         verdicts = self._known(frozenset(keys))
+        # Of equal pairs only the first is asked about.
         rows = {key: row for row, key in reversed(list(enumerate(keys))) if key not in verdicts}
         missing = sorted(rows.values())
         for part in self._ask(
@@ -99,13 +111,13 @@ class CachedJudge(Generic[T]):
         ):
             new = {keys[missing[i]]: verdict for i, verdict in part}
             verdicts |= new
-            kept = [
+            final_records = [
                 {"key": key, **_fields(verdict)}
                 for key, verdict in new.items()
                 if _is_final(verdict)
             ]
-            if kept:
-                append_jsonl(self.path, kept)
+            if final_records:
+                append_jsonl(self.path, final_records)
         if lost := [row for key, row in rows.items() if key not in verdicts]:
             raise RuntimeError(
                 f"judge {self.name!r} gave no verdict for {len(lost)} of {len(missing)} answers."
@@ -113,7 +125,7 @@ class CachedJudge(Generic[T]):
         return [verdicts[key] for key in keys]
 
     def _ask(self, prompts: list[str], responses: list[str]) -> Iterator[list[tuple[int, T]]]:
-        """Rows and verdicts, in the parts in which they become known."""
+        """Give rows and verdicts in the parts in which they become known."""
         if isinstance(self.judge, Streams):
             if prompts:
                 yield from ([pair] for pair in self.judge.stream(prompts, responses))
@@ -123,13 +135,13 @@ class CachedJudge(Generic[T]):
             verdicts = self.judge(prompts[part], responses[part])
             if len(verdicts) != len(prompts[part]):
                 raise RuntimeError(
-                    f"judge {self.name!r} gave {len(verdicts)} verdicts for {len(prompts[part])} answers; "
-                    "a judge returns one an answer, in order."
+                    f"judge {self.name!r} gave {len(verdicts)} verdicts for "
+                    f"{len(prompts[part])} answers; a judge returns one per answer, in order."
                 )
             yield list(enumerate(verdicts, start))
 
     def _known(self, keys: frozenset[str]) -> dict[str, T]:
-        """Verdicts of the file under these keys; a line cut by a kill is dropped."""
+        """Read the file's verdicts under these keys; a line cut by a kill is dropped."""
         if not self.path.is_file():
             return {}
         known = {}
@@ -141,36 +153,15 @@ class CachedJudge(Generic[T]):
                     )
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{self.path}, row {number} is not a verdict of this judge ({error}); give another file."
+                    f"{self.path}, row {number} is not a verdict of this judge ({error}); "
+                    "give another file."
                 ) from error
         return known
 
 
 def verdict_key(judge: str, prompt: str, response: str) -> str:
-    """Key of a verdict: the same for the same judge and the same two texts, whatever characters they hold."""
+    """Make the key of a verdict: the same for the same judge and the same two texts."""
     return key_of([_encodable(text) for text in (judge, prompt, response)])
-
-
-def check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Refuse what cannot be prompts and their responses.
-
-    Raises:
-        TypeError: If one string is given in place of a list.
-        ValueError: If the two lists differ in length.
-    """
-    if isinstance(prompts, str) or isinstance(responses, str):
-        raise TypeError(
-            "prompts and responses must be lists of texts, got one string; write [prompt], [response]."
-        )
-    if len(prompts) != len(responses):
-        raise ValueError(
-            f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}."
-        )
-
-
-def is_empty(response: str) -> bool:
-    """Whether an answer has no letter and no digit: there is nothing to judge, so no judge is asked."""
-    return not any(char.isalnum() for char in response)
 
 
 def _is_final(verdict: object) -> bool:
@@ -185,5 +176,5 @@ def _fields(verdict: Any) -> dict[str, Any]:
 
 
 def _encodable(text: str) -> str:
-    """The text with lone surrogates (broken characters in JSON from elsewhere) spelt out, for they cannot be written as UTF-8."""
+    """Spell out lone surrogates (broken characters in JSON), which UTF-8 cannot hold."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,7 @@
-"""Probe judge: a logistic regression on sentence embeddings, trained on any labelled answers, that carries the card of how well it does."""
+"""Train a judge on labelled answers: a logistic regression on sentence embeddings.
+
+A probe carries a card of how well it does on prompts it has not seen.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 import torch
 
 from workbench.files.store import PathLike, key_of, read_tensors, write_tensors
-from workbench.judges.base import Verdict
+from workbench.judges.base import MEASURES, Verdict, check_pairs, is_empty
 from workbench.judges.text_quality import ENCODER_HUB_NAME, load_encoder
 from workbench.stats.agreement import measure_agreement
 from workbench.stats.linear_probe import fit_linear_probe
@@ -18,15 +21,12 @@ from workbench.stats.selectivity import auroc, auroc_interval
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 
-MEASURES = {"refusal": ("refusal", "not_refusal"), "unsafe": ("unsafe", "safe")}
-"""What a probe can measure, with its verdicts for yes and no."""
-
-
 FOLDS = 5
+"""Parts of the cross-validation behind a probe's card; each prompt is in one of them."""
 
 
 FORMAT = "workbench probe judge 1"
@@ -34,11 +34,11 @@ FORMAT = "workbench probe judge 1"
 
 @dataclass(frozen=True, eq=False)
 class ProbeJudge:
-    """A trained probe; made by ``train_probe`` or ``load_probe``.
+    """Judge answers with a trained probe; made by ``train_probe`` or ``load_probe``.
 
     Attributes:
         measures: "refusal" or "unsafe".
-        weights: One weight a feature, standardisation included.
+        weights: One weight per feature, standardisation included.
         bias: Added to the sum.
         card: What it was trained on and how well it does on prompts it has not seen.
         encoder: Sentence encoder; None is the default one.
@@ -52,18 +52,21 @@ class ProbeJudge:
 
     @property
     def name(self) -> str:
-        """Judge, measure and the key of its weights."""
+        """Name the judge, its measure and the key of its weights."""
         return f"probe:{self.measures}-{key_of([self.weights.tolist(), self.bias])[:8]}"
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """Judge each answer; the score is the probability of yes. An answer without a word is degenerate."""
-        rows = embedded_pairs(prompts, responses, self.encoder)
-        scores = torch.sigmoid(torch.from_numpy(rows).float() @ self.weights + self.bias).tolist()
+        """Judge each answer; the score is the probability of yes.
+
+        An answer without a letter or digit is degenerate.
+        """
+        features = torch.from_numpy(embedded_pairs(prompts, responses, self.encoder)).float()
+        scores = torch.sigmoid(features @ self.weights + self.bias).tolist()
         yes, no = MEASURES[self.measures]
         return [
-            Verdict(yes if score > 0.5 else no, score, self.name, f"probability {score:.2f}")
-            if any(char.isalnum() for char in response)
-            else Verdict("degenerate", None, self.name, "empty")
+            Verdict("degenerate", None, self.name, "empty")
+            if is_empty(response)
+            else Verdict(yes if score > 0.5 else no, score, self.name, f"probability {score:.2f}")
             for score, response in zip(scores, responses, strict=True)
         ]
 
@@ -71,15 +74,13 @@ class ProbeJudge:
 def embedded_pairs(
     prompts: Sequence[str], responses: Sequence[str], encoder: Any = None
 ) -> Float[np.ndarray, "pair feature"]:
-    """Embedding of each answer, its product with the prompt's, and their cosine.
+    """Embed each answer beside its product with the prompt's embedding, and their cosine.
 
     Raises:
         ValueError: If the two lists differ in length.
+        TypeError: If one string is given in place of a list.
     """
-    if len(prompts) != len(responses):
-        raise ValueError(
-            f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}."
-        )
+    check_pairs(prompts, responses)
     rows = {text: i for i, text in enumerate(dict.fromkeys([*prompts, *responses]))}
     vectors = np.asarray(
         (encoder or load_encoder()).encode(
@@ -90,11 +91,10 @@ def embedded_pairs(
         ),
         dtype=np.float64,
     )
-    asked, said = (
-        vectors[[rows[text] for text in prompts]],
-        vectors[[rows[text] for text in responses]],
-    )
-    return np.hstack([said, said * asked, (said * asked).sum(axis=1, keepdims=True)])
+    prompt_vectors = vectors[[rows[text] for text in prompts]]
+    response_vectors = vectors[[rows[text] for text in responses]]
+    products = response_vectors * prompt_vectors
+    return np.hstack([response_vectors, products, products.sum(axis=1, keepdims=True)])
 
 
 def train_probe(
@@ -107,7 +107,10 @@ def train_probe(
     encoder: Any = None,
     penalty: float = 10.0,
 ) -> ProbeJudge:
-    """Train a probe and measure it by cross-validation over prompts: a prompt's answers are never on both sides.
+    """Train a probe and measure it on prompts it has not seen.
+
+    The card's numbers are of a cross-validation in which a prompt's answers are never both in the
+    training part and in the part measured.
 
     Args:
         prompts: Questions.
@@ -119,10 +122,9 @@ def train_probe(
         penalty: Weight of the squared norm on standardised features.
 
     Raises:
-        ValueError: If the measure is unknown, lengths differ, or a side has fewer prompts than folds.
+        ValueError: If the measure is unknown, lengths differ, or a side has fewer prompts than
+            folds.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-
     if measures not in MEASURES:
         raise ValueError(
             f"a probe does not measure {measures!r}; it measures: {', '.join(MEASURES)}."
@@ -130,29 +132,9 @@ def train_probe(
     features, labels = embedded_pairs(prompts, responses, encoder), np.asarray(truth, dtype=bool)
     if len(labels) != len(features):
         raise ValueError(f"truth must pair up with prompts, got {len(labels)} and {len(features)}.")
-    for side in (True, False):
-        distinct = len(
-            {prompt for prompt, label in zip(prompts, labels, strict=True) if label == side}
-        )
-        if distinct < FOLDS:
-            raise ValueError(
-                f"only {distinct} prompts have an answer labelled {side} for {measures}; a probe needs {FOLDS} or more, to be tested on unseen ones."
-            )
-
-    def fit(rows: Any) -> tuple[Float[np.ndarray, " feature"], float]:
-        answer = ["yes" if label else "no" for label in labels[rows]]
-        values = torch.from_numpy(np.asarray(features[rows]))
-        probe = fit_linear_probe(values, answer, penalty=penalty * features.shape[1], balanced=True)
-        return probe.weights[0].numpy(), float(probe.bias[0])
-
-    scores = np.zeros(len(labels))
-    splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(
-        features, labels, groups=list(prompts)
-    )
-    for train, test in splits:
-        weights, bias = fit(train)
-        scores[test] = features[test] @ weights + bias
-    area = float(auroc(scores, labels))
+    _check_enough_prompts(prompts, labels, measures)
+    unseen_scores = _unseen_scores(features, labels, prompts, penalty)
+    area = float(auroc(unseen_scores, labels))
     low, high = auroc_interval(area, int(labels.sum()), int((~labels).sum()))
     card = {
         "measures": measures,
@@ -163,12 +145,54 @@ def train_probe(
         "default_encoder": ENCODER_HUB_NAME,
         "unseen": f"{FOLDS} folds, each prompt in one of them",
         "auroc": {"value": area, "low": float(low), "high": float(high)},
-        "agreement": measure_agreement(list(scores > 0), list(labels)).to_dict(),
+        "agreement": measure_agreement(list(unseen_scores > 0), list(labels)).to_dict(),
     }
-    weights, bias = fit(slice(None))
+    weights, bias = _fit(features, labels, penalty)
     return ProbeJudge(
         measures, torch.from_numpy(weights).float(), float(np.float32(bias)), card, encoder
     )
+
+
+def _check_enough_prompts(
+    prompts: Sequence[str], labels: Bool[np.ndarray, " pair"], measures: str
+) -> None:
+    """Refuse labels with which some fold would lack a yes or a no."""
+    for side in (True, False):
+        distinct = len(
+            {prompt for prompt, label in zip(prompts, labels, strict=True) if label == side}
+        )
+        if distinct < FOLDS:
+            raise ValueError(
+                f"only {distinct} prompts have an answer labelled {side} for {measures}; "
+                f"a probe needs {FOLDS} or more, to be tested on unseen ones."
+            )
+
+
+def _unseen_scores(
+    features: Float[np.ndarray, "pair feature"],
+    labels: Bool[np.ndarray, " pair"],
+    prompts: Sequence[str],
+    penalty: float,
+) -> Float[np.ndarray, " pair"]:
+    """Score each answer with the probe fitted on the folds that its prompt is not in."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    scores = np.zeros(len(labels))
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    for train, test in folds.split(features, labels, groups=list(prompts)):
+        weights, bias = _fit(features[train], labels[train], penalty)
+        scores[test] = features[test] @ weights + bias
+    return scores
+
+
+def _fit(
+    features: Float[np.ndarray, "pair feature"], labels: Bool[np.ndarray, " pair"], penalty: float
+) -> tuple[Float[np.ndarray, " feature"], float]:
+    """Fit weights and bias; the penalty grows with the features, both sides weigh the same."""
+    answers = ["yes" if label else "no" for label in labels]
+    values = torch.from_numpy(np.asarray(features))
+    probe = fit_linear_probe(values, answers, penalty=penalty * features.shape[1], balanced=True)
+    return probe.weights[0].numpy(), float(probe.bias[0])
 
 
 def save_probe(path: PathLike, probe: ProbeJudge) -> None:

@@ -1,6 +1,7 @@
-"""Reward models that rate an answer on the five HelpSteer attributes, as numbers.
+"""Rate answers with a reward model, as numbers on the five HelpSteer attributes.
 
-Any sequence classifier on a decoder will do whose outputs are named: in its config.json, in data/judge_models.yaml, or by you.
+Any sequence classifier on a decoder will do whose outputs are named: in its config.json, in
+data/judge_models.yaml, or by you.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from workbench.judges._checkpoints import (
     left_padded,
     read_checkpoint,
 )
-from workbench.judges.cache import check_pairs, is_empty
+from workbench.judges.base import check_pairs, is_empty
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-"""HelpSteer's attributes (Wang et al. 2023, arXiv:2311.09528), rated 0 to 4 there; a model's numbers may fall outside."""
+"""HelpSteer's attributes (Wang et al. 2023, arXiv:2311.09528).
+
+They are rated 0 to 4 there; a model's numbers may fall outside.
+"""
 
 
 _NAMED = re.compile(rf"(?:helpsteer2?[-_ .:])?({'|'.join(ATTRIBUTES)})", re.IGNORECASE)
@@ -40,7 +44,7 @@ _NAMED = re.compile(rf"(?:helpsteer2?[-_ .:])?({'|'.join(ATTRIBUTES)})", re.IGNO
 
 @dataclass(frozen=True)
 class Rewards:
-    """What a reward model says of one answer: five numbers, all None where it is unscored.
+    """Hold five numbers that a reward model gives an answer, all None where it is unscored.
 
     Attributes:
         helpfulness: How well the answer serves the request.
@@ -74,21 +78,21 @@ def load_reward_model(
 
     Args:
         name_or_path: Hub name or local folder of a sequence classifier.
-        outputs: What its outputs are, in order, where neither its config.json nor data/judge_models.yaml says so; the five
-            attributes must be among them.
+        outputs: What its outputs are, in order, where neither its config.json nor
+            data/judge_models.yaml says so; the five attributes must be among them.
         device: Where it runs; a GPU if there is one, else the CPU.
         dtype: float32, bfloat16 (default) or float16.
         revision: Branch, tag or commit of a hub repository.
         batch_size: Answers rated at a time.
 
     Raises:
-        ValueError: If it cannot be read, has fewer than five outputs, or does not say which is which.
+        ValueError: If it cannot be read, has fewer than five outputs, or does not say which is
+            which.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    by_folder = {
-        hub.rpartition("/")[2]: row for hub, row in judge_models("rewards").items()
-    }  # a clone keeps its name
+    # A local copy is recognised by the name of its folder.
+    by_folder = {hub.rpartition("/")[2]: row for hub, row in judge_models("rewards").items()}
     known: Mapping[str, Any] = by_folder.get(Path(name_or_path).name, {})
     named = outputs or known.get("outputs")
     options: dict[str, Any] = {"num_labels": len(named)} if named else {}
@@ -104,7 +108,8 @@ def load_reward_model(
     )
     if not hasattr(checkpoint.model, "score"):
         raise ValueError(
-            f"{checkpoint.name!r} has no head named 'score' on a decoder; such reward models are not read."
+            f"{checkpoint.name!r} has no head named 'score' on a decoder; "
+            "give a reward model that is a sequence classifier on a decoder."
         )
     config = checkpoint.model.config
     columns = _columns(
@@ -116,9 +121,9 @@ def load_reward_model(
 
 @dataclass(frozen=True, eq=False)
 class RewardJudge:
-    """A reward model that rates answers; made by ``load_reward_model``.
+    """Rate answers with a reward model; made by ``load_reward_model``.
 
-    It is called like a judge and may be wrapped in ``verdict_cache.cached(judge, path, result=Rewards)``.
+    It is called like a judge and may be wrapped in ``cached(judge, path, result=Rewards)``.
 
     Attributes:
         checkpoint: Model and tokenizer.
@@ -136,14 +141,16 @@ class RewardJudge:
 
     @property
     def name(self) -> str:
-        """Checkpoint, with a key of weights, input and outputs."""
+        """Name the checkpoint, with a key of weights, input and outputs."""
         key = key_of(
             [self.checkpoint.key, asdict(self.frame), list(self.columns), list(self.scale)]
         )
         return f"reward:{self.checkpoint.name}-{key[:8]}"
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Rewards]:
-        """One rating an answer, in order; unscored where an answer is empty or the texts do not fit the model's context.
+        """Give one rating per answer, in order.
+
+        An answer is unscored where it is empty or the texts do not fit the model's context.
 
         Raises:
             ValueError: If the two lists differ in length.
@@ -164,12 +171,10 @@ class RewardJudge:
             for row, response in zip(ids, responses, strict=True)
         ]
         ratings = [Rewards(None, None, None, None, None, name, reason) for reason in reasons]
-        rated = [i for i, reason in enumerate(reasons) if not reason]
-        for batch in batches([ids[i] for i in rated], self.batch_size):
-            chosen = [rated[b] for b in batch]
-            for i, values in zip(
-                chosen, self._rate([ids[i] for i in chosen]).tolist(), strict=True
-            ):
+        fitting = [i for i, reason in enumerate(reasons) if not reason]
+        for batch in batches([ids[i] for i in fitting], self.batch_size):
+            rows = [fitting[b] for b in batch]
+            for i, values in zip(rows, self._rate([ids[i] for i in rows]).tolist(), strict=True):
                 if all(map(math.isfinite, values)):
                     ratings[i] = Rewards(**dict(zip(ATTRIBUTES, values, strict=True)), judge=name)
                 else:
@@ -177,7 +182,10 @@ class RewardJudge:
         return ratings
 
     def _rate(self, rows: list[list[int]]) -> Float[Tensor, "batch attribute"]:
-        """The head at each row's last token. Not the classifier's own pooling, which takes an end of turn for padding."""
+        """Apply the head at each row's last token.
+
+        The classifier's own pooling is not used: it takes an end of turn for padding.
+        """
         import torch
 
         model = self.checkpoint.model
@@ -193,21 +201,22 @@ class RewardJudge:
 
 
 def _columns(name: str, outputs: Sequence[str]) -> tuple[int, ...]:
-    """Index of each attribute among the outputs."""
+    """Find each attribute among the outputs."""
     if len(outputs) < len(ATTRIBUTES):
         raise ValueError(
-            f"{name!r} has {len(outputs)} output(s), the five attributes ({', '.join(ATTRIBUTES)}) need one each; "
-            "give a multi-attribute reward model."
+            f"{name!r} has {len(outputs)} output(s), the five attributes "
+            f"({', '.join(ATTRIBUTES)}) need one each; give a multi-attribute reward model."
         )
-    found = [
+    named = [
         (match[1].lower(), i)
         for i, output in enumerate(outputs)
         if (match := _NAMED.fullmatch(output.strip()))
     ]
-    names = [attribute for attribute, _ in found]
+    names = [attribute for attribute, _ in named]
     if sorted(names) != sorted(ATTRIBUTES):
         raise ValueError(
-            f"{name!r} does not say which of its {len(outputs)} outputs are {', '.join(ATTRIBUTES)} "
-            f"(it names {', '.join(outputs[:5])} ...); pass outputs=[...] in its documented order."
+            f"{name!r} does not say which of its {len(outputs)} outputs are "
+            f"{', '.join(ATTRIBUTES)} (it names {', '.join(outputs[:5])} ...); "
+            "pass outputs=[...] in its documented order."
         )
-    return tuple(dict(found)[attribute] for attribute in ATTRIBUTES)
+    return tuple(dict(named)[attribute] for attribute in ATTRIBUTES)

@@ -1,4 +1,4 @@
-"""Rubrics: what a language model is asked when it judges, and how its reply is read."""
+"""Say what a language model is asked when it judges, and read its reply."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Rubric:
-    """What the judge is asked; from data/judge_rubrics.yaml, which documents itself.
+    """Hold what the judge is asked; from data/judge_rubrics.yaml, which documents itself.
 
     Attributes:
         name: Such as ``"unsafe"``.
@@ -45,11 +45,15 @@ class Rubric:
     def __post_init__(self) -> None:
         if wrong := {label for label, _ in self.answers.values()} - set(LABELS):
             raise ValueError(
-                f"unknown labels {sorted(wrong)} in rubric {self.name!r}; labels: {', '.join(LABELS)}."
+                f"unknown labels {sorted(wrong)} in rubric {self.name!r}; "
+                f"labels: {', '.join(LABELS)}."
             )
 
     def read(self, text: str) -> tuple[str, str] | None:
-        """The judge's word and its reason, or None if the text is not one JSON object with one listed word as its verdict."""
+        """Read the judge's word and its reason.
+
+        None if the text is not one JSON object with one listed word as its verdict.
+        """
         text = _THOUGHT.sub("", text).strip()
         if fenced := _FENCE.fullmatch(text):
             text = fenced[1]
@@ -66,7 +70,7 @@ class Rubric:
 
 @cache
 def load_rubrics() -> dict[str, Rubric]:
-    """The project's rubrics by name, read once a process.
+    """Read the project's rubrics by name, once per process.
 
     Raises:
         FileNotFoundError: If the data file is missing.
@@ -87,6 +91,7 @@ def load_rubrics() -> dict[str, Rubric]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dictionary of a JSON object's pairs; refuse a name that stands twice."""
     if len({name for name, _ in pairs}) != len(pairs):
         raise ValueError("a name stands twice")
     return dict(pairs)

