@@ -1,4 +1,7 @@
-"""What steering costs where nothing is risky: multiple-choice questions, and perplexity on a text of one's own."""
+"""Measure what steering costs where nothing is risky.
+
+Multiple-choice questions, and perplexity on a text of one's own.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ LETTERS = "ABCDEFGH"
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question.
+    """Hold a multiple-choice question.
 
     Attributes:
         id: Name.
@@ -46,11 +49,13 @@ def read_questions(path: PathLike | None = None) -> list[Question]:
     """Read multiple-choice questions, one row each.
 
     Args:
-        path: csv, tsv, json, jsonl or parquet with columns question, choices (a list, as MMLU has them on the hub) or A, B, C, ... and answer (a
-            place from 0, a letter, or the right choice's words); None takes the few that come with the project.
+        path: csv, tsv, json, jsonl or parquet with columns question, choices (a list, as MMLU has
+            them on the hub) or A, B, C, ... and answer (a place from 0, a letter, or the right
+            choice's words); None takes the few that come with the project.
 
     Raises:
-        ValueError: If a row has no question, fewer than two choices, or an answer that is none of them, with its number.
+        ValueError: If a row has no question, fewer than two choices, or an answer that is none of
+            them, with its number.
     """
     path = data_path("capability.jsonl") if path is None else path
     questions = []
@@ -67,14 +72,12 @@ def read_questions(path: PathLike | None = None) -> list[Question]:
         place = _place(answer, choices)
         if not text or len(choices) < 2 or place is None:
             raise ValueError(
-                f"{path}, row {number}: a question, two choices or more (choices, or A, B, ...) and an answer among them are needed, got "
-                f"question {text!r:.40}, {len(choices)} choices, answer {answer!r:.20}."
+                f"{path}, row {number}: a question, two choices or more (choices, or A, B, ...) and "
+                f"an answer among them are needed, got question {text!r:.40}, {len(choices)} "
+                f"choices, answer {answer!r:.20}."
             )
-        questions.append(
-            Question(
-                str(row.get("id") or f"{Path(path).stem}-{number}"), text, tuple(choices), place
-            )
-        )
+        name = str(row.get("id") or f"{Path(path).stem}-{number}")
+        questions.append(Question(name, text, tuple(choices), place))
     return questions
 
 
@@ -86,17 +89,21 @@ def multiple_choice(
     batch_size: int = 32,
     transfer: bool = False,
 ) -> pd.DataFrame:
-    """Share of questions whose right choice is the likeliest, a token's mean log-probability counting (as in the harness's acc_norm).
+    """Count the questions whose right choice is the likeliest.
+
+    The mean log-probability per token counts, as in the evaluation harness's acc_norm.
 
     Args:
         model: A hooked model.
         questions: From ``read_questions``.
-        conditions: Name to interventions, always for all questions or behind a gate; the unsteered model is added.
-        batch_size: Rows a batch.
+        conditions: Name to interventions, always for all questions or behind a gate; the unsteered
+            model is added.
+        batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
     Returns:
-        Columns condition, accuracy, low, high (Wilson), chance, difference, difference_low, difference_high, p (McNemar) against unsteered, n.
+        Columns condition, accuracy, low, high (Wilson), chance, difference, difference_low,
+        difference_high, p (McNemar) against unsteered, n.
 
     Raises:
         ValueError: If there are no questions, or a condition names single categories.
@@ -117,18 +124,22 @@ def multiple_choice(
         scored = steered_log_probs(
             model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
         )
-        values = iter(float(own.mean()) if len(own) else float("-inf") for own in scored)
+        values = iter(float(x.mean()) if len(x) else float("-inf") for x in scored)
         right[name] = []
         for q in questions:
-            own = [next(values) for _ in q.choices]
-            right[name].append(own.index(max(own)) == q.answer)
+            by_choice = [next(values) for _ in q.choices]
+            right[name].append(by_choice.index(max(by_choice)) == q.answer)
     chance = sum(1 / len(q.choices) for q in questions) / len(questions)
     rows = []
-    for name, found in right.items():
-        estimate = rate(found)
+    for name, is_right in right.items():
+        estimate = rate(is_right)
         row: dict[str, Any] = {"condition": name, "accuracy": estimate.value, "low": estimate.low}
-        row |= {"high": estimate.high, "chance": chance, **_against(right[UNSTEERED], found, name)}
-        row["p"] = mcnemar(right[UNSTEERED], found).p if name != UNSTEERED else float("nan")
+        row |= {
+            "high": estimate.high,
+            "chance": chance,
+            **_against(right[UNSTEERED], is_right, name),
+        }
+        row["p"] = mcnemar(right[UNSTEERED], is_right).p if name != UNSTEERED else float("nan")
         rows.append(row | {"n": estimate.n})
     return pd.DataFrame(rows)
 
@@ -142,18 +153,21 @@ def text_perplexity(
     batch_size: int = 8,
     transfer: bool = False,
 ) -> pd.DataFrame:
-    """Log-perplexity of texts as answers to "Continue." under each condition: how much worse the steered model predicts ordinary text.
+    """Measure how much worse the steered model predicts ordinary text.
+
+    Each text is taken as the answer to "Continue.".
 
     Args:
         model: A hooked model.
         texts: Passages of a user's own text; each is one unit of the intervals.
         conditions: Name to interventions; the unsteered model is added.
         max_tokens: Tokens of a passage that count.
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
     Returns:
-        Columns condition, log_perplexity (nats a token, the mean of passages), low, high, difference, difference_low, difference_high, n.
+        Columns condition, log_perplexity (nats per token, the mean of passages), low, high,
+        difference, difference_low, difference_high, n.
 
     Raises:
         ValueError: If there is no text.
@@ -172,14 +186,14 @@ def text_perplexity(
         )
         for i, text in enumerate(texts)
     ]
-    found = {}
+    log_perplexities = {}
     for name, interventions in _for_all(conditions).items():
         scored = steered_log_probs(
             model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
         )
-        found[name] = [-float(own.mean()) for own in scored]
+        log_perplexities[name] = [-float(log_probs.mean()) for log_probs in scored]
     rows = []
-    for name, values in found.items():
+    for name, values in log_perplexities.items():
         estimate = mean(values)
         row = {
             "condition": name,
@@ -187,7 +201,7 @@ def text_perplexity(
             "low": estimate.low,
             "high": estimate.high,
         }
-        rows.append(row | _against(found[UNSTEERED], values, name) | {"n": estimate.n})
+        rows.append(row | _against(log_perplexities[UNSTEERED], values, name) | {"n": estimate.n})
     return pd.DataFrame(rows)
 
 
@@ -199,14 +213,15 @@ def _against(before: Sequence[float], after: Sequence[float], name: str) -> dict
 
 
 def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Intervention]]:
-    found: dict[str, Sequence[Intervention]] = {UNSTEERED: ()}
+    lists: dict[str, Sequence[Intervention]] = {UNSTEERED: ()}
     for name, condition in conditions.items():
         if isinstance(condition, Mapping):
             raise ValueError(
-                f"condition {name!r} names prompts or categories, which these questions do not have; give one list of interventions."
+                f"condition {name!r} names prompts or categories, which these questions do not "
+                "have; give one list of interventions."
             )
-        found[name] = condition
-    return found
+        lists[name] = condition
+    return lists
 
 
 def _fixed(

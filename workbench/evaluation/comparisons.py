@@ -1,4 +1,7 @@
-"""Questions put to an evaluation: one condition against another, which categories a vector reaches, whether two judges agree."""
+"""Compare conditions, categories and judges of an evaluation.
+
+One condition against another, which categories a vector reaches, and whether two judges agree.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from workbench.stats import estimates as statistics
 from workbench.stats.agreement import agreement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import pandas as pd
 
@@ -29,93 +32,107 @@ def compare(
     label: str = "unsafe",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Two conditions prompt by prompt: own vector against another category's, steering against prompting, any against a control.
+    """Compare two conditions prompt by prompt.
+
+    For instance a category's own vector with another category's, steering with prompting, or any
+    condition with a control.
 
     Args:
         evaluation: Scores of both.
-        condition: What is looked at.
-        reference: What it is compared with.
-        metrics: Which; all that both have by default.
+        condition: The condition that is looked at.
+        reference: The condition it is compared with.
+        metrics: Metrics; all that both have by default.
         label: Prompts that count: "unsafe", "safe" or "neutral".
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
-        One row a metric: metric, value, reference (their values), difference, difference_low, difference_high, p (McNemar's exact one for rates, else
-        of the bootstrap), p_holm (corrected over the metrics), n, n_unscored.
+        One row per metric: metric, value, reference (their values), difference, difference_low,
+        difference_high, p (McNemar's exact one for rates, else of the bootstrap), p_holm (corrected
+        over the metrics), n, n_unscored.
 
     Raises:
-        ValueError: If a condition or metric is unknown, or there are no such prompts.
+        ValueError: If a condition or metric is unknown, there are no such prompts, or the two
+            conditions share no metric.
     """
     import pandas as pd
 
     scores = evaluation.scores[evaluation.scores["label"] == label]
-    known = list(dict.fromkeys(evaluation.scores["condition"]))
-    for name in (condition, reference):
-        if name not in known:
-            raise ValueError(
-                f"no condition {name!r}; conditions: {', '.join(known)}.{did_you_mean(name, known)}"
-            )
+    _check_known("condition", (condition, reference), evaluation.scores["condition"])
     if scores.empty:
-        raise ValueError(
-            f"there are no {label} prompts; labels: {', '.join(dict.fromkeys(evaluation.scores['label']))}."
-        )
+        labels = ", ".join(dict.fromkeys(evaluation.scores["label"]))
+        raise ValueError(f"there are no {label} prompts; labels: {labels}.")
     measured = list(dict.fromkeys(scores["metric"]))
+    _check_known("metric", metrics or (), measured)
     rows = []
     for metric in metrics or measured:
-        if metric not in measured:
-            raise ValueError(
-                f"no metric {metric!r}; metrics: {', '.join(measured)}.{did_you_mean(metric, measured)}"
-            )
-        wide = scores[scores["metric"] == metric].pivot(
+        by_prompt = scores[scores["metric"] == metric].pivot(
             index="prompt_id", columns="condition", values="value"
         )
-        if condition not in wide or reference not in wide:
-            continue
-        before, after = (_or_none(wide[name]) for name in (reference, condition))
-        difference = statistics.paired_difference(before, after, seed=seed)
-        p = difference.p
-        if metric in RATES:
-            p = statistics.mcnemar(
-                *([None if v is None else bool(v) for v in side] for side in (before, after))
-            ).p
-        row = {
-            "metric": metric,
-            "value": wide[condition].mean(),
-            "reference": wide[reference].mean(),
-        }
-        row |= {
-            "difference": difference.value,
-            "difference_low": difference.low,
-            "difference_high": difference.high,
-        }
-        rows.append(row | {"p": p, "n": difference.n, "n_unscored": difference.n_unscored})
+        if condition in by_prompt and reference in by_prompt:
+            sides = by_prompt[reference], by_prompt[condition]
+            rows.append({"metric": metric, **_paired(*sides, metric=metric, seed=seed)})
+    if not rows:
+        raise ValueError(
+            f"{condition!r} and {reference!r} share no metric on {label} prompts; "
+            "score both with the same judges."
+        )
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc("p") + 1, "p_holm", statistics.holm(table["p"].to_numpy()))
     return table
 
 
+def _paired(before: pd.Series, after: pd.Series, *, metric: str, seed: int) -> dict[str, float]:
+    """Values of two conditions on the same prompts, their paired difference and its p."""
+    sides = _or_none(before), _or_none(after)
+    difference = statistics.paired_difference(*sides, seed=seed)
+    p = difference.p
+    if metric in RATES:
+        yes_no = ([None if v is None else bool(v) for v in side] for side in sides)
+        p = statistics.mcnemar(*yes_no).p
+    return {
+        "value": after.mean(),
+        "reference": before.mean(),
+        "difference": difference.value,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
+        "p": p,
+        "n": difference.n,
+        "n_unscored": difference.n_unscored,
+    }
+
+
+def _check_known(what: str, names: Sequence[str], known: Iterable[str]) -> None:
+    known = list(dict.fromkeys(known))
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"no {what} {name!r}; {what}s: {', '.join(known)}.{did_you_mean(name, known)}"
+            )
+
+
 def leakage_conditions(steering: Mapping[str, Sequence[Intervention]]) -> dict[str, Condition]:
-    """Conditions for a leakage matrix: every prompt, whatever its category, under one category's interventions at a time.
+    """Make the conditions of a leakage matrix: all prompts under one category's interventions.
 
     Args:
         steering: Risk category to its interventions.
     """
-    return {UNSTEERED: (), **{category: list(own) for category, own in steering.items()}}
+    return {UNSTEERED: (), **{category: list(edits) for category, edits in steering.items()}}
 
 
 def leakage_matrix(
     evaluation: Evaluation, metric: str = HEADLINE, *, seed: int = 0
 ) -> pd.DataFrame:
-    """Steer with category A, measure on category B: what a vector does beyond its own category.
+    """Measure what a vector does beyond its own category: steer with A, measure on B.
 
     Args:
         evaluation: Under ``leakage_conditions``.
         metric: What is measured.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
-        Columns steered (A), measured (B, and "other": all but A), difference, difference_low, difference_high, n, own (whether A is B). A vector that
-        is a category's own does more on the diagonal than beside it.
+        Columns steered (A), measured (B, and "other": all but A), difference, difference_low,
+        difference_high, n, own (whether A is B). A vector that is a category's own does more on the
+        diagonal than beside it.
 
     Raises:
         ValueError: If the metric is unknown, or the conditions are not named after categories.
@@ -126,10 +143,7 @@ def leakage_matrix(
         (evaluation.scores["label"] == "unsafe") & (evaluation.scores["metric"] == metric)
     ]
     if scores.empty:
-        known = list(dict.fromkeys(evaluation.scores["metric"]))
-        raise ValueError(
-            f"no metric {metric!r}; metrics: {', '.join(known)}.{did_you_mean(metric, known)}"
-        )
+        _check_known("metric", [metric], evaluation.scores["metric"])
     categories = list(dict.fromkeys(scores["category"]))
     steered = [c for c in dict.fromkeys(scores["condition"]) if c != evaluation.baseline]
     categories = [
@@ -139,41 +153,39 @@ def leakage_matrix(
     strange = [c for c in steered if c not in categories]
     if strange:
         raise ValueError(
-            f"condition {strange[0]!r} is no category; use leakage_conditions. Categories: {', '.join(categories)}."
+            f"condition {strange[0]!r} is no category; use leakage_conditions. "
+            f"Categories: {', '.join(categories)}."
         )
     wide = scores.pivot(index=["category", "prompt_id"], columns="condition", values="value")
     rows = []
     for a, b in itertools.product(steered, [*categories, "other"]):
-        of = wide.index.get_level_values("category")
-        own = wide[of != a] if b == "other" else wide[of == b]
-        if own.empty:
+        category = wide.index.get_level_values("category")
+        measured = wide[category != a] if b == "other" else wide[category == b]
+        if measured.empty:
             continue
-        d = statistics.paired_difference(
-            _or_none(own[evaluation.baseline]), _or_none(own[a]), seed=seed
-        )
-        row = {
-            "steered": a,
-            "measured": b,
-            "difference": d.value,
-            "difference_low": d.low,
-            "difference_high": d.high,
-        }
-        rows.append(row | {"n": d.n, "own": a == b})
+        sides = measured[evaluation.baseline], measured[a]
+        paired = _paired(*sides, metric=metric, seed=seed)
+        shown = ("difference", "difference_low", "difference_high", "n")
+        row = {"steered": a, "measured": b, **{name: paired[name] for name in shown}}
+        rows.append(row | {"own": a == b})
     return pd.DataFrame(rows)
 
 
 def judge_agreement(
     evaluation: Evaluation, first: str = "safe", second: str = "safety_wording"
 ) -> pd.DataFrame:
-    """Whether two yes/no measures of the same answers agree, condition by condition: steering can change how often a judge is wrong.
+    """Say whether two yes/no measures of the same answers agree, condition by condition.
+
+    Steering can change how often a judge is wrong.
 
     Args:
         evaluation: Scores.
-        first: One measure, taken as the verdict.
+        first: A measure, taken as the verdict.
         second: Another one, taken as the truth for precision and recall.
 
     Returns:
-        Columns condition ("all" first), kappa, low, high, accuracy, first_yes, second_yes (shares), n, n_unscored.
+        Columns condition ("all" first), kappa, low, high, accuracy, first_yes, second_yes (shares),
+        n, n_unscored.
 
     Raises:
         ValueError: If a measure is missing or is no yes/no one.
@@ -193,24 +205,25 @@ def judge_agreement(
     rows = []
     conditions = list(dict.fromkeys(scores["condition"]))
     for condition in [ALL, *conditions]:
-        own = wide if condition == ALL else wide.loc[condition]
+        answers = wide if condition == ALL else wide.loc[condition]
         a, b = (
-            [None if v is None else bool(v) for v in _or_none(own[name])]
+            [None if v is None else bool(v) for v in _or_none(answers[name])]
             for name in (first, second)
         )
-        found = agreement(a, b)
-        row = {
-            "condition": condition,
-            "kappa": found.kappa.value,
-            "low": found.kappa.low,
-            "high": found.kappa.high,
-        }
-        row |= {
-            "accuracy": found.accuracy.value,
-            "first_yes": own[first].mean(),
-            "second_yes": own[second].mean(),
-        }
-        rows.append(row | {"n": found.n, "n_unscored": found.n_unscored})
+        agreed = agreement(a, b)
+        rows.append(
+            {
+                "condition": condition,
+                "kappa": agreed.kappa.value,
+                "low": agreed.kappa.low,
+                "high": agreed.kappa.high,
+                "accuracy": agreed.accuracy.value,
+                "first_yes": answers[first].mean(),
+                "second_yes": answers[second].mean(),
+                "n": agreed.n,
+                "n_unscored": agreed.n_unscored,
+            }
+        )
     return pd.DataFrame(rows)
 
 

@@ -1,7 +1,8 @@
-"""What a gate does on prompts it was not fitted on, and how steering behind it compares with steering that needs no gate.
+"""Rate a gate on prompts it was not fitted on, and compare steering behind it with other ways.
 
-Opening on a risky prompt is what a gate is for; on style-matched twins, look-alikes and everyday prompts it is a false activation. Both are
-counted on held-out prompts, whatever the threshold promised.
+Opening on a risky prompt is what a gate is for; on style-matched twins, look-alikes and everyday
+prompts it is a false activation. Both are counted on held-out prompts, whatever the threshold
+promised.
 """
 
 from __future__ import annotations
@@ -30,17 +31,14 @@ if TYPE_CHECKING:
 
 
 CLOSED = "closed"
-
-
 REFUSAL = "I'm sorry, but I can't help with that."
-"""What the condition "refuse when it fires" answers: the simplest use of a detector, and the over-refusal that steering is to avoid."""
-
-
+"""What the condition "refuse when it fires" answers: the simplest use of a detector, and the
+over-refusal that steering is to avoid."""
 ORACLE, AT_RANDOM, REFUSING = "oracle gate", "gate at random", "refuse when it fires"
 
 
 def opened_for(gate: Gate, acts: ActivationSet) -> list[str]:
-    """The category a gate opens for most, prompt by prompt, as the prompt leaves it; "closed" where it opens for none."""
+    """Name the category a gate opens for most on each prompt; "closed" where it opens for none."""
     scores = gate.scores(acts.values)
     is_open = gate.opening(scores) > 0
     best = torch.where(is_open, scores, -torch.inf).argmax(dim=1)
@@ -51,15 +49,16 @@ def opened_for(gate: Gate, acts: ActivationSet) -> list[str]:
 
 
 def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
-    """How often a gate opens, on each kind of prompt, all together ("all") and category by category.
+    """Count how often a gate opens on each kind of prompt, all together and by category.
 
     Args:
         gate: A gate.
         acts: Pooled activations at its site of prompts it was not fitted on.
 
     Returns:
-        Columns set (``KINDS``), category, rate, low, high (Wilson), n; own_rate is the share that opens for the prompt's own category (nan for
-        prompts without one); asked is the largest rate that the threshold was set for (nan for risky prompts).
+        Columns set (``KINDS``), category ("all" or one), rate, low, high (Wilson), n; own_rate is
+        the share that opens for the prompt's own category (nan for prompts without one); asked is
+        the largest rate that the threshold was set for (nan for risky prompts).
 
     Raises:
         ValueError: If activations are of another site, span or model.
@@ -73,11 +72,11 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
         inside = [i for i, p in enumerate(acts.prompts) if kind_of(p, gate.categories) == kind]
         categories = list(dict.fromkeys(acts.prompts[i].category for i in inside))
         for category in [ALL, *(categories if len(categories) > 1 else ())]:
-            own = [i for i in inside if category in (ALL, acts.prompts[i].category)]
-            if not own:
+            places = [i for i in inside if category in (ALL, acts.prompts[i].category)]
+            if not places:
                 continue
-            estimate = rate(opened[i] != CLOSED for i in own)
-            right = [opened[i] == acts.prompts[i].category for i in own]
+            estimate = rate(opened[i] != CLOSED for i in places)
+            right = [opened[i] == acts.prompts[i].category for i in places]
             threshold = gate.thresholds.get(CLOSED_FOR.get(kind, ""))
             row = {"set": kind, "category": category, "rate": estimate.value, "low": estimate.low}
             row |= {"high": estimate.high, "n": estimate.n}
@@ -87,10 +86,11 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
 
 
 def confusion(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
-    """For which category a gate opens, by the category of the prompt; safe prompts are rows of their own.
+    """Count for which category a gate opens, by the category of the prompt.
 
     Returns:
-        Columns truth (a category, or one of the sets of safe prompts), opened (a category or "closed"), n, share of the truth's prompts.
+        Columns truth (a category, or one of the sets of safe prompts), opened (a category or
+        "closed"), n, share of the truth's prompts.
     """
     import pandas as pd
 
@@ -100,8 +100,8 @@ def confusion(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
         p.category if kind == RISKY else kind for p, kind in zip(acts.prompts, kinds, strict=True)
     ]
     order = [*gate.categories, *(kind for kind in KINDS[1:] if kind in truth)]
-    found = pd.DataFrame({"truth": truth, "opened": opened_for(gate, acts)})
-    counts = pd.crosstab(found["truth"], found["opened"])
+    pairs = pd.DataFrame({"truth": truth, "opened": opened_for(gate, acts)})
+    counts = pd.crosstab(pairs["truth"], pairs["opened"])
     counts = counts.reindex(
         index=[t for t in order if t in counts.index],
         columns=[*gate.categories, CLOSED],
@@ -112,11 +112,11 @@ def confusion(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
 
 
 def roc(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
-    """How well the highest score tells risky prompts from each kind of safe ones, at every threshold.
+    """Say how well the highest score tells risky prompts from each kind of safe ones.
 
     Returns:
-        Columns against (one of the sets of safe prompts), false_rate, recall: the curve's corners in order; auroc, low, high, n: the same in
-        each row of a curve.
+        Columns against (one of the sets of safe prompts), false_rate, recall: the curve's corners
+        in order, over all thresholds; auroc, low, high, n: the same in each row of a curve.
     """
     import pandas as pd
     from sklearn.metrics import roc_curve
@@ -146,7 +146,7 @@ def roc(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
 
 
 def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) -> pd.DataFrame:
-    """The four cells gate x harm: how many prompts, and what steering behind the gate did to their answers.
+    """Count the four cells gate x harm, and say what steering behind the gate did in each.
 
     Args:
         evaluation: Scores of the unsteered model and of the condition.
@@ -166,8 +166,8 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
     for is_open, is_risky in ((True, True), (True, False), (False, True), (False, False)):
         ids = [
             i
-            for i, own in opened.items()
-            if own == is_open and (label.get(i) == "unsafe") == is_risky
+            for i, has_opened in opened.items()
+            if has_opened == is_open and (label.get(i) == "unsafe") == is_risky
         ]
         ids = [i for i in ids if (i, condition) in tokens and (i, UNSTEERED) in tokens]
         if not ids:
@@ -189,7 +189,10 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
 def refusing(
     completions: Sequence[Completion], opened: Mapping[str, bool], model: HookedModel
 ) -> list[Completion]:
-    """The condition "refuse when it fires": a fixed refusal where the gate opened, the unsteered answer elsewhere."""
+    """Make the condition "refuse when it fires".
+
+    A fixed refusal where the gate opened, the unsteered answer elsewhere.
+    """
     tokens = tuple(int(i) for i in model.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"])
     return [
         Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING)
@@ -203,17 +206,18 @@ def refusing(
 def beside_a_gate(
     evaluation: Evaluation, opened: Mapping[str, bool], steered: str, gated: str, *, seed: int = 0
 ) -> Evaluation:
-    """What a gate is worth: the same scores put together as gates of other kinds would have left them.
+    """Put the same scores together as gates of other kinds would have left them.
 
-    "oracle gate" steers exactly the risky prompts; "gate at random" as many prompts as the gate opened for, drawn at random. Conditions that the
-    evaluation has already, such as steering that is always on at equal mean strength, stay beside them.
+    It shows what a gate is worth. "oracle gate" steers exactly the risky prompts; "gate at random"
+    as many prompts as the gate opened for, drawn at random. Conditions that the evaluation has
+    already, such as steering that is always on at equal mean strength, stay beside them.
 
     Args:
         evaluation: Scores of the unsteered model and of both conditions.
         opened: Prompt id to whether the gate opened on it.
         steered: Condition that steers always.
         gated: Condition that steers behind the gate.
-        seed: Of the gate at random.
+        seed: Seed of the gate at random.
 
     Raises:
         ValueError: If a condition is missing, or the gate of a prompt is not known.
@@ -231,22 +235,24 @@ def beside_a_gate(
     unknown = [i for i in ids if i not in opened]
     if unknown:
         raise ValueError(
-            f"whether the gate opened on prompt {unknown[0]!r} is not known; it needs every prompt's."
+            f"whether the gate opened on prompt {unknown[0]!r} is not known; "
+            "give it for every prompt."
         )
     fired = [i for i in ids if opened[i]]
     drawn = set(random.Random(f"{seed}|gate").sample(sorted(ids), len(fired)))
     risky = set(scores.loc[scores["label"] == "unsafe", "prompt_id"])
     plain, pushed = (scores[scores["condition"] == name] for name in (UNSTEERED, steered))
-    made, texts = [scores], list(evaluation.completions)
-    for name, chosen in ((ORACLE, risky), (AT_RANDOM, drawn)):
-        own = [plain[~plain["prompt_id"].isin(chosen)], pushed[pushed["prompt_id"].isin(chosen)]]
-        made.append(pd.concat(own).assign(condition=name))
+    parts, texts = [scores], list(evaluation.completions)
+    for name, open_for in ((ORACLE, risky), (AT_RANDOM, drawn)):
+        left = plain[~plain["prompt_id"].isin(open_for)]
+        steered_rows = pushed[pushed["prompt_id"].isin(open_for)]
+        parts.append(pd.concat([left, steered_rows]).assign(condition=name))
         texts += [
             replace(c, condition=name)
             for c in evaluation.completions
-            if c.condition == (steered if c.prompt.id in chosen else UNSTEERED)
+            if c.condition == (steered if c.prompt.id in open_for else UNSTEERED)
         ]
-    return replace(evaluation, scores=pd.concat(made, ignore_index=True), completions=tuple(texts))
+    return replace(evaluation, scores=pd.concat(parts, ignore_index=True), completions=tuple(texts))
 
 
 def _check(gate: Gate, acts: ActivationSet) -> None:
@@ -256,5 +262,6 @@ def _check(gate: Gate, acts: ActivationSet) -> None:
         gate.model.fingerprint,
     ):
         raise ValueError(
-            f"the gate reads span {gate.span!r} at {gate.site} of {gate.model.name!r}; got {acts!r}: cache those activations instead."
+            f"the gate reads span {gate.span!r} at {gate.site} of {gate.model.name!r}; "
+            f"got {acts!r}: cache those activations instead."
         )

@@ -1,9 +1,9 @@
-"""How likely the model finds a text: log-probabilities of answers under the model as it is (or as it is steered)."""
+"""Say how likely the model, as it is or as it is steered, finds given answers."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,7 @@ from workbench.models.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
-from workbench.models.tokens import encode, pad, pad_id, span_mask
+from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask
 from workbench.steering.apply import intervene
 
 if TYPE_CHECKING:
@@ -36,72 +36,75 @@ def answer_log_probs(
     system_prompt: str | None = None,
     batch_size: int = 16,
 ) -> list[Float[Tensor, " token"]]:
-    """Log-probability of each token of each answer, teacher-forced behind its prompt.
+    """Return the log-probability of each token of each answer, teacher-forced behind its prompt.
 
     Args:
-        model: A hooked model; without interventions this scores steered answers under the unsteered model. Inside ``intervene`` prompt and
-            answer are one pass, all of it positions "prompt": use interventions at "all" positions, for every row.
+        model: A hooked model; without interventions this scores steered answers under the
+            unsteered model. Inside ``intervene`` prompt and answer are one pass, all of it
+            positions "prompt": use interventions at "all" positions, for every row.
         completions: Answers, by their token ids.
         system_prompt: Words for the system turn.
-        batch_size: Rows a batch; logits are kept for the answers' tokens only.
+        batch_size: Rows per batch; logits are kept for the answers' tokens only.
 
     Returns:
-        One float32 vector an answer, on the CPU, natural logarithms; empty for an empty answer.
+        One float32 vector per answer, on the CPU, natural logarithms; empty for an empty answer.
     """
     scored: list[Tensor] = [torch.zeros(0) for _ in completions]
-    device = next(iter(model.parameters())).device
-    rows = []
-    for encoded, completion in zip(
-        encode(
-            model, [completion.prompt for completion in completions], system_prompt=system_prompt
-        ),
-        completions,
-        strict=True,
-    ):
-        n = len(encoded.ids)
-        rows.append(
-            dataclasses.replace(
-                encoded,
-                ids=encoded.ids + completion.tokens,
-                response=(n, n + len(completion.tokens)),
-            )
-        )
+    rows = _with_answers(model, completions, system_prompt)
     order = sorted(
         (i for i, row in enumerate(rows) if completions[i].tokens), key=lambda i: -len(rows[i].ids)
     )
     if not order:
         return scored
+    device = next(iter(model.parameters())).device
     with torch.no_grad():
-        n_prefix, prefix = 0, None
-        if has_key_value_cache(model):
-            n_prefix = shared_prefix_length(
-                [rows[i] for i in order], keep=lambda row: row.response[0] - 1
-            )
-            prefix = prefix_cache(model, rows[order[0]].ids[:n_prefix]) if n_prefix else None
-            if prefix is not None and not allows_padding_behind(prefix, len(rows[order[0]].ids)):
-                n_prefix, prefix = 0, None
+        n_prefix, prefix = _shared_prefix(model, [rows[i] for i in order])
         for start in range(0, len(order), batch_size):
-            own = order[start : start + batch_size]
+            places = order[start : start + batch_size]
             batch = pad(
-                [dataclasses.replace(rows[i], ids=rows[i].ids[n_prefix:]) for i in own],
+                [dataclasses.replace(rows[i], ids=rows[i].ids[n_prefix:]) for i in places],
                 pad_id=pad_id(model),
                 side="left",
                 device=device,
             )
-            mask = torch.cat([batch.mask.new_ones(len(own), n_prefix), batch.mask], dim=1)
-            cache = (
-                rows_of_cache(prefix, torch.zeros(len(own), dtype=torch.long, device=device))
-                if prefix is not None
-                else None
-            )
-            longest = max(len(completions[i].tokens) for i in own)
+            mask = torch.cat([batch.mask.new_ones(len(places), n_prefix), batch.mask], dim=1)
+            nobody = torch.zeros(len(places), dtype=torch.long, device=device)
+            cache = rows_of_cache(prefix, nobody) if prefix is not None else None
+            longest = max(len(completions[i].tokens) for i in places)
             logits, _ = last_logits(model, batch.tokens, mask, longest + 1, cache=cache)
-            targets = batch.tokens[:, -longest:]
+            targets = batch.tokens[:, -longest:, None]
             logits = logits[:, :-1].float()
-            chosen = (logits.gather(2, targets[..., None])[..., 0] - logits.logsumexp(dim=-1)).cpu()
-            for place, i in enumerate(own):
-                scored[i] = chosen[place, longest - len(completions[i].tokens) :].clone()
+            log_probs = (logits.gather(2, targets)[..., 0] - logits.logsumexp(dim=-1)).cpu()
+            for row, i in enumerate(places):
+                scored[i] = log_probs[row, longest - len(completions[i].tokens) :].clone()
     return scored
+
+
+def _with_answers(
+    model: HookedModel, completions: Sequence[Completion], system_prompt: str | None
+) -> list[Encoded]:
+    """Encode every prompt with the answer's own token ids behind it."""
+    prompts = [completion.prompt for completion in completions]
+    rows = []
+    for encoded, completion in zip(
+        encode(model, prompts, system_prompt=system_prompt), completions, strict=True
+    ):
+        n = len(encoded.ids)
+        response = (n, n + len(completion.tokens))
+        ids = encoded.ids + completion.tokens
+        rows.append(dataclasses.replace(encoded, ids=ids, response=response))
+    return rows
+
+
+def _shared_prefix(model: HookedModel, rows: Sequence[Encoded]) -> tuple[int, Any]:
+    """Compute what all rows begin with: its length and its cache; 0 and None where none is."""
+    if not has_key_value_cache(model):
+        return 0, None
+    n_prefix = shared_prefix_length(rows, keep=lambda row: row.response[0] - 1)
+    prefix = prefix_cache(model, rows[0].ids[:n_prefix]) if n_prefix else None
+    if prefix is not None and not allows_padding_behind(prefix, len(rows[0].ids)):
+        return 0, None
+    return n_prefix, prefix
 
 
 def steered_log_probs(
@@ -112,27 +115,29 @@ def steered_log_probs(
     batch_size: int = 24,
     transfer: bool = False,
 ) -> list[Float[Tensor, " token"]]:
-    """Log-probability of each token of each answer while the model is steered; the answers' tokens count as generated ones, gates work.
+    """Return the log-probability of each token of each answer while the model is steered.
+
+    The answers' tokens count as generated ones, and gates work.
 
     Args:
         model: A hooked model.
         completions: Answers, by their token ids.
         interventions: Those of each completion, in order.
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
     Returns:
-        One float32 vector an answer, on the CPU, natural logarithms; empty for an empty answer.
+        One float32 vector per answer, on the CPU, natural logarithms; empty for an empty answer.
 
     Raises:
-        ValueError: If there is not one entry a completion.
+        ValueError: If there is not one entry per completion.
     """
     _check_one_each("interventions", interventions, completions)
     scored: list[Tensor] = [torch.zeros(0) for _ in completions]
-    for own, real, tokens, run in _fixed_answers(model, completions, batch_size, transfer):
-        chosen = run(interventions).gather(2, tokens[..., None])[..., 0].cpu()
-        for row, i in enumerate(own):
-            scored[i] = chosen[row, : int(real[row].sum())].clone()
+    for places, real, tokens, run in _fixed_answers(model, completions, batch_size, transfer):
+        log_probs = run(interventions).gather(2, tokens[..., None])[..., 0].cpu()
+        for row, i in enumerate(places):
+            scored[i] = log_probs[row, : int(real[row].sum())].clone()
     return scored
 
 
@@ -144,30 +149,33 @@ def answer_kl(
     batch_size: int = 24,
     transfer: bool = False,
 ) -> dict[str, float]:
-    """How far interventions move the model's next-token distributions along answers that are fixed: KL(unsteered || steered).
+    """Measure how far interventions move next-token distributions: KL(unsteered || steered).
+
+    The answers along which it is measured are fixed.
 
     Args:
         model: A hooked model.
-        completions: Unsteered answers, by their token ids; what is asked of neutral prompts, mostly.
-        conditions: Name to the interventions of each completion, in order. The answers' tokens count as generated ones.
-        batch_size: Rows a batch.
+        completions: Unsteered answers, by their token ids; mostly those to neutral prompts.
+        conditions: Name to the interventions of each completion, in order. The answers' tokens
+            count as generated ones.
+        batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
     Returns:
-        Name to nats a token, the mean over all answer tokens.
+        Name to nats per token, the mean over all answer tokens.
 
     Raises:
-        ValueError: If no answer has a token, or a condition has not one entry a completion.
+        ValueError: If no answer has a token, or a condition has not one entry per completion.
     """
-    for name, own in conditions.items():
-        _check_one_each(f"{name!r}", own, completions)
+    for name, interventions in conditions.items():
+        _check_one_each(f"{name!r}", interventions, completions)
     if not any(completion.tokens for completion in completions):
         raise ValueError("no answer has a token: there is no distribution to compare.")
     sums, n_tokens = dict.fromkeys(conditions, 0.0), 0
     for _, real, _, run in _fixed_answers(model, completions, batch_size, transfer):
         base = run([() for _ in completions])
-        for name, of in conditions.items():
-            apart = (base.exp() * (base - run(of))).sum(dim=-1)
+        for name, interventions in conditions.items():
+            apart = (base.exp() * (base - run(interventions))).sum(dim=-1)
             sums[name] += float(apart[real].sum())
         n_tokens += int(real.sum())
     return {name: total / n_tokens for name, total in sums.items()}
@@ -178,20 +186,24 @@ def _fixed_answers(
 ) -> Iterator[
     tuple[list[int], Tensor, Tensor, Callable[[Sequence[Sequence[Intervention]]], Tensor]]
 ]:
-    """Batches of answers behind their prompts: places, which tokens are real, the tokens, and a pass to log-probabilities."""
+    """Yield batches of answers behind their prompts.
+
+    Each has the places of its answers, which tokens are real, the tokens, and a function from the
+    interventions of all completions to log-probabilities.
+    """
     rows = encode(model, [completion.prompt for completion in completions])
     places = sorted(
         (i for i, c in enumerate(completions) if c.tokens), key=lambda i: len(rows[i].ids)
     )
     device = next(iter(model.parameters())).device
     for start in range(0, len(places), batch_size):
-        own = places[start : start + batch_size]
-        asked = [rows[i] for i in own]
+        batch_places = places[start : start + batch_size]
+        asked = [rows[i] for i in batch_places]
         prompt = pad(asked, pad_id=pad_id(model), side="left", device=device)
-        longest = max(len(completions[i].tokens) for i in own)
-        tokens = torch.full((len(own), longest), pad_id(model), device=device)
-        real = torch.zeros((len(own), longest), dtype=torch.bool, device=device)
-        for row, i in enumerate(own):
+        longest = max(len(completions[i].tokens) for i in batch_places)
+        tokens = torch.full((len(batch_places), longest), pad_id(model), device=device)
+        real = torch.zeros((len(batch_places), longest), dtype=torch.bool, device=device)
+        for row, i in enumerate(batch_places):
             n = len(completions[i].tokens)
             tokens[row, :n], real[row, :n] = (
                 torch.tensor(completions[i].tokens, device=device),
@@ -205,13 +217,17 @@ def _fixed_answers(
 
         def run(
             interventions: Sequence[Sequence[Intervention]],
-            own: Sequence[int] = own,
+            batch_places: Sequence[int] = batch_places,
             both: Tensor = both,
             mask: Tensor = mask,
             content: Tensor = content,
             n_prompt: int = n_prompt,
         ) -> Tensor:
-            changes = [one.for_rows([row]) for row, i in enumerate(own) for one in interventions[i]]
+            changes = [
+                one.for_rows([row])
+                for row, i in enumerate(batch_places)
+                for one in interventions[i]
+            ]
             steered = intervene(
                 model, changes, prompt_length=n_prompt, content=content, transfer=transfer
             )
@@ -219,7 +235,7 @@ def _fixed_answers(
                 logits, _ = last_logits(model, both, mask, both.shape[1] - n_prompt + 1)
             return logits[:, :-1].float().log_softmax(dim=-1)
 
-        yield own, real, tokens, run
+        yield batch_places, real, tokens, run
 
 
 def _check_one_each(what: str, given: Sequence[object], completions: Sequence[Completion]) -> None:
