@@ -36,7 +36,7 @@ def answer_log_probs(
     system_prompt: str | None = None,
     batch_size: int = 16,
 ) -> list[Float[Tensor, " token"]]:
-    """Return the log-probability of each token of each answer, teacher-forced behind its prompt.
+    """Return each answer's token log-probabilities, teacher-forced behind its prompt.
 
     Args:
         model: A hooked model; without interventions this scores steered answers under the
@@ -68,8 +68,8 @@ def answer_log_probs(
                 device=device,
             )
             mask = torch.cat([batch.mask.new_ones(len(places), n_prefix), batch.mask], dim=1)
-            nobody = torch.zeros(len(places), dtype=torch.long, device=device)
-            cache = rows_of_cache(prefix, nobody) if prefix is not None else None
+            only_row = torch.zeros(len(places), dtype=torch.long, device=device)
+            cache = rows_of_cache(prefix, only_row) if prefix is not None else None
             longest = max(len(completions[i].tokens) for i in places)
             logits, _ = last_logits(model, batch.tokens, mask, longest + 1, cache=cache)
             targets = batch.tokens[:, -longest:, None]
