@@ -21,12 +21,15 @@ from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 
 if TYPE_CHECKING:
     import pandas as pd
+    from jaxtyping import Float
+    from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
 
 
 LETTERS = "ABCDEFGH"
+"""Names of the columns of choices, and of the answers, in files of lettered choices."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class Question:
     """Hold a multiple-choice question.
 
     Attributes:
-        id: Name.
-        text: The question.
-        choices: Two or more.
-        answer: Place of the right one, from 0.
+        id: Name of the question.
+        text: What is asked.
+        choices: The answers to choose from, two or more.
+        answer: Place of the right choice, from 0.
     """
 
     id: str
@@ -61,20 +64,13 @@ def read_questions(path: PathLike | None = None) -> list[Question]:
     path = data_path("capability.jsonl") if path is None else path
     questions = []
     for number, row in enumerate(read_rows(path), 1):
-        given = row.get("choices")
-        choices = (
-            [str(c) for c in given]
-            if isinstance(given, Sequence) and not isinstance(given, str)
-            else []
-        )
-        lettered = [str(row.get(letter) or "").strip() for letter in LETTERS]
-        choices = choices or list(itertools.takewhile(bool, lettered))
+        choices = _choices(row)
         text, answer = str(row.get("question") or "").strip(), row.get("answer")
         place = _place(answer, choices)
         if not text or len(choices) < 2 or place is None:
             raise ValueError(
-                f"{path}, row {number}: a question, two choices or more (choices, or A, B, ...) and "
-                f"an answer among them are needed, got question {text!r:.40}, {len(choices)} "
+                f"{path}, row {number}: a question, two choices or more (choices, or A, B, ...) "
+                f"and an answer among them are needed, got question {text!r:.40}, {len(choices)} "
                 f"choices, answer {answer!r:.20}."
             )
         name = str(row.get("id") or f"{Path(path).stem}-{number}")
@@ -90,7 +86,7 @@ def multiple_choice(
     batch_size: int = 32,
     transfer: bool = False,
 ) -> pd.DataFrame:
-    """Count the questions whose right choice is the likeliest.
+    """Measure the share of questions whose right choice is the likeliest.
 
     The mean log-probability per token counts, as in the evaluation harness's acc_norm.
 
@@ -122,14 +118,10 @@ def multiple_choice(
     ]
     right: dict[str, list[bool]] = {}
     for name, interventions in _for_all(conditions).items():
-        scored = steered_log_probs(
+        log_probs = steered_log_probs(
             model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
         )
-        values = iter(float(x.mean()) if len(x) else float("-inf") for x in scored)
-        right[name] = []
-        for q in questions:
-            by_choice = [next(values) for _ in q.choices]
-            right[name].append(by_choice.index(max(by_choice)) == q.answer)
+        right[name] = _answered_rightly(questions, log_probs)
     chance = sum(1 / len(q.choices) for q in questions) / len(questions)
     rows = []
     for name, is_right in right.items():
@@ -143,6 +135,18 @@ def multiple_choice(
         row["p"] = mcnemar(right[UNSTEERED], is_right).p if name != UNSTEERED else float("nan")
         rows.append(row | {"n": estimate.n})
     return pd.DataFrame(rows)
+
+
+def _answered_rightly(
+    questions: Sequence[Question], log_probs: Sequence[Float[Tensor, " token"]]
+) -> list[bool]:
+    """Say of each question whether its right choice is the likeliest, by the mean per token."""
+    means = iter(float(choice.mean()) if len(choice) else float("-inf") for choice in log_probs)
+    rightly = []
+    for question in questions:
+        by_choice = [next(means) for _ in question.choices]
+        rightly.append(by_choice.index(max(by_choice)) == question.answer)
+    return rightly
 
 
 def text_perplexity(
@@ -178,16 +182,14 @@ def text_perplexity(
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError("no text: there is no perplexity to measure.")
-    answers = [
-        _fixed(
-            model,
-            Prompt(f"text-{i}", "Continue.", None, HARMLESS, "neutral", "capability"),
-            text,
-            max_tokens,
-        )
-        for i, text in enumerate(texts)
+    prompts = [
+        Prompt(f"text-{i}", "Continue.", None, HARMLESS, "neutral", "capability")
+        for i in range(len(texts))
     ]
-    log_perplexities = {}
+    answers = [
+        _fixed(model, prompt, text, max_tokens) for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    log_perplexities: dict[str, list[float]] = {}
     for name, interventions in _for_all(conditions).items():
         scored = steered_log_probs(
             model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
@@ -207,13 +209,19 @@ def text_perplexity(
 
 
 def _against(before: Sequence[float], after: Sequence[float], name: str) -> dict[str, float]:
+    """Return the paired difference to the unsteered model, nan for the unsteered model itself."""
     if name == UNSTEERED:
         return dict.fromkeys(("difference", "difference_low", "difference_high"), float("nan"))
-    d = paired_difference(before, after)
-    return {"difference": d.value, "difference_low": d.low, "difference_high": d.high}
+    estimate = paired_difference(before, after)
+    return {
+        "difference": estimate.value,
+        "difference_low": estimate.low,
+        "difference_high": estimate.high,
+    }
 
 
 def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Intervention]]:
+    """Put the unsteered model first, and check that each condition is one list of interventions."""
     lists: dict[str, Sequence[Intervention]] = {UNSTEERED: ()}
     for name, condition in conditions.items():
         if isinstance(condition, Mapping):
@@ -228,11 +236,23 @@ def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Interven
 def _fixed(
     model: HookedModel, prompt: Prompt, text: str, max_tokens: int | None = None
 ) -> Completion:
-    tokens = token_ids(model, text)[:max_tokens]
+    """Make a text, cut to ``max_tokens``, the completion of a prompt."""
+    ids: Callable[..., Any] = model.tokenizer
+    tokens = tuple(int(i) for i in ids(text, add_special_tokens=False)["input_ids"][:max_tokens])
     return Completion(prompt, text, tokens, "eos", UNSTEERED)
 
 
+def _choices(row: Mapping[str, Any]) -> list[str]:
+    """Return the choices of a row: its list, or else its lettered columns up to an empty one."""
+    listed = row.get("choices")
+    if isinstance(listed, Sequence) and not isinstance(listed, str) and listed:
+        return [str(choice) for choice in listed]
+    lettered = [str(row.get(letter) or "").strip() for letter in LETTERS]
+    return list(itertools.takewhile(bool, lettered))
+
+
 def _place(answer: Any, choices: Sequence[str]) -> int | None:
+    """Return the right choice's place from a place, a letter or its words; None if it is none."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         return answer if 0 <= answer < len(choices) else None
     text = str(answer if answer is not None else "").strip()

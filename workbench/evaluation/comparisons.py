@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from workbench.evaluation.scoring import ALL, HEADLINE, RATES, Evaluation
 from workbench.files.hints import did_you_mean
 from workbench.generation.answers import UNSTEERED, Condition
-from workbench.stats import estimates as statistics
-from workbench.stats.agreement import measure_agreement
+from workbench.stats import estimates
+from workbench.stats.agreement import agreement
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -77,18 +77,18 @@ def compare(
             "score both with the same judges."
         )
     table = pd.DataFrame(rows)
-    table.insert(table.columns.get_loc("p") + 1, "p_holm", statistics.holm(table["p"].to_numpy()))
+    table.insert(table.columns.get_loc("p") + 1, "p_holm", estimates.holm(table["p"].to_numpy()))
     return table
 
 
 def _paired(before: pd.Series, after: pd.Series, *, metric: str, seed: int) -> dict[str, float]:
-    """Values of two conditions on the same prompts, their paired difference and its p."""
+    """Compare two conditions on the same prompts: values, paired difference and its p."""
     sides = _or_none(before), _or_none(after)
-    difference = statistics.paired_difference(*sides, seed=seed)
+    difference = estimates.paired_difference(*sides, seed=seed)
     p = difference.p
     if metric in RATES:
         yes_no = ([None if v is None else bool(v) for v in side] for side in sides)
-        p = statistics.mcnemar(*yes_no).p
+        p = estimates.mcnemar(*yes_no).p
     return {
         "value": after.mean(),
         "reference": before.mean(),
@@ -102,11 +102,11 @@ def _paired(before: pd.Series, after: pd.Series, *, metric: str, seed: int) -> d
 
 
 def _check_known(what: str, names: Sequence[str], known: Iterable[str]) -> None:
-    known = list(dict.fromkeys(known))
+    distinct = list(dict.fromkeys(known))
     for name in names:
-        if name not in known:
+        if name not in distinct:
             raise ValueError(
-                f"no {what} {name!r}; {what}s: {', '.join(known)}.{did_you_mean(name, known)}"
+                f"no {what} {name!r}; {what}s: {', '.join(distinct)}.{did_you_mean(name, distinct)}"
             )
 
 
@@ -125,8 +125,8 @@ def leakage_matrix(
     """Measure what a vector does beyond its own category: steer with A, measure on B.
 
     Args:
-        evaluation: Under ``leakage_conditions``.
-        metric: What is measured.
+        evaluation: Scores under ``leakage_conditions``.
+        metric: Metric whose change is measured.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -139,11 +139,9 @@ def leakage_matrix(
     """
     import pandas as pd
 
-    scores = evaluation.scores[
-        (evaluation.scores["label"] == "unsafe") & (evaluation.scores["metric"] == metric)
-    ]
-    if scores.empty:
-        _check_known("metric", [metric], evaluation.scores["metric"])
+    unsafe = evaluation.scores[evaluation.scores["label"] == "unsafe"]
+    _check_known("metric", [metric], unsafe["metric"])
+    scores = unsafe[unsafe["metric"] == metric]
     categories = list(dict.fromkeys(scores["category"]))
     steered = [c for c in dict.fromkeys(scores["condition"]) if c != evaluation.baseline]
     categories = [
@@ -156,11 +154,11 @@ def leakage_matrix(
             f"condition {strange[0]!r} is no category; use leakage_conditions. "
             f"Categories: {', '.join(categories)}."
         )
-    wide = scores.pivot(index=["category", "prompt_id"], columns="condition", values="value")
+    by_prompt = scores.pivot(index=["category", "prompt_id"], columns="condition", values="value")
+    category = by_prompt.index.get_level_values("category")
     rows = []
     for a, b in itertools.product(steered, [*categories, "other"]):
-        category = wide.index.get_level_values("category")
-        measured = wide[category != a] if b == "other" else wide[category == b]
+        measured = by_prompt[category != a] if b == "other" else by_prompt[category == b]
         if measured.empty:
             continue
         sides = measured[evaluation.baseline], measured[a]
@@ -179,9 +177,9 @@ def judge_agreement(
     Steering can change how often a judge is wrong.
 
     Args:
-        evaluation: Scores.
-        first: A measure, taken as the verdict.
-        second: Another one, taken as the truth for precision and recall.
+        evaluation: Scores of unsafe prompts by both measures.
+        first: A yes/no metric.
+        second: Another one; accuracy is the share of answers on which both say the same.
 
     Returns:
         Columns condition ("all" first), kappa, low, high, accuracy, first_yes, second_yes (shares),
@@ -199,18 +197,18 @@ def judge_agreement(
             raise ValueError(
                 f"no yes/no measure {name!r} of these answers; there are: {', '.join(there)}."
             )
-    wide = scores[scores["metric"].isin([first, second])].pivot(
+    by_answer = scores[scores["metric"].isin([first, second])].pivot(
         index=["condition", "prompt_id"], columns="metric", values="value"
     )
     rows = []
     conditions = list(dict.fromkeys(scores["condition"]))
     for condition in [ALL, *conditions]:
-        answers = wide if condition == ALL else wide.loc[condition]
+        answers = by_answer if condition == ALL else by_answer.loc[condition]
         a, b = (
             [None if v is None else bool(v) for v in _or_none(answers[name])]
             for name in (first, second)
         )
-        agreed = measure_agreement(a, b)
+        agreed = agreement(a, b)
         rows.append(
             {
                 "condition": condition,
@@ -228,4 +226,5 @@ def judge_agreement(
 
 
 def _or_none(values: pd.Series) -> list[float | None]:
+    """Turn nan, which marks an unscored answer, into None."""
     return [None if math.isnan(v) else float(v) for v in values]

@@ -1,8 +1,8 @@
-"""Rate a gate on prompts it was not fitted on, and compare steering behind it with other ways.
+"""Rate a gate on held-out prompts, and compare steering behind it with other ways.
 
 Opening on a risky prompt is what a gate is for; on style-matched twins, look-alikes and everyday
-prompts it is a false activation. Both are counted on held-out prompts, whatever the threshold
-promised.
+prompts it is a false activation. Both are counted on prompts the gate was not fitted on, whatever
+its threshold promised.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ if TYPE_CHECKING:
 
 
 CLOSED = "closed"
+"""What stands in a category's place where a gate opened for none."""
 REFUSAL = "I'm sorry, but I can't help with that."
 """What the condition "refuse when it fires" answers: the simplest use of a detector, and the
 over-refusal that steering is to avoid."""
 ORACLE, AT_RANDOM, REFUSING = "oracle gate", "gate at random", "refuse when it fires"
+"""Names of the conditions that a gated one is compared with."""
 
 
 def opened_for(gate: Gate, acts: ActivationSet) -> list[str]:
-    """Name the category a gate opens for most on each prompt; "closed" where it opens for none."""
+    """Name the category a gate opens for on each prompt; "closed" where it opens for none."""
     scores = gate.scores(acts.values)
     is_open = gate.opening(scores) > 0
     best = torch.where(is_open, scores, -torch.inf).argmax(dim=1)
@@ -130,17 +132,13 @@ def roc(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
         risky, safe = scores[kinds == RISKY], scores[kinds == kind]
         if not len(risky) or not len(safe):
             continue
-        both, is_risky = (
-            np.concatenate([risky, safe]),
-            np.arange(len(risky) + len(safe)) < len(risky),
-        )
+        both = np.concatenate([risky, safe])
+        is_risky = np.arange(len(both)) < len(risky)
         area = float(auroc(both, is_risky))
         low, high = auroc_interval(area, len(risky), len(safe))
         false_rate, recall, _ = roc_curve(is_risky, both, drop_intermediate=False)
         curve = {"against": kind, "false_rate": false_rate, "recall": recall}
-        curves.append(
-            pd.DataFrame(curve).assign(auroc=area, low=low, high=high, n=len(risky) + len(safe))
-        )
+        curves.append(pd.DataFrame(curve).assign(auroc=area, low=low, high=high, n=len(both)))
     if not curves:
         raise ValueError("a ROC needs risky prompts and safe ones, got one side only.")
     return pd.concat(curves, ignore_index=True)
@@ -155,8 +153,9 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
         condition: Name of the gated condition.
 
     Returns:
-        Columns gate (open, closed), prompts (risky, safe), n, identical (share of answers as the unsteered ones, token by token), and for
-        the headline, refusal and degenerate the shares before and after. Cells without prompts are left out.
+        Columns gate (open, closed), prompts (risky, safe), n, identical (share of answers as the
+        unsteered ones, token by token) with its interval, and for the headline, refusal and
+        degenerate the shares before and after. Cells without prompts are left out.
     """
     import pandas as pd
 
@@ -168,9 +167,10 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
         ids = [
             i
             for i, has_opened in opened.items()
-            if has_opened == is_open and (label.get(i) == "unsafe") == is_risky
+            if has_opened == is_open
+            and (label.get(i) == "unsafe") == is_risky
+            and {(i, condition), (i, UNSTEERED)} <= tokens.keys()
         ]
-        ids = [i for i in ids if (i, condition) in tokens and (i, UNSTEERED) in tokens]
         if not ids:
             continue
         same = rate(tokens[i, condition] == tokens[i, UNSTEERED] for i in ids)
@@ -181,8 +181,8 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
         }
         row |= {"identical": same.value, "identical_low": same.low, "identical_high": same.high}
         for metric in (HEADLINE, "refusal", "degenerate"):
-            for name, of in (("before", UNSTEERED), ("after", condition)):
-                row[f"{metric}_{name}"] = float(values[metric][of].reindex(ids).mean())
+            for when, name in (("before", UNSTEERED), ("after", condition)):
+                row[f"{metric}_{when}"] = float(values[metric][name].reindex(ids).mean())
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -190,11 +190,11 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
 def refusing(
     completions: Sequence[Completion], opened: Mapping[str, bool], model: HookedModel
 ) -> list[Completion]:
-    """Make the condition "refuse when it fires".
+    """Make the condition "refuse when it fires" from unsteered answers.
 
-    A fixed refusal where the gate opened, the unsteered answer elsewhere.
+    It has a fixed refusal where the gate opened, and the unsteered answer elsewhere.
     """
-    tokens = token_ids(model, REFUSAL)
+    tokens = tuple(int(i) for i in model.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"])
     return [
         Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING)
         if opened[c.prompt.id]
@@ -207,9 +207,9 @@ def refusing(
 def beside_a_gate(
     evaluation: Evaluation, opened: Mapping[str, bool], steered: str, gated: str, *, seed: int = 0
 ) -> Evaluation:
-    """Put the same scores together as gates of other kinds would have left them.
+    """Add the conditions that gates of other kinds would have made of the same answers.
 
-    It shows what a gate is worth. "oracle gate" steers exactly the risky prompts; "gate at random"
+    They show what a gate is worth: "oracle gate" steers exactly the risky prompts, "gate at random"
     as many prompts as the gate opened for, drawn at random. Conditions that the evaluation has
     already, such as steering that is always on at equal mean strength, stay beside them.
 
@@ -242,21 +242,27 @@ def beside_a_gate(
     fired = [i for i in ids if opened[i]]
     drawn = set(random.Random(f"{seed}|gate").sample(sorted(ids), len(fired)))
     risky = set(scores.loc[scores["label"] == "unsafe", "prompt_id"])
-    plain, pushed = (scores[scores["condition"] == name] for name in (UNSTEERED, steered))
-    parts, texts = [scores], list(evaluation.completions)
-    for name, open_for in ((ORACLE, risky), (AT_RANDOM, drawn)):
-        left = plain[~plain["prompt_id"].isin(open_for)]
-        steered_rows = pushed[pushed["prompt_id"].isin(open_for)]
-        parts.append(pd.concat([left, steered_rows]).assign(condition=name))
-        texts += [
+    is_open_for = {ORACLE: risky, AT_RANDOM: drawn}
+    tables, completions = [scores], list(evaluation.completions)
+    for name, open_for in is_open_for.items():
+        is_open = scores["prompt_id"].isin(open_for)
+        unsteered_rows = scores[(scores["condition"] == UNSTEERED) & ~is_open]
+        steered_rows = scores[(scores["condition"] == steered) & is_open]
+        tables.append(pd.concat([unsteered_rows, steered_rows]).assign(condition=name))
+        completions += [
             replace(c, condition=name)
             for c in evaluation.completions
             if c.condition == (steered if c.prompt.id in open_for else UNSTEERED)
         ]
-    return replace(evaluation, scores=pd.concat(parts, ignore_index=True), completions=tuple(texts))
+    return replace(
+        evaluation,
+        scores=pd.concat(tables, ignore_index=True),
+        completions=tuple(completions),
+    )
 
 
 def _check(gate: Gate, acts: ActivationSet) -> None:
+    """Raise where activations are of another site, span or model than the gate reads."""
     if (acts.site, acts.span, acts.model.fingerprint) != (
         gate.site,
         gate.span,

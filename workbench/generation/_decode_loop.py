@@ -58,14 +58,14 @@ class Row:
 
 @dataclass(eq=False)
 class _State:
-    """Where a batch is: what the next pass reads, and which rows are still written."""
+    """Hold where a batch is: what the next pass reads, and which rows are still written."""
 
     tokens: Int[Tensor, "row position"]
     mask: Tensor
     cache: Any
     content: Tensor
     alive: Int[Tensor, " row"]
-    """Which row of the results each row of the batch is."""
+    """Row of the results that each row of the batch writes."""
     ended: Tensor
     gates: Any = field(default_factory=dict)
     step: int = 0
@@ -121,7 +121,7 @@ class DecodeLoop:
         caches = []
         for start in range(0, len(self.groups), batch_size):
             groups = range(start, min(start + batch_size, len(self.groups)))
-            with self._steered([(i,) for i in groups], prompt_length=self.n_prefix, gates=None):
+            with self._steered(groups, prompt_length=self.n_prefix, gates=None):
                 prefix = encoded[0].ids[: self.n_prefix]
                 caches.append(prefix_cache(self.model, prefix, rows=len(groups)))
         longest = max(len(row.ids) for row in encoded) + self.max_new_tokens
@@ -147,7 +147,7 @@ class DecodeLoop:
         draws, width = self._draws(rows), state.mask.shape[1]
         below = self._layers_below(rows, state)
         while state.step < self.max_new_tokens:  # one turn for each set of rows alive
-            groups = [(rows[i].group,) for i in state.alive.tolist()]
+            groups = [rows[i].group for i in state.alive.tolist()]
             with (
                 self._steered(
                     groups, prompt_length=width, content=state.content, gates=state.gates
@@ -161,6 +161,7 @@ class DecodeLoop:
         return [self._cut(ids) for ids in written.tolist()]
 
     def _before_the_first_token(self, rows: Sequence[Row], batch: Batch) -> _State:
+        """Set up the state whose next pass reads the prompts."""
         tokens, mask, cache = self._behind_prefix(rows, batch)
         return _State(
             tokens=tokens,
@@ -172,7 +173,7 @@ class DecodeLoop:
         )
 
     def _layers_below(self, rows: Sequence[Row], state: _State) -> Below | None:
-        """What the layers below the lowest steered or read one compute, once per prompt."""
+        """Compute, once per prompt, the layers below the lowest one that is steered or read."""
         steered = [one for row in rows for one in self.groups[row.group]]
         sites = (site for one in steered for site in (one.site, one.gate and one.gate.site) if site)
         lowest = min((site.layer for site in sites), default=0)
@@ -201,7 +202,7 @@ class DecodeLoop:
                 return
 
     def _behind_prefix(self, rows: Sequence[Row], batch: Batch) -> tuple[Tensor, Tensor, Any]:
-        """Cut the shared prefix off: the rest, the mask of both, the cache that holds the prefix."""
+        """Return the tokens behind the shared prefix, the mask of both, and the prefix's cache."""
         if self.prefix is None:
             return batch.tokens, batch.mask, None
         n = self.n_prefix
@@ -212,17 +213,17 @@ class DecodeLoop:
         )
         return rest.tokens, torch.cat([rest.mask.new_ones(len(rows), n), rest.mask], dim=1), cache
 
-    def _steered(self, groups_of_rows: Sequence[tuple[int]], *, gates: Any, **keywords: Any) -> Any:
-        """Enter a context in which each row has its group's interventions.
+    def _steered(self, group_of_row: Sequence[int], *, gates: Any, **keywords: Any) -> Any:
+        """Return a context in which each row has its group's interventions.
 
         Where ``gates`` is None, gated ones are left out.
         """
         rows_of: dict[int, list[int]] = {}
-        for row, (group,) in enumerate(groups_of_rows):
+        for row, group in enumerate(group_of_row):
             rows_of.setdefault(group, []).append(row)
-        everyone = len(rows_of) == 1
+        is_one_group = len(rows_of) == 1
         interventions = [
-            intervention if everyone else intervention.for_rows(group_rows)
+            intervention if is_one_group else intervention.for_rows(group_rows)
             for group, group_rows in rows_of.items()
             for intervention in self.groups[group]
             if gates is not None or intervention.gate is None
@@ -232,7 +233,7 @@ class DecodeLoop:
     def _choose(
         self, logits: Float[Tensor, "batch d_vocab"], draws: Float[Tensor, " batch"] | None
     ) -> Int[Tensor, " batch"]:
-        """The next token of each row: the most likely one, or the one its random number falls on."""
+        """Choose each row's next token: the likeliest, or the one its random number falls on."""
         if draws is None:
             return logits.argmax(dim=-1)
         probabilities = torch.softmax(logits.double() / self.decoding.temperature, dim=-1)
@@ -254,11 +255,12 @@ class DecodeLoop:
         return torch.stack(draws).to(self.device)
 
     def _worth_dropping(self, ended: Tensor) -> bool:
-        """Whether so many rows have ended that a smaller batch pays for copying the cache."""
+        """Say whether so many rows have ended that a smaller batch pays for copying the cache."""
         n_ended = int(ended.sum())
         return n_ended == len(ended) or n_ended >= max(1, len(ended) // 8)
 
     def _cut(self, ids: list[int]) -> tuple[list[int], Literal["eos", "length"]]:
+        """Cut an answer before its first end token, and say how it ended."""
         stops = set(self.stops.tolist())
         for place, token in enumerate(ids):
             if token in stops:
@@ -269,14 +271,14 @@ class DecodeLoop:
 def _most_likely(
     probabilities: Float[Tensor, "batch d_vocab"], top_p: float
 ) -> Float[Tensor, "batch d_vocab"]:
-    """The probabilities of the fewest most likely tokens that reach ``top_p``; 0 for the others."""
+    """Keep the probabilities of the fewest tokens that together reach ``top_p``; 0 elsewhere."""
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     outside = ordered.cumsum(dim=-1) - ordered >= top_p
     return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))
 
 
 def rows_that_fit(model: HookedModel, n_tokens: int) -> tuple[int, int]:
-    """Return how many rows a batch has by default, and the bytes of keys and values of one row.
+    """Count the rows a batch has by default, and the bytes of keys and values of one row.
 
     Args:
         model: A hooked model.

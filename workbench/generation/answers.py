@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 UNSTEERED = "unsteered"
+"""Name of the condition in which nothing is done to the model."""
 
 
 Condition = Sequence[Intervention] | Mapping[str, Sequence[Intervention]]
@@ -160,11 +161,9 @@ def sweep(
 def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
     if not prompts or not conditions:
         raise ValueError("nothing to answer: give at least one prompt and one condition.")
-    most_common, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
+    prompt_id, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
     if times > 1:
-        raise ValueError(
-            f"prompt {most_common!r} comes {times} times; ids must be unique in a set."
-        )
+        raise ValueError(f"prompt {prompt_id!r} comes {times} times; ids must be unique in a set.")
 
 
 def _answer_missing(
@@ -204,20 +203,20 @@ def _answer_missing(
         bar.update(len(rows) - n_waiting)
         loop.share_prefix([row.encoded for row in rows], batch_size)
         for batch in waiting:
-            new = []
+            lines = []
             for row, (tokens, finish) in zip(batch, loop.run(batch), strict=True):
                 if row.key in answers:
                     continue
                 text = decode(loop.model, tokens)
                 answers[row.key] = {"text": text, "tokens": tokens, "finish": finish}
-                names = {
+                line = {
                     "key": row.key,
                     "prompt_id": row.encoded.prompt.id,
                     "condition": row.condition,
                 }
-                new.append(names | answers[row.key])
+                lines.append(line | answers[row.key])
             if output is not None:
-                append_jsonl(output, new)
+                append_jsonl(output, lines)
             bar.update(len(batch))
 
 
@@ -238,17 +237,17 @@ def _rows(
     *,
     with_keys: bool,
 ) -> tuple[list[Row], list[list[Intervention]]]:
-    """One row per condition and prompt, and the distinct lists of interventions they point to.
+    """Make a row per condition and prompt, and the lists of interventions the rows point to.
 
     A row's key says everything that decides its answer; without ``with_keys`` (no file keeps
     the answers) the interventions are left out of it.
     """
     settings = _settings(model, decoding)
-    known = {row.prompt.id for row in encoded} | {row.prompt.category for row in encoded}
-    groups: list[list[Intervention]] = [[]]
+    known_owners = {row.prompt.id for row in encoded} | {row.prompt.category for row in encoded}
+    groups: list[list[Intervention]] = [[]]  # group 0: nothing is done
     rows = []
     for name, condition in conditions.items():
-        lists = _lists_by_owner(name, condition, known)
+        lists = _lists_by_owner(name, condition, known_owners)
         group_of, description_of = {}, {}
         for owner, interventions in lists.items():
             _check_condition(model, name, interventions, transfer)
@@ -257,8 +256,9 @@ def _rows(
             if interventions:
                 groups.append(interventions)
         for row in encoded:
-            owners = (row.prompt.id, row.prompt.category)
-            owner = next((name for name in owners if name in group_of), None)
+            # A prompt's own list comes before its category's.
+            candidates = (row.prompt.id, row.prompt.category)
+            owner = next((candidate for candidate in candidates if candidate in group_of), None)
             begun = [row.prompt.response] if row.response[1] > row.response[0] else []
             what_is_done = description_of.get(owner, [])
             key = key_of([settings, row.prompt.id, row.prompt.text, name, what_is_done, *begun])
@@ -267,7 +267,7 @@ def _rows(
 
 
 def _settings(model: HookedModel, decoding: Decoding) -> dict[str, Any]:
-    """Everything beside prompt and interventions that decides an answer."""
+    """Collect everything beside prompt and interventions that decides an answer."""
     sampled = decoding.temperature > 0
     return {
         "model": model_info(model).fingerprint,
@@ -280,17 +280,17 @@ def _settings(model: HookedModel, decoding: Decoding) -> dict[str, Any]:
 
 
 def _lists_by_owner(
-    name: str, condition: Condition, known: set[str]
+    name: str, condition: Condition, known_owners: set[str]
 ) -> dict[str | None, list[Intervention]]:
-    """Interventions of a condition by prompt id or category; None stands for every prompt."""
+    """Map prompt ids or categories to a condition's interventions; None means every prompt."""
     if not isinstance(condition, Mapping):
         return {None: list(condition)}
     lists: dict[str | None, list[Intervention]] = {k: list(v) for k, v in condition.items()}
-    if any(lists.values()) and known.isdisjoint(condition):
+    if any(lists.values()) and known_owners.isdisjoint(condition):
         given = str(next(iter(condition)))
         raise ValueError(
             f"condition {name!r} would steer nothing: no prompt has id or category {given!r}."
-            f"{did_you_mean(given, known)}"
+            f"{did_you_mean(given, known_owners)}"
         )
     return lists
 
@@ -307,7 +307,7 @@ def _check_condition(
 
 
 def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Answers of earlier calls, by key."""
+    """Read the answers of earlier calls, by key."""
     if output is None or not Path(output).exists():
         return {}
     return {

@@ -1,4 +1,4 @@
-"""How answers are decoded: their length, sampling, batches and the system turn."""
+"""Say how answers are decoded: their length, sampling, batches and the system turn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Decoding:
-    """Settings of the decode loop; the default is greedy decoding of 64 tokens.
+    """Hold the settings of the decode loop; the default is greedy decoding of 64 tokens.
 
     Attributes:
         max_new_tokens: Longest answer, in tokens.
@@ -17,8 +17,8 @@ class Decoding:
             1 samples among all. It has no effect at temperature 0.
         seed: Seed for sampling: the same seed, prompt and step give the same random number in
             any batch and under every condition, so comparisons are paired.
-        batch_size: Rows (prompts x conditions) per batch, at most; None takes as many as have
-            room for their keys and values in 1 GiB, up to 96.
+        batch_size: Largest number of rows (prompts x conditions) per batch; None takes as many
+            as 1 GiB holds the keys and values of, up to 96.
         system_prompt: Words for the system turn; None leaves it to the chat template.
 
     Raises:
