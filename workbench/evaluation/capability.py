@@ -237,8 +237,7 @@ def _fixed(
     model: HookedModel, prompt: Prompt, text: str, max_tokens: int | None = None
 ) -> Completion:
     """Make a text, cut to ``max_tokens``, the completion of a prompt."""
-    ids: Callable[..., Any] = model.tokenizer
-    tokens = tuple(int(i) for i in ids(text, add_special_tokens=False)["input_ids"][:max_tokens])
+    tokens = token_ids(model, text)[:max_tokens]
     return Completion(prompt, text, tokens, "eos", UNSTEERED)
 
 

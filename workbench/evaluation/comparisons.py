@@ -13,7 +13,7 @@ from workbench.evaluation.scoring import ALL, HEADLINE, RATES, Evaluation
 from workbench.files.hints import did_you_mean
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.stats import estimates
-from workbench.stats.agreement import agreement
+from workbench.stats.agreement import measure_agreement
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -208,7 +208,7 @@ def judge_agreement(
             [None if v is None else bool(v) for v in _or_none(answers[name])]
             for name in (first, second)
         )
-        agreed = agreement(a, b)
+        agreed = measure_agreement(a, b)
         rows.append(
             {
                 "condition": condition,

@@ -194,7 +194,7 @@ def refusing(
 
     It has a fixed refusal where the gate opened, and the unsteered answer elsewhere.
     """
-    tokens = tuple(int(i) for i in model.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"])
+    tokens = token_ids(model, REFUSAL)
     return [
         Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING)
         if opened[c.prompt.id]

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from workbench.models.forward import (
-    allows_padding_behind,
-    has_key_value_cache,
-    last_logits,
-    prefix_cache,
-    rows_of_cache,
-    shared_prefix_length,
-)
-from workbench.models.tokens import Encoded, encode, pad, pad_id, span_mask
+from workbench.models.batches import batches_by_length, pad, pad_ids, share_prefix, span_mask
+from workbench.models.forward import last_logits
+from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.steering.apply import intervene
 
 if TYPE_CHECKING:
@@ -36,7 +30,7 @@ def answer_log_probs(
     system_prompt: str | None = None,
     batch_size: int = 16,
 ) -> list[Float[Tensor, " token"]]:
-    """Return each answer's token log-probabilities, teacher-forced behind its prompt.
+    """Return the log-probability of each token of each answer behind its prompt (teacher forced).
 
     Args:
         model: A hooked model; without interventions this scores steered answers under the
@@ -51,27 +45,31 @@ def answer_log_probs(
     """
     scored: list[Tensor] = [torch.zeros(0) for _ in completions]
     rows = _with_answers(model, completions, system_prompt)
-    order = sorted(
-        (i for i, row in enumerate(rows) if completions[i].tokens), key=lambda i: -len(rows[i].ids)
-    )
-    if not order:
+    answered = [i for i, completion in enumerate(completions) if completion.tokens]
+    if not answered:
         return scored
+    lengths = [len(rows[i].ids) for i in answered]
     device = next(iter(model.parameters())).device
     with torch.no_grad():
-        n_prefix, prefix = _shared_prefix(model, [rows[i] for i in order])
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+        prefix = share_prefix(
+            model,
+            [rows[i] for i in answered],
+            keep=lambda row: row.response[0] - 1,
+            padded_columns=max(lengths),
+        )
+        for batch_places in batches_by_length(lengths, batch_size):
+            places = [answered[place] for place in batch_places]
             batch = pad(
-                [dataclasses.replace(rows[i], ids=rows[i].ids[n_prefix:]) for i in places],
+                [dataclasses.replace(rows[i], ids=rows[i].ids[prefix.length :]) for i in places],
                 pad_id=pad_id(model),
                 side="left",
                 device=device,
             )
-            mask = torch.cat([batch.mask.new_ones(len(places), n_prefix), batch.mask], dim=1)
-            only_row = torch.zeros(len(places), dtype=torch.long, device=device)
-            cache = rows_of_cache(prefix, only_row) if prefix is not None else None
+            mask = torch.cat([batch.mask.new_ones(len(places), prefix.length), batch.mask], dim=1)
             longest = max(len(completions[i].tokens) for i in places)
-            logits, _ = last_logits(model, batch.tokens, mask, longest + 1, cache=cache)
+            logits, _ = last_logits(
+                model, batch.tokens, mask, longest + 1, cache=prefix.for_rows(len(places))
+            )
             targets = batch.tokens[:, -longest:, None]
             logits = logits[:, :-1].float()
             log_probs = (logits.gather(2, targets)[..., 0] - logits.logsumexp(dim=-1)).cpu()
@@ -94,17 +92,6 @@ def _with_answers(
         ids = encoded.ids + completion.tokens
         rows.append(dataclasses.replace(encoded, ids=ids, response=response))
     return rows
-
-
-def _shared_prefix(model: HookedModel, rows: Sequence[Encoded]) -> tuple[int, Any]:
-    """Compute what all rows begin with: its length and its cache; 0 and None where none is."""
-    if not has_key_value_cache(model):
-        return 0, None
-    n_prefix = shared_prefix_length(rows, keep=lambda row: row.response[0] - 1)
-    prefix = prefix_cache(model, rows[0].ids[:n_prefix]) if n_prefix else None
-    if prefix is not None and not allows_padding_behind(prefix, len(rows[0].ids)):
-        return 0, None
-    return n_prefix, prefix
 
 
 def steered_log_probs(
@@ -195,18 +182,14 @@ def _fixed_answers(
     answered = [i for i, completion in enumerate(completions) if completion.tokens]
     lengths = [len(rows[i].ids) for i in answered]
     device = next(iter(model.parameters())).device
-    for start in range(0, len(places), batch_size):
-        batch_places = places[start : start + batch_size]
+    for places in batches_by_length(lengths, batch_size, longest_first=False):
+        batch_places = [answered[place] for place in places]
         asked = [rows[i] for i in batch_places]
         prompt = pad(asked, pad_id=pad_id(model), side="left", device=device)
-        longest = max(len(completions[i].tokens) for i in batch_places)
-        tokens = torch.full((len(batch_places), longest), pad_id(model), device=device)
-        real = torch.zeros((len(batch_places), longest), dtype=torch.bool, device=device)
-        for row, i in enumerate(batch_places):
-            n = len(completions[i].tokens)
-            tokens[row, :n], real[row, :n] = (
-                torch.tensor(completions[i].tokens, device=device),
-                True,
+        tokens, real = (
+            tensor.to(device)
+            for tensor in pad_ids(
+                [completions[i].tokens for i in batch_places], pad_id=pad_id(model), side="right"
             )
         )
         both, mask = (
