@@ -53,12 +53,14 @@ def printed(real_model):
     return outputs, names
 
 
+@pytest.mark.slow
 def test_the_quick_start_prints_what_readme_shows(printed):
     expected = [output for _, output in code_and_outputs(README)]
     assert any(expected)
     assert printed[0] == expected
 
 
+@pytest.mark.slow
 def test_the_answers_shown_are_those_the_model_gives(printed):
     answers = {
         completion.condition: completion.text
