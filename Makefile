@@ -1,11 +1,12 @@
 # make demo   installs and runs the main job on the embedded model; ends with the report's path
 # make bench  measures speed beside peers and writes benchmarks/RESULTS.md
+# make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint types contract bench notebooks clean
+.PHONY: setup demo test lint types contract bench pictures notebooks clean
 
 setup: $(READY)
 
@@ -37,6 +38,9 @@ contract: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+
+pictures: setup
+	$(BIN)/python docs/pictures.py --run runs/demo
 
 notebooks: setup
 	PLOTLY_RENDERER=png $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb

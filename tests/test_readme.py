@@ -1,0 +1,93 @@
+"""README keeps its promises: its code prints what it shows, its links and commands exist."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text):
+    """Language and content of every fenced block."""
+    return BLOCK.findall(text)
+
+
+def shell_commands(text):
+    """Command lines of ``workbench`` in the shell blocks."""
+    lines = [
+        line for language, block in blocks(text) if language == "sh" for line in block.splitlines()
+    ]
+    return [line for line in lines if line.startswith("workbench ")]
+
+
+def code_and_outputs(text):
+    """Every Python block with the text block behind it, "" where there is none."""
+    found = blocks(text)
+    following = [*found[1:], ("", "")]
+    return [
+        (code, output if shown == "text" else "")
+        for (language, code), (shown, output) in zip(found, following, strict=True)
+        if language == "python"
+    ]
+
+
+@pytest.fixture(scope="module")
+def printed(real_model):
+    """What the Python blocks print, in order, and the names they leave behind."""
+    names: dict = {}
+    outputs = []
+    for code, _ in code_and_outputs(README):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(compile(code, "README.md", "exec"), names)
+        outputs.append(output.getvalue())
+    return outputs, names
+
+
+@pytest.mark.slow
+def test_the_quick_start_prints_what_readme_shows(printed):
+    expected = [output for _, output in code_and_outputs(README)]
+    assert any(expected)
+    assert printed[0] == expected
+
+
+@pytest.mark.slow
+def test_the_answers_shown_are_those_the_model_gives(printed):
+    answers = {
+        completion.condition: completion.text
+        for completion in printed[1]["result"].completions
+        if completion.prompt.text in README
+    }
+    shown = re.findall(r"^\| (unsteered|steered|random) \| ([A-Z][^|]+) \|$", README, re.M)
+    assert [condition for condition, _ in shown] == ["unsteered", "steered", "random"]
+    for condition, text in shown:
+        assert answers[condition].startswith(text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_exists(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_shown_parses(page):
+    from workbench.cli import app
+
+    for line in shell_commands(page.read_text(encoding="utf-8")):
+        tokens = shlex.split(line, comments=True)[1:]
+        app.parse_args(tokens, exit_on_error=False, print_error=False)
+
+
+def test_readme_shows_five_commands():
+    assert len(shell_commands(README)) == 5
