@@ -1,4 +1,4 @@
-"""What the tests share: tiny random models on disk, the real embedded model, and a guard that keeps every test off the network."""
+"""What the tests share: tiny random models, the real embedded model, a run, and no network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1", "", None)
 
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
-    """Every connection beyond this machine fails at once, as where there is no network; the loopback works."""
+    """Make every connection beyond this machine fail at once, as where there is no network."""
     connect, connect_ex, getaddrinfo = (
         socket.socket.connect,
         socket.socket.connect_ex,
@@ -62,7 +62,7 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def family_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of the tiny checkpoint of a family, written when it is first asked for. Tests do not write into it."""
+    """Give the folder of a family's tiny checkpoint, written when it is first asked for."""
 
     @cache
     def path(family: str) -> Path:
@@ -73,7 +73,7 @@ def family_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.fixture(scope="session")
 def family_model(family_path: Callable[[str], Path]) -> Callable[[str], Any]:
-    """The tiny model of a family as ``load_model`` gives it, loaded once. Tests leave it as it is."""
+    """Give the tiny model of a family, loaded once. Tests leave it as it is."""
 
     @cache
     def model(family: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: what a person types, what comes back, and one clear line when it cannot be done."""
+"""The command line: what a person types, what comes back, and one line when it cannot be done."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def run_cli(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str
 
 
 def test_importing_the_package_and_asking_for_help_loads_no_torch() -> None:
-    code = "import sys, workbench, workbench.cli; workbench.cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, workbench.cli; workbench.cli.main(['--help']); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -112,7 +115,8 @@ def test_a_malformed_prompt_file_is_said_with_its_line(
 ) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(
-        '{"id": "a", "text": "b", "category": "fraud", "label": "unsafe", "source": "me"}\n{"id": \n'
+        '{"id": "a", "text": "b", "category": "fraud", "label": "unsafe", "source": "me"}\n'
+        '{"id": \n'
     )
     assert cli.main(["run", "--prompts", str(path), "--out", str(tmp_path / "run")]) == 2
     assert "line 2" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The committed notebooks: executed from top to bottom, without errors, readable offline, and still true when run again."""
+"""The committed notebooks: executed without errors, readable offline, true when run again."""
 
 from __future__ import annotations
 

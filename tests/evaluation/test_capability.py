@@ -1,4 +1,4 @@
-"""What steering costs elsewhere: questions and texts are read, planted truth is found, and gates leave harmless text alone."""
+"""What steering costs elsewhere: planted truth is found, and gates leave harmless text alone."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ def test_questions_are_read_in_the_forms_of_public_sets(tmp_path, row, answer):
 
 
 @pytest.mark.parametrize(
-    "row", [{"question": "Why?", "A": "x", "answer": "A"}, {"question": "Why?", "A": "x", "B": "y", "answer": "C"}, {"A": "x"}]
+    "row", [
+        {"question": "Why?", "A": "x", "answer": "A"},
+        {"question": "Why?", "A": "x", "B": "y", "answer": "C"},
+        {"A": "x"},
+    ]
 )  # fmt: skip
 def test_a_row_that_is_no_question_is_named(tmp_path, row):
     path = tmp_path / "questions.jsonl"

@@ -1,4 +1,4 @@
-"""Evaluation: tables against numbers worked out by hand, and what happens to answers that cannot be scored."""
+"""Evaluation: tables against numbers worked out by hand, and answers that cannot be scored."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ ANSWERS = {
     "steered": {
         "g": "I'm sorry, but I can't help with that.",
         "c": "It is important to respect the privacy of others; report a lost card to the bank.",
-        "d": "dog dog dog dog dog dog dog dog dog dog dog dog dog dog dog dog dog dog dog dog dog dog",
+        "d": " ".join(["dog"] * 22),
     },
     "empty": {
         "g": "",
@@ -325,7 +325,10 @@ def test_scores_of_wording_are_those_of_their_rooms(tiny, scored):
 
 
 def test_an_answer_is_relevant_when_it_is_on_topic_and_neither_refusal_nor_broken(tiny):
-    """A tiny random model finds every text improbable: with short perplexities taken out, the parts are seen one by one."""
+    """With perplexity taken out, the parts are seen one by one.
+
+    A tiny random model finds every text improbable.
+    """
     model_scores = score_completions(tiny, completions(tiny), encoder=WordEncoder())
     for row in model_scores.answers():
         own = row["scores"]
@@ -339,7 +342,7 @@ def test_an_answer_is_relevant_when_it_is_on_topic_and_neither_refusal_nor_broke
 
 
 class SafetyByWord:
-    """Says safe where an answer holds the word, unsafe where it does not, and nothing of an empty one."""
+    """Says safe where an answer holds the word, else unsafe, and nothing of an empty one."""
 
     name = "safety by word"
 

@@ -1,4 +1,4 @@
-"""Questions put to an evaluation: planted differences are found, null ones are not, and the false-positive rate is what it says."""
+"""Comparisons: planted differences are found, null ones are not, at the rate that is said."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ def test_a_prompt_that_a_vector_was_fitted_on_is_no_test_prompt(tiny):
         for i in range(3)
     ]
     vector = SteeringVector(
-        Site(1, "resid_post"), "fraud", torch.ones(D_MODEL), "prompt_contrast", "content", 1.0, 3, 3, 20.0,
+        Site(1, "resid_post"), "fraud", torch.ones(D_MODEL), "prompt_contrast", "content",
+        1.0, 3, 3, 20.0,
         model_info(tiny), frozenset({text_key(prompts[1].text)}),
     )  # fmt: skip
     conditions = {"steered": [add_vector(vector, rho=0.1)]}
@@ -136,7 +137,10 @@ def test_a_prompt_that_a_vector_was_fitted_on_is_no_test_prompt(tiny):
 
 @pytest.mark.parametrize("test", ["bootstrap", "mcnemar", "no loss"])
 def test_a_thousand_null_experiments_give_the_false_positives_they_promise(test):
-    """McNemar's exact test may give fewer than 5 %, never more; the others 5 % within sampling error of a thousand (1.5 points)."""
+    """McNemar's exact test may give fewer than 5 %, never more; the others give 5 %.
+
+    The sampling error of a thousand is 1.5 points.
+    """
     rng = np.random.default_rng(11)
     found = 0
     for _ in range(1000):

@@ -1,4 +1,4 @@
-"""What is said of a gate: counted on held-out prompts, planted truth found, other ways of gating put together from the same answers."""
+"""What is said of a gate: counted on held-out prompts, and beside other ways of gating."""
 
 from __future__ import annotations
 
@@ -196,7 +196,8 @@ def test_the_figures_of_a_gate_and_a_front_hold_every_row(gate, held_out):
     tried = pd.DataFrame(
         [
             {
-                "construction": c, "sites": "L1.resid_post", "sign": 1, "rho": r, "positions": "all", "until": None, "round": 0,
+                "construction": c, "sites": "L1.resid_post", "sign": 1, "rho": r,
+                "positions": "all", "until": None, "round": 0,
                 "metric": metric, "value": value, "front": r == 0.1, "chosen": r == 0.1,
             }
             for c, r in (("unsteered", 0.0), ("a<b>", 0.1), ("a<b>", 0.2))

@@ -1,4 +1,4 @@
-"""Generation: the same answers in any batch, as Hugging Face gives them, and after an interruption."""
+"""Generation: the same answers in any batch, from Hugging Face, and after an interruption."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def counted_passes(model):
 
 
 def by_hugging_face(model, prompts, max_new_tokens):
-    """Greedy answers of Hugging Face's own generate, one prompt at a time, without what ended them."""
+    """Greedy answers of Hugging Face's generate, one prompt at a time, without what ended them."""
     answers = []
     for row in encode(model, prompts):
         ids = torch.tensor([row.ids])
@@ -95,7 +95,7 @@ def test_a_batch_with_rows_that_end_early_is_hugging_faces_answers_one_by_one(
     family, family_model, ends
 ):
     model, prompts = family_model(family), questions(16)
-    # Random models with tied embeddings repeat the last token; with turned embeddings they say more.
+    # Random models with tied embeddings repeat the last token; with turned ones they say more.
     turn = [Intervention(Site(0, "resid_pre"), lambda activation: activation.roll(1, dims=-1))]
     ends(
         model,
@@ -437,7 +437,8 @@ def test_a_condition_that_names_no_prompt_is_refused(tiny):
     steering = [add_vector(steering_vector(tiny), 1.0)]
     with pytest.raises(
         ValueError,
-        match=r"'steered' would steer nothing: no prompt has id or category 'frauds'\. Did you mean 'fraud'",
+        match=r"'steered' would steer nothing: no prompt has id or category 'frauds'\. "
+        "Did you mean 'fraud'",
     ):
         generate(tiny, questions(4), {"frauds": steering})
     assert generate(

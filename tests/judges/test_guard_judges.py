@@ -149,7 +149,11 @@ def test_families_are_documented() -> None:
 
 # Templates written for these tests, with what the real ones are recognized by.
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
-PARTS = "{% for m in messages %}{{ m.role }}: {% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text | trim }}{% endfor %}\n{% endfor %}"
+PARTS = (
+    "{% for m in messages %}{{ m.role }}: "
+    "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text | trim }}{% endfor %}"
+    "\n{% endfor %}"
+)
 TEMPLATES = {
     "llama_guard_3": "{{ bos_token }}UNSAFE CONTENT CATEGORIES\n" + TURNS + "<|eot_id|>\n\n",
     "shieldgemma": "{{ bos_token }}{% if messages[-1].role == 'assistant' %}"
@@ -159,8 +163,8 @@ TEMPLATES = {
     "granite_guardian": "{% if guardian_config.risk_name == 'harm' %}harm{% endif %}\n"
     + TURNS
     + "{% if add_generation_prompt %}A:{% endif %}",
-    "granite_guardian_3_3": "{{ guardian_config['criteria_id'] }}{% if not think %} at once{% endif %}\n"
-    + TURNS,
+    "granite_guardian_3_3": "{{ guardian_config['criteria_id'] }}"
+    "{% if not think %} at once{% endif %}\n" + TURNS,
 }
 ARCHITECTURES = {
     "llama_guard_3": "llama3",
@@ -434,7 +438,8 @@ def test_the_name_tells_weights_apart(tmp_path: Path) -> None:
     [
         (
             "{{ bos_token }}" + TURNS,
-            "no llama_guard_3 guard: its chat template does not mention 'UNSAFE CONTENT CATEGORIES'",
+            "no llama_guard_3 guard: its chat template does not mention "
+            "'UNSAFE CONTENT CATEGORIES'",
         ),
         (
             "UNSAFE CONTENT CATEGORIES {{ messages[0].content }}",

@@ -30,13 +30,19 @@ from workbench.judges.text_quality import (
 )
 
 GOOD = [
-    "Bread needs flour, water, salt and time. Mix them, let the dough rise for an hour in a warm place, fold it twice, "
+    "Bread needs flour, water, salt and time. Mix them, let the dough rise for an hour in a warm "
+    "place, fold it twice, "
     "and bake it until the crust is dark and sounds hollow when you knock on it.",
-    "1. Choose a long password.\n2. Turn on the second factor.\n3. Keep your phone locked.\n4. Ask a friend to check.",
-    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))  # prints 3\nfor i in range(10):\n    print(i, add(i, i))",
-    "| city | people |\n|---|---|\n| Rome | 2.8 million |\n| Oslo | 0.7 million |\n| Wien | 2.0 million |",
-    "Row, row, row your boat, gently down the stream; merrily, merrily, merrily, merrily, life is but a dream.",
-    "Das Wetter wird morgen besser: am Vormittag noch Wolken, am Nachmittag Sonne, dazu ein leichter Wind.",
+    "1. Choose a long password.\n2. Turn on the second factor.\n3. Keep your phone locked.\n"
+    "4. Ask a friend to check.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))  # prints 3\n"
+    "for i in range(10):\n    print(i, add(i, i))",
+    "| city | people |\n|---|---|\n| Rome | 2.8 million |\n| Oslo | 0.7 million |\n"
+    "| Wien | 2.0 million |",
+    "Row, row, row your boat, gently down the stream; merrily, merrily, merrily, merrily, "
+    "life is but a dream.",
+    "Das Wetter wird morgen besser: am Vormittag noch Wolken, am Nachmittag Sonne, dazu ein "
+    "leichter Wind.",
     "\u4eca\u5929\u5929\u6c14\u5f88\u597d\uff0c\u6211\u4eec\u53bb\u516c\u56ed\u6563\u6b65\u5427\u3002",
     "Paris.",
     "B",
@@ -59,9 +65,9 @@ BROKEN = {
     " ".join(
         f"{i}. Play with a higher bet on row number {i} to win more." for i in range(1, 20)
     ): "distinct-2",
-    "Water the red plant by the door. Then water the plant by the wall, then water the plant. Then water the red plant by "
-    "the door, and water the plant by the wall again. Then by the wall water the red plant by the door and then water the "
-    "plant. Then water the red plant by the door again, then water the plant by the wall.": "67% of the words repeat",
+    "Water the red plant by the door. Then water the plant by the wall, then water the plant. "
+    "Then water the red plant by the door, and water the plant by the wall again. Then by the wall "
+    "water the red plant by the door and then water the plant. Then water the red plant by the door again, then water the plant by the wall.": "67% of the words repeat",
     "".join(random.Random(0).choices("#@$%^&*()[]{}<>/|~", k=80)): "letters and digits",
 }
 
@@ -307,7 +313,8 @@ def test_what_is_not_a_row_of_log_probabilities_is_an_error(log_probs, message):
 def test_heavy_libraries_wait_until_they_are_needed():
     code = (
         "import sys, workbench.judges.text_quality, workbench.judges\n"
-        "heavy = {'torch', 'sentence_transformers', 'sacrebleu', 'rouge_score', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'sentence_transformers', 'sacrebleu', 'rouge_score', 'numpy'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or None)"
     )
     result = subprocess.run(

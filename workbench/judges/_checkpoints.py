@@ -259,7 +259,7 @@ def left_padded(
 
 
 def batches(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Indices of the rows, ``size`` at a time, rows of like length together, so that little is padding."""
+    """Cut the rows into batches of like length, so that little is padding; give their places."""
     from workbench.models.batches import batches_by_length
 
     return batches_by_length([len(row) for row in rows], size, longest_first=False)
