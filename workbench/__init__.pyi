@@ -26,6 +26,7 @@ from .models import (
     model_info,
     sites_of_kind,
     token_activations,
+    token_strings,
 )
 from .neurons import attribute_heads, attribute_neurons
 from .prompts import (
@@ -151,5 +152,6 @@ __all__ = [
     "sweep",
     "token_activations",
     "token_scores",
+    "token_strings",
     "write_report",
 ]

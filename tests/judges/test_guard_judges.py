@@ -151,7 +151,8 @@ def test_families_are_documented() -> None:
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
 PARTS = (
     "{% for m in messages %}{{ m.role }}: "
-    "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text | trim }}{% endfor %}"
+    "{% for c in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ c.text | trim }}{% endfor %}"
     "\n{% endfor %}"
 )
 TEMPLATES = {

@@ -67,7 +67,8 @@ BROKEN = {
     ): "distinct-2",
     "Water the red plant by the door. Then water the plant by the wall, then water the plant. "
     "Then water the red plant by the door, and water the plant by the wall again. Then by the wall "
-    "water the red plant by the door and then water the plant. Then water the red plant by the door again, then water the plant by the wall.": "67% of the words repeat",
+    "water the red plant by the door and then water the plant. Then water the red plant by the "
+    "door again, then water the plant by the wall.": "67% of the words repeat",
     "".join(random.Random(0).choices("#@$%^&*()[]{}<>/|~", k=80)): "letters and digits",
 }
 
