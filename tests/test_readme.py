@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import re
 import shlex
@@ -91,3 +92,22 @@ def test_every_command_shown_parses(page):
 
 def test_readme_shows_five_commands():
     assert len(shell_commands(README)) == 5
+
+
+def test_every_file_of_a_run_and_every_column_is_described(finished):
+    page = (ROOT / "docs" / "run_folder.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"[\w.]+", page))
+    words |= {
+        f"{rate}{side}"
+        for rate in ("safe_helpful_proxy", "refusal", "degenerate")
+        for side in ("_before", "_after")
+        if {rate, side} <= words
+    }
+    tables = sorted(finished.glob("*.csv"))
+    assert tables
+    for path in finished.iterdir():
+        assert f"{path.name}/" in page if path.is_dir() else path.name in words, path.name
+    for path in tables:
+        with path.open(encoding="utf-8", newline="") as file:
+            columns = next(csv.reader(file))
+        assert set(columns) <= words, f"{path.name}: {set(columns) - words}"
