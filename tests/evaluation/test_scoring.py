@@ -1,4 +1,4 @@
-"""Evaluation: tables against numbers worked out by hand, and answers without a score."""
+"""Scoring: tables against numbers worked out by hand, and answers without a score."""
 
 from __future__ import annotations
 
