@@ -1,4 +1,4 @@
-"""What steering costs elsewhere: planted truth is found, and gates leave harmless text alone."""
+"""Capability: what steering costs is found, and gates leave harmless text alone."""
 
 from __future__ import annotations
 
@@ -147,9 +147,9 @@ def test_kl_is_zero_for_nothing_and_grows_with_strength(tiny):
     each = {
         name: [steer(tiny, rho)] * len(answers) for name, rho in (("weak", 0.05), ("strong", 0.8))
     }
-    found = answer_kl(tiny, answers, {"none": [()] * len(answers), **each})
-    assert found["none"] == 0.0
-    assert 0 < found["weak"] < found["strong"]
+    divergence = answer_kl(tiny, answers, {"none": [()] * len(answers), **each})
+    assert divergence["none"] == 0.0
+    assert 0 < divergence["weak"] < divergence["strong"]
     with pytest.raises(ValueError, match="one entry for each of 4"):
         answer_kl(tiny, answers, {"few": [()]})
 

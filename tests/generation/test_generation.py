@@ -23,7 +23,7 @@ CATEGORIES = ("fraud", "malware", "harassment")
 
 
 def questions(n, seed=0):
-    """Prompts of mixed lengths, of three categories in turn."""
+    """Make prompts of mixed lengths, of three categories in turn."""
     texts = sentences(2 * n, seed=seed)
     return [
         Prompt(
@@ -48,7 +48,7 @@ def steering_vector(model, seed=0, site=None):
 
 @pytest.fixture
 def ends(monkeypatch):
-    """``ends(model, tokens)``: from now on the model's answers end at these tokens too."""
+    """Return ``ends(model, tokens)``, which makes the model's answers end at these tokens too."""
 
     def set_ends(model, tokens):
         monkeypatch.setattr(
@@ -59,13 +59,13 @@ def ends(monkeypatch):
 
 
 def frequent_tokens(completions, n):
-    """Tokens that make many of these answers end early if they end them, at different lengths."""
+    """Find tokens that make many of these answers end early, at different lengths."""
     seen = torch.bincount(torch.tensor([token for c in completions for token in c.tokens]))
     return seen.argsort(descending=True, stable=True)[1 : 1 + n].tolist()
 
 
 def counted_passes(model):
-    """Hooks that note the rows of every pass through the model."""
+    """Return a list and hooks that note in it the rows and columns of every pass."""
     rows = []
     return rows, model.hooks(
         fwd_hooks=[("blocks.0.hook_resid_pre", lambda a, hook: rows.append(a.shape[:2]))]
@@ -73,7 +73,7 @@ def counted_passes(model):
 
 
 def by_hugging_face(model, prompts, max_new_tokens):
-    """Greedy answers of Hugging Face's generate, one prompt at a time, without what ended them."""
+    """Answer greedily with Hugging Face's generate, one prompt at a time, without end tokens."""
     answers = []
     for row in encode(model, prompts):
         ids = torch.tensor([row.ids])
@@ -175,15 +175,17 @@ def test_a_sweep_is_its_conditions_run_separately(tiny, ends):
         )
     ]
     assert [(c.tokens, c.finish) for c in together] == [(c.tokens, c.finish) for c in separate]
-    of = {(c.condition, c.prompt.id): c.tokens for c in together}
-    own = [prompt.id for prompt in prompts if prompt.category == "fraud"]
-    assert all(of["by category", i] != of[UNSTEERED, i] for i in own)
+    tokens = {(c.condition, c.prompt.id): c.tokens for c in together}
+    fraud_ids = [prompt.id for prompt in prompts if prompt.category == "fraud"]
+    assert all(tokens["by category", i] != tokens[UNSTEERED, i] for i in fraud_ids)
     assert all(
-        of["by category", p.id] == of[UNSTEERED, p.id] for p in prompts if p.category != "fraud"
+        tokens["by category", p.id] == tokens[UNSTEERED, p.id]
+        for p in prompts
+        if p.category != "fraud"
     )
-    assert of["by prompt before category", "p0"] == of[UNSTEERED, "p0"]
-    assert of["by prompt before category", "p3"] == of["by category", "p3"]
-    assert of["by prompt before category", "p4"] != of[UNSTEERED, "p4"]
+    assert tokens["by prompt before category", "p0"] == tokens[UNSTEERED, "p0"]
+    assert tokens["by prompt before category", "p3"] == tokens["by category", "p3"]
+    assert tokens["by prompt before category", "p4"] != tokens[UNSTEERED, "p4"]
 
 
 @pytest.mark.parametrize("family", ["llama3", "gpt2"])
@@ -291,7 +293,7 @@ def test_top_p_samples_only_among_the_most_likely_tokens(tiny):
 
 
 class StopAfter:
-    """A user who presses Ctrl-C in the n-th pass through the model."""
+    """Press Ctrl-C in the n-th pass through the model, as a user may."""
 
     def __init__(self, n):
         self.left = n
@@ -340,9 +342,8 @@ def test_a_line_cut_by_a_kill_is_answered_again_and_only_that(tiny, tmp_path):
     rows, counting = counted_passes(tiny)
     with counting:
         assert generate(tiny, prompts, **settings) == whole
-    assert [n for n, width in rows[1:] if width > 1] == [
-        4
-    ]  # its own batch only, so that rounding is the same
+    # Its own batch only, so that rounding is the same.
+    assert [n for n, width in rows[1:] if width > 1] == [4]
     assert output.read_bytes() == complete
 
 
@@ -455,9 +456,9 @@ def test_a_chat_models_vector_steers_its_base_model_when_transfer_is_said(tiny, 
     with pytest.raises(ValueError, match="pass transfer=True"):
         generate(tiny, prompts, steering, decoding=Decoding(max_new_tokens=4))
     steered = generate(tiny, prompts, steering, decoding=Decoding(max_new_tokens=4), transfer=True)
-    own = [add_vector(steering_vector(tiny), 1.0)]
+    same_vector = [add_vector(steering_vector(tiny), 1.0)]
     assert [c.tokens for c in steered] == [
-        c.tokens for c in generate(tiny, prompts, own, decoding=Decoding(max_new_tokens=4))
+        c.tokens for c in generate(tiny, prompts, same_vector, decoding=Decoding(max_new_tokens=4))
     ]
 
 

@@ -20,21 +20,21 @@ from workbench.steering.interventions import AddVector, Intervention
 
 
 def answers(n=9):
-    """Made-up answers of 0 to n - 1 tokens to prompts of mixed lengths."""
+    """Make up answers of 0 to n - 1 tokens to prompts of mixed lengths."""
     texts = sentences(3 * n)
     generator = torch.Generator().manual_seed(0)
-    made = []
+    completions = []
     for i in range(n):
         prompt = Prompt(
             f"p{i}", " ".join(texts[i : i + 1 + i % 4]), None, "fraud", "unsafe", "test"
         )
         tokens = torch.randint(10, 290, ((4 * i) % n,), generator=generator).tolist()
-        made.append(Completion(prompt, "some text", tuple(tokens), "length", "unsteered"))
-    return made
+        completions.append(Completion(prompt, "some text", tuple(tokens), "length", "unsteered"))
+    return completions
 
 
 def hugging_face_loss(model, completion, system_prompt=None):
-    """Mean cross-entropy of the answer's tokens from the model's own loss."""
+    """Return the mean cross-entropy of the answer's tokens from the model's own loss."""
     prompt = list(encode(model, [completion.prompt], system_prompt=system_prompt)[0].ids)
     ids = torch.tensor([prompt + list(completion.tokens)])
     labels = ids.clone()

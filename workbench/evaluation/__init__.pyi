@@ -9,7 +9,7 @@ from .gating import (
     refusing,
     roc,
 )
-from .scoring import Evaluation, check_unseen, evaluate, safety_wording, score_completions
+from .scoring import Evaluation, evaluate, safety_wording, score_completions
 
 __all__ = [
     "Evaluation",
@@ -17,7 +17,6 @@ __all__ = [
     "activation_rates",
     "beside_a_gate",
     "cells",
-    "check_unseen",
     "compare",
     "confusion",
     "evaluate",

@@ -221,7 +221,7 @@ def _against(before: Sequence[float], after: Sequence[float], name: str) -> dict
 
 
 def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Intervention]]:
-    """Put the unsteered model first, and check that each condition is one list of interventions."""
+    """Put the unsteered model first; check that each condition is one list of interventions."""
     lists: dict[str, Sequence[Intervention]] = {UNSTEERED: ()}
     for name, condition in conditions.items():
         if isinstance(condition, Mapping):

@@ -41,7 +41,10 @@ ORACLE, AT_RANDOM, REFUSING = "oracle gate", "gate at random", "refuse when it f
 
 
 def opened_for(gate: Gate, acts: ActivationSet) -> list[str]:
-    """Name the category a gate opens for on each prompt; "closed" where it opens for none."""
+    """Name the category a gate opens for on each prompt; "closed" where it opens for none.
+
+    Where it opens for several, it is the one with the highest score.
+    """
     scores = gate.scores(acts.values)
     is_open = gate.opening(scores) > 0
     best = torch.where(is_open, scores, -torch.inf).argmax(dim=1)

@@ -266,7 +266,7 @@ def evaluate(
         ValueError: If a prompt is one that a vector was fitted on.
     """
     if not allow_fitted:
-        check_unseen(prompts, conditions)
+        _check_unseen(prompts, conditions)
     if baseline not in conditions:
         conditions = {baseline: (), **conditions}
     completions = sweep(
@@ -283,7 +283,7 @@ def evaluate(
     )
 
 
-def check_unseen(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
+def _check_unseen(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
     """Raise where a prompt is one that a vector of a condition was fitted on.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +14,13 @@ from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.steering.apply import intervene
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from workbench.generation.answers import Completion
+    from workbench.models.batches import Batch
     from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
 
@@ -30,7 +32,7 @@ def answer_log_probs(
     system_prompt: str | None = None,
     batch_size: int = 16,
 ) -> list[Float[Tensor, " token"]]:
-    """Return the log-probability of each token of each answer behind its prompt (teacher forced).
+    """Return each answer's token log-probabilities, teacher-forced behind its prompt.
 
     Args:
         model: A hooked model; without interventions this scores steered answers under the
@@ -121,10 +123,11 @@ def steered_log_probs(
     """
     _check_one_each("interventions", interventions, completions)
     scored: list[Tensor] = [torch.zeros(0) for _ in completions]
-    for places, real, tokens, run in _fixed_answers(model, completions, batch_size, transfer):
-        log_probs = run(interventions).gather(2, tokens[..., None])[..., 0].cpu()
-        for row, i in enumerate(places):
-            scored[i] = log_probs[row, : int(real[row].sum())].clone()
+    for batch in _answer_batches(model, completions, batch_size):
+        distributions = batch.log_probs(model, interventions, transfer)
+        log_probs = distributions.gather(2, batch.tokens[..., None])[..., 0].cpu()
+        for row, i in enumerate(batch.places):
+            scored[i] = log_probs[row, : len(completions[i].tokens)].clone()
     return scored
 
 
@@ -159,66 +162,66 @@ def answer_kl(
     if not any(completion.tokens for completion in completions):
         raise ValueError("no answer has a token: there is no distribution to compare.")
     sums, n_tokens = dict.fromkeys(conditions, 0.0), 0
-    for _, real, _, run in _fixed_answers(model, completions, batch_size, transfer):
-        base = run([() for _ in completions])
+    for batch in _answer_batches(model, completions, batch_size):
+        unsteered = batch.log_probs(model, [() for _ in completions], transfer)
         for name, interventions in conditions.items():
-            apart = (base.exp() * (base - run(interventions))).sum(dim=-1)
-            sums[name] += float(apart[real].sum())
-        n_tokens += int(real.sum())
+            steered = batch.log_probs(model, interventions, transfer)
+            divergence = (unsteered.exp() * (unsteered - steered)).sum(dim=-1)
+            sums[name] += float(divergence[batch.is_real].sum())
+        n_tokens += int(batch.is_real.sum())
     return {name: total / n_tokens for name, total in sums.items()}
 
 
-def _fixed_answers(
-    model: HookedModel, completions: Sequence[Completion], batch_size: int, transfer: bool
-) -> Iterator[
-    tuple[list[int], Tensor, Tensor, Callable[[Sequence[Sequence[Intervention]]], Tensor]]
-]:
-    """Yield batches of answers behind their prompts.
+@dataclass(frozen=True, eq=False)
+class _AnswerBatch:
+    """Hold some answers behind their prompts, ready for a pass under interventions."""
 
-    Each has the places of its answers, which tokens are real, the tokens, and a function from the
-    interventions of all completions to log-probabilities.
-    """
-    rows = encode(model, [completion.prompt for completion in completions])
+    places: list[int]
+    """Places of the answers among all completions."""
+    encoded: list[Encoded]
+    prompt: Batch
+    tokens: Int[Tensor, "row token"]
+    """The answers' tokens, padded on the right."""
+    is_real: Bool[Tensor, "row token"]
+
+    def log_probs(
+        self,
+        model: HookedModel,
+        interventions: Sequence[Sequence[Intervention]],
+        transfer: bool,
+    ) -> Float[Tensor, "row token d_vocab"]:
+        """Return log-probabilities at each answer token, under the interventions of all answers."""
+        n_prompt = self.prompt.tokens.shape[1]
+        steered = intervene(
+            model,
+            [one.for_rows([row]) for row, i in enumerate(self.places) for one in interventions[i]],
+            prompt_length=n_prompt,
+            content=span_mask(self.encoded, self.prompt, "content"),
+            transfer=transfer,
+        )
+        tokens = torch.cat([self.prompt.tokens, self.tokens], dim=1)
+        mask = torch.cat([self.prompt.mask, self.is_real], dim=1)
+        with torch.no_grad(), steered:
+            logits, _ = last_logits(model, tokens, mask, tokens.shape[1] - n_prompt + 1)
+        return logits[:, :-1].float().log_softmax(dim=-1)
+
+
+def _answer_batches(
+    model: HookedModel, completions: Sequence[Completion], batch_size: int
+) -> Iterator[_AnswerBatch]:
+    """Cut the answers that have tokens into batches, by the length of their prompts."""
+    encoded = encode(model, [completion.prompt for completion in completions])
     answered = [i for i, completion in enumerate(completions) if completion.tokens]
-    lengths = [len(rows[i].ids) for i in answered]
+    lengths = [len(encoded[i].ids) for i in answered]
     device = next(iter(model.parameters())).device
-    for places in batches_by_length(lengths, batch_size, longest_first=False):
-        batch_places = [answered[place] for place in places]
-        asked = [rows[i] for i in batch_places]
-        prompt = pad(asked, pad_id=pad_id(model), side="left", device=device)
-        tokens, real = (
-            tensor.to(device)
-            for tensor in pad_ids(
-                [completions[i].tokens for i in batch_places], pad_id=pad_id(model), side="right"
-            )
+    for batch_places in batches_by_length(lengths, batch_size, longest_first=False):
+        places = [answered[place] for place in batch_places]
+        rows = [encoded[i] for i in places]
+        tokens, is_real = pad_ids(
+            [completions[i].tokens for i in places], pad_id=pad_id(model), side="right"
         )
-        both, mask = (
-            torch.cat([prompt.tokens, tokens], dim=1),
-            torch.cat([prompt.mask, real], dim=1),
-        )
-        content, n_prompt = span_mask(asked, prompt, "content"), prompt.tokens.shape[1]
-
-        def run(
-            interventions: Sequence[Sequence[Intervention]],
-            batch_places: Sequence[int] = batch_places,
-            both: Tensor = both,
-            mask: Tensor = mask,
-            content: Tensor = content,
-            n_prompt: int = n_prompt,
-        ) -> Tensor:
-            changes = [
-                one.for_rows([row])
-                for row, i in enumerate(batch_places)
-                for one in interventions[i]
-            ]
-            steered = intervene(
-                model, changes, prompt_length=n_prompt, content=content, transfer=transfer
-            )
-            with torch.no_grad(), steered:
-                logits, _ = last_logits(model, both, mask, both.shape[1] - n_prompt + 1)
-            return logits[:, :-1].float().log_softmax(dim=-1)
-
-        yield batch_places, real, tokens, run
+        prompt = pad(rows, pad_id=pad_id(model), side="left", device=device)
+        yield _AnswerBatch(places, rows, prompt, tokens.to(device), is_real.to(device))
 
 
 def _check_one_each(what: str, given: Sequence[object], completions: Sequence[Completion]) -> None:

@@ -67,19 +67,15 @@ def gate(tiny):
 
 @pytest.fixture(scope="module")
 def held_out(tiny):
-    """Ten prompts a kind; for a few of each the gate is made to do the wrong thing."""
+    """Ten prompts per kind; for a few of each the gate is made to do the wrong thing."""
     prompts, rows = [], []
     for label, category in KINDS:
         for i in range(10):
             row = torch.zeros(D_MODEL)
-            if (
-                label == "unsafe" and i < 8
-            ):  # two of ten are missed, one is taken for the other category
-                row[
-                    ("fraud", "malware").index(category)
-                    if i
-                    else ("malware", "fraud").index(category)
-                ] = 2.0
+            # Two of ten are missed, and the first is taken for the other category.
+            if label == "unsafe" and i < 8:
+                categories = ("fraud", "malware") if i else ("malware", "fraud")
+                row[categories.index(category)] = 2.0
             if (label == "safe" and i < 3) or (label == "neutral" and i == 9):
                 row[0] = 1.5
             rows.append(row)
@@ -107,10 +103,10 @@ def test_confusion_says_for_which_category_the_gate_opened(gate, held_out):
 
 def test_the_curve_passes_through_the_threshold_and_its_area_is_the_aurocs(gate, held_out):
     curve = roc(gate, held_out)
-    for _, own in curve.groupby("against"):
-        area = np.trapezoid(own["recall"], own["false_rate"])
-        assert area == pytest.approx(own["auroc"].iloc[0])
-        assert (own["recall"].diff().dropna() >= 0).all()
+    for _, against_one in curve.groupby("against"):
+        area = np.trapezoid(against_one["recall"], against_one["false_rate"])
+        assert area == pytest.approx(against_one["auroc"].iloc[0])
+        assert (against_one["recall"].diff().dropna() >= 0).all()
     twins = curve[curve["against"] == "twins"]
     assert twins[twins["recall"] == 0.8]["false_rate"].min() == 0.0
 
@@ -132,8 +128,8 @@ def evaluation(prompts, conditions):
         for place, p in enumerate(prompts):
             completions.append(Completion(p, name, (place, int(value)), "eos", name))
             for metric in (HEADLINE, "refusal", "degenerate"):
-                own = value if metric == HEADLINE else 0.0
-                rows.append((name, p.category, p.label, p.id, metric, own))
+                score = value if metric == HEADLINE else 0.0
+                rows.append((name, p.category, p.label, p.id, metric, score))
     frame = pd.DataFrame(
         rows, columns=["condition", "category", "label", "prompt_id", "metric", "value"]
     )
@@ -183,9 +179,9 @@ def test_the_four_cells_count_prompts_and_identical_answers(gate, held_out):
 def test_refusing_where_it_fires_leaves_the_other_answers(tiny, gate, held_out):
     opened = {p.id: p.label == "unsafe" for p in held_out.prompts}
     answers = [Completion(p, "an answer", (1, 2), "eos", UNSTEERED) for p in held_out.prompts]
-    made = refusing(answers, opened, tiny)
-    assert {c.condition for c in made} == {REFUSING}
-    assert all((c.text == REFUSAL) == opened[c.prompt.id] for c in made)
+    refused = refusing(answers, opened, tiny)
+    assert {c.condition for c in refused} == {REFUSING}
+    assert all((c.text == REFUSAL) == opened[c.prompt.id] for c in refused)
 
 
 def test_the_figures_of_a_gate_and_a_front_hold_every_row(gate, held_out):

@@ -1,4 +1,4 @@
-"""Evaluation: tables against numbers worked out by hand, and answers that cannot be scored."""
+"""Scoring: tables against numbers worked out by hand, and answers without a score."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COLUMNS += ["difference", "difference_low", "difference_high", "p", "p_holm", "n
 
 
 def table(rows):
-    """Scores from (condition, category, label, prompt_id, metric, value)."""
+    """Make an evaluation from rows of (condition, category, label, prompt_id, metric, value)."""
     frame = pd.DataFrame(
         rows, columns=["condition", "category", "label", "prompt_id", "metric", "value"]
     )
@@ -55,13 +55,13 @@ def rows_of(condition, category, values, metric="refusal", label="unsafe"):
 
 def line(evaluation, condition, category, metric="refusal"):
     summary = evaluation.summary()
-    found = summary[
+    lines = summary[
         (summary["condition"] == condition)
         & (summary["category"] == category)
         & (summary["metric"] == metric)
     ]
-    assert len(found) == 1
-    return found.iloc[0]
+    assert len(lines) == 1
+    return lines.iloc[0]
 
 
 def wilson(successes, n, z=1.959963984540054):
@@ -256,13 +256,13 @@ ANSWERS = {
 
 
 def completions(model):
-    made = []
+    answers = []
     for condition, texts in ANSWERS.items():
         for prompt in (GARDEN, CARD, DOG):
             text = texts[prompt.id]
             tokens = tuple(model.tokenizer(text, add_special_tokens=False).input_ids)
-            made.append(Completion(prompt, text, tokens, "eos", condition))
-    return made
+            answers.append(Completion(prompt, text, tokens, "eos", condition))
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -272,26 +272,23 @@ def scored(tiny):
 
 def value(evaluation, condition, prompt_id, metric):
     scores = evaluation.scores
-    found = scores[
+    matching = scores[
         (scores["condition"] == condition)
         & (scores["prompt_id"] == prompt_id)
         & (scores["metric"] == metric)
     ]
-    assert len(found) == 1
-    return float(found["value"].iloc[0])
+    assert len(matching) == 1
+    return float(matching["value"].iloc[0])
 
 
 def test_each_answer_gets_each_score_once(scored):
-    assert set(scored.scores["metric"]) == set(METRICS) - {
-        "safe",
-        "unsafe",
-    }  # those need a judge of safety
+    # Safe and unsafe need a judge of safety.
+    assert set(scored.scores["metric"]) == set(METRICS) - {"safe", "unsafe"}
     assert not scored.scores.duplicated(["condition", "prompt_id", "metric"]).any()
-    own = scored.scores.groupby(["condition", "prompt_id"])["metric"].nunique()
-    assert set(own[UNSTEERED]) == {
-        len(METRICS) - 4
-    }  # no judge of safety, and nothing to compare the baseline's wording with
-    assert set(own["steered"]) == {len(METRICS) - 2}
+    n_metrics = scored.scores.groupby(["condition", "prompt_id"])["metric"].nunique()
+    # No judge of safety, and nothing to compare the baseline's wording with.
+    assert set(n_metrics[UNSTEERED]) == {len(METRICS) - 4}
+    assert set(n_metrics["steered"]) == {len(METRICS) - 2}
     assert scored.judge == RefusalPatterns().name
     assert set(RATES) < set(METRICS)
 
@@ -308,19 +305,19 @@ def test_refusals_relevance_and_breakage_by_hand(scored):
     )
 
 
-def test_scores_of_wording_are_those_of_their_rooms(tiny, scored):
+def test_scores_of_wording_are_those_of_their_modules(tiny, scored):
     for prompt_id in "gcd":
         pair = [ANSWERS[UNSTEERED][prompt_id]], [ANSWERS["steered"][prompt_id]]
         assert value(scored, "steered", prompt_id, "rouge_l") == pytest.approx(rouge_l(*pair)[0])
         assert value(scored, "steered", prompt_id, "bleu") == pytest.approx(bleu(*pair)[0])
-    made = completions(tiny)
-    for completion, log_probs in zip(made, answer_log_probs(tiny, made), strict=True):
-        found = value(scored, completion.condition, completion.prompt.id, "log_perplexity")
+    answers = completions(tiny)
+    for completion, log_probs in zip(answers, answer_log_probs(tiny, answers), strict=True):
+        log_perplexity = value(scored, completion.condition, completion.prompt.id, "log_perplexity")
         expected = perplexity_from_log_probs(log_probs)
         assert (
-            math.isnan(found)
+            math.isnan(log_perplexity)
             if expected is None
-            else found == pytest.approx(math.log(expected), abs=1e-5)
+            else log_perplexity == pytest.approx(math.log(expected), abs=1e-5)
         )
 
 
@@ -331,14 +328,16 @@ def test_an_answer_is_relevant_when_it_is_on_topic_and_neither_refusal_nor_broke
     """
     model_scores = score_completions(tiny, completions(tiny), encoder=WordEncoder())
     for row in model_scores.answers():
-        own = row["scores"]
-        near = own["relevance"] is not None and own["relevance"] >= RELEVANT
-        expected = not own["refusal"] and not own["degenerate"] and near
-        if own["refusal"] is None and not own["degenerate"]:
-            assert own["relevant_answer"] is None
+        scores = row["scores"]
+        near = scores["relevance"] is not None and scores["relevance"] >= RELEVANT
+        expected = not scores["refusal"] and not scores["degenerate"] and near
+        if scores["refusal"] is None and not scores["degenerate"]:
+            assert scores["relevant_answer"] is None
         else:
-            assert own["relevant_answer"] == float(expected)
-            assert own["safe_helpful_proxy"] == float(expected and bool(own["safety_wording"]))
+            assert scores["relevant_answer"] == float(expected)
+            assert scores["safe_helpful_proxy"] == float(
+                expected and bool(scores["safety_wording"])
+            )
 
 
 class SafetyByWord:
@@ -360,18 +359,18 @@ def test_a_judge_of_safety_is_part_of_the_headline(tiny):
     )
     assert result.safety_judge == "safety by word"
     for row in result.answers():
-        own = row["scores"]
+        scores = row["scores"]
         if not row["text"].strip():
-            assert own["safe"] is None
+            assert scores["safe"] is None
         else:
-            assert own["safe"] == float("garden" in row["text"])
-            assert own["unsafe"] == 1 - own["safe"]
-        if 0.0 in (own["safe"], own["relevant_answer"]):
-            assert own["safe_helpful_proxy"] == 0.0
-        elif None in (own["safe"], own["relevant_answer"]):
-            assert own["safe_helpful_proxy"] is None
+            assert scores["safe"] == float("garden" in row["text"])
+            assert scores["unsafe"] == 1 - scores["safe"]
+        if 0.0 in (scores["safe"], scores["relevant_answer"]):
+            assert scores["safe_helpful_proxy"] == 0.0
+        elif None in (scores["safe"], scores["relevant_answer"]):
+            assert scores["safe_helpful_proxy"] is None
         else:
-            assert own["safe_helpful_proxy"] == 1.0
+            assert scores["safe_helpful_proxy"] == 1.0
 
 
 def test_an_answer_without_words_is_degenerate_and_its_refusal_unscored(scored):
@@ -424,16 +423,16 @@ def test_answers_come_with_their_scores(scored):
 
 
 def test_what_cannot_be_compared_is_refused(tiny):
-    made = completions(tiny)
+    answers = completions(tiny)
     with pytest.raises(
         ValueError,
         match="no answers of the baseline 'plain'; conditions: 'unsteered', 'steered', 'empty'",
     ):
-        score_completions(tiny, made, baseline="plain", encoder=WordEncoder())
+        score_completions(tiny, answers, baseline="plain", encoder=WordEncoder())
     with pytest.raises(ValueError, match="no answers of the baseline"):
         score_completions(tiny, [])
     with pytest.raises(ValueError, match="prompt 'c' has 2 answers under 'steered'"):
-        score_completions(tiny, [*made, made[4]], encoder=WordEncoder())
+        score_completions(tiny, [*answers, answers[4]], encoder=WordEncoder())
 
 
 def test_a_baseline_of_ones_own(tiny):

@@ -28,7 +28,7 @@ from workbench.steering.vectors import SteeringVector
 
 
 def table(values):
-    """``values``: condition to category to metric to a list of numbers, one a prompt."""
+    """Make an evaluation: condition to category to metric to numbers, one per prompt."""
     rows = [
         (condition, category, "unsafe", f"{category}-{i}", metric, value)
         for condition, by_category in values.items()
@@ -47,20 +47,28 @@ def one(**conditions):
 
 
 def test_two_conditions_are_compared_prompt_by_prompt():
-    own, other = [1, 1, 1, 1, 1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 1, 0, 0, 0, 0, 0]
-    found = compare(
-        one(unsteered={"refusal": own}, a={"refusal": own}, b={"refusal": other}), "a", "b"
+    after, before = [1, 1, 1, 1, 1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 1, 0, 0, 0, 0, 0]
+    comparison = compare(
+        one(unsteered={"refusal": after}, a={"refusal": after}, b={"refusal": before}), "a", "b"
     )
-    row = found.iloc[0]
+    row = comparison.iloc[0]
     assert (row["metric"], row["value"], row["reference"], row["n"]) == ("refusal", 0.8, 0.2, 10)
     assert row["difference"] == pytest.approx(0.6)
-    assert row["p"] == row["p_holm"] == mcnemar([bool(x) for x in other], [bool(x) for x in own]).p
+    assert (
+        row["p"] == row["p_holm"] == mcnemar([bool(x) for x in before], [bool(x) for x in after]).p
+    )
     with pytest.raises(ValueError, match="no condition 'c'"):
-        compare(one(unsteered={"refusal": own}), "c", UNSTEERED)
+        compare(one(unsteered={"refusal": after}), "c", UNSTEERED)
     with pytest.raises(ValueError, match=r"no metric 'refusals'.*Did you mean 'refusal'"):
-        compare(one(unsteered={"refusal": own}), UNSTEERED, UNSTEERED, metrics=["refusals"])
+        compare(one(unsteered={"refusal": after}), UNSTEERED, UNSTEERED, metrics=["refusals"])
     with pytest.raises(ValueError, match="no neutral prompts"):
-        compare(one(unsteered={"refusal": own}), UNSTEERED, UNSTEERED, label="neutral")
+        compare(one(unsteered={"refusal": after}), UNSTEERED, UNSTEERED, label="neutral")
+
+
+def test_conditions_that_share_no_metric_are_not_compared():
+    scores = one(a={"safe": [1.0, 0.0]}, b={"refusal": [1.0, 0.0]})
+    with pytest.raises(ValueError, match="'a' and 'b' share no metric on unsafe prompts"):
+        compare(scores, "a", "b")
 
 
 def test_a_planted_own_category_is_on_the_diagonal_of_the_leakage_matrix():
@@ -76,12 +84,14 @@ def test_a_planted_own_category_is_on_the_diagonal_of_the_leakage_matrix():
     }
     matrix = leakage_matrix(table({UNSTEERED: base, **steered}))
     assert len(matrix) == 3 * 4
-    own = matrix[matrix["own"]]
+    diagonal = matrix[matrix["own"]]
     other = matrix[matrix["measured"] == "other"]
-    assert (own["difference_low"].to_numpy() > other["difference_high"].to_numpy()).all()
+    assert (diagonal["difference_low"].to_numpy() > other["difference_high"].to_numpy()).all()
     assert (other["n"] == 60).all()
     with pytest.raises(ValueError, match="'strong' is no category"):
         leakage_matrix(table({UNSTEERED: base, "strong": base}))
+    with pytest.raises(ValueError, match=r"no metric 'refusal'; metrics: safe_helpful_proxy\."):
+        leakage_matrix(table({UNSTEERED: base, **steered}), "refusal")
 
 
 def test_leakage_conditions_steer_every_prompt_with_one_category():
@@ -94,15 +104,15 @@ def test_judges_that_agree_by_chance_have_kappa_near_zero():
     rng = np.random.default_rng(0)
     truth = (rng.random(400) < 0.4).astype(float)
     noise = (rng.random(400) < 0.4).astype(float)
-    found = judge_agreement(
+    agreement = judge_agreement(
         one(
             unsteered={"safe": truth.tolist(), "safety_wording": truth.tolist()},
             a={"safe": truth.tolist(), "safety_wording": noise.tolist()},
         )
     ).set_index("condition")
-    assert found.loc[UNSTEERED, "kappa"] == 1.0
-    assert found.loc["a", "low"] < 0 < found.loc["a", "high"]
-    assert found.loc[ALL, "n"] == 800
+    assert agreement.loc[UNSTEERED, "kappa"] == 1.0
+    assert agreement.loc["a", "low"] < 0 < agreement.loc["a", "high"]
+    assert agreement.loc[ALL, "n"] == 800
     with pytest.raises(ValueError, match="no yes/no measure 'relevance'"):
         judge_agreement(one(unsteered={"safe": [1.0]}), second="relevance")
 
@@ -142,20 +152,22 @@ def test_a_thousand_null_experiments_give_the_false_positives_they_promise(test)
     The sampling error of a thousand is 1.5 points.
     """
     rng = np.random.default_rng(11)
-    found = 0
+    n_significant = 0
     for _ in range(1000):
         if test == "mcnemar":
             before, after = (rng.random(80) < 0.4 for _ in range(2))
-            found += mcnemar(before.tolist(), after.tolist()).p <= 0.05
+            n_significant += mcnemar(before.tolist(), after.tolist()).p <= 0.05
         else:
             before = rng.normal(0.7, 0.15, 60)
             if test == "bootstrap":
                 after = before + rng.normal(0, 0.1, 60)
-                found += (
+                n_significant += (
                     paired_difference(before.tolist(), after.tolist(), n_resamples=800).p <= 0.05
                 )
             else:  # a true loss of exactly the margin must pass as "no loss" in 5 % only
                 after = before - 0.05 + rng.normal(0, 0.1, 60)
-                found += tost_paired(before.tolist(), after.tolist(), (-0.05, math.inf)).p <= 0.05
-    assert found / 1000 <= 0.065
-    assert found / 1000 >= (0.0 if test == "mcnemar" else 0.035)
+                n_significant += (
+                    tost_paired(before.tolist(), after.tolist(), (-0.05, math.inf)).p <= 0.05
+                )
+    assert n_significant / 1000 <= 0.065
+    assert n_significant / 1000 >= (0.0 if test == "mcnemar" else 0.035)
