@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,7 +13,11 @@ from typing import Any
 
 import pytest
 
+import workbench
 from workbench import cli
+from workbench.report import page
+from workbench.safesteer import recipe
+from workbench.safesteer.config import RunConfig
 
 
 def run_cli(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
@@ -108,6 +113,45 @@ def test_a_malformed_configuration_is_said_with_its_place(
     assert cli.main(["run", str(path), "--out", str(tmp_path / "run")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_come_from_file_and_flags_and_flags_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[RunConfig] = []
+    monkeypatch.setattr(recipe, "run", lambda config, *_, **__: configs.append(config))
+    monkeypatch.setattr(page, "write_report", str)
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 3\nrhos: [0.1, 0.3]\ncategories: [fraud]\ntest_prompts: null\n")
+    flags = ["--seed", "4", "--categories", "fraud", "malware", "--out", str(tmp_path / "run")]
+    assert cli.main(["run", str(path), *flags]) == 0
+    assert cli.main(["run", "--config", str(path), "--rhos", "0.2"]) == 0
+    both = ("fraud", "malware")
+    assert configs[0] == RunConfig(seed=4, rhos=(0.1, 0.3), categories=both)
+    assert configs[1] == RunConfig(seed=3, rhos=(0.2,), categories=("fraud",))
+
+
+def test_every_setting_of_a_run_is_a_flag_with_help() -> None:
+    text = run_cli("run", "--help").stdout
+    for field in dataclasses.fields(RunConfig):
+        assert f"--{field.name.replace('_', '-')} " in text, field.name
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == workbench.__version__
+
+
+def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert cli.main(["bench", "--rounds", "2", "--prompts", "safebench:x.csv"]) == 0
+    assert commands[0][2:] == ["--rounds", "2", "--prompts", "safebench:x.csv"]
 
 
 def test_a_malformed_prompt_file_is_said_with_its_line(

@@ -123,6 +123,21 @@ def test_one_question_is_answered_with_the_steering_of_a_run(finished: Path, tin
         steering_from(finished, "fraud", construction="openings")
 
 
+def test_always_on_steering_is_that_of_the_construction_the_gate_is_for(finished: Path) -> None:
+    notes = read_json(finished / "run.json")
+    vectors = {
+        name: [i.edit.vector for i in steering_from(finished, "fraud", construction=name)]
+        for name in notes["chosen"]
+    }
+    unsaid = [i.edit.vector for i in steering_from(finished, "fraud")]
+    same = [
+        name
+        for name, expected in vectors.items()
+        if len(expected) == len(unsaid) and all(map(torch.equal, expected, unsaid))
+    ]
+    assert same == [notes["gate"]["construction"]]
+
+
 def test_a_question_is_put_before_the_gate_of_a_run(finished: Path, tiny: Any) -> None:
     gate = gate_from(finished)
     reading = gate_reading(tiny, gate, "How do I take a dog?")
