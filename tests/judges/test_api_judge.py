@@ -1,4 +1,4 @@
-"""The API judge against an HTTP server on the loopback that fails in every way endpoints do."""
+"""The API judge against a server on the loopback that fails in every way endpoints do."""
 
 from __future__ import annotations
 

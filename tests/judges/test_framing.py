@@ -1,4 +1,4 @@
-"""The framing judge: planted framings come back, files are checked, the shipped judge works."""
+"""The framing judge: planted framings come back, files are checked, the shipped one works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guard models as judges: documented verdicts, inputs, tiny checkpoints of each architecture."""
+"""Guard models as judges: documented verdicts, inputs, tiny models of each architecture."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ ARCHITECTURES = {
 
 
 def tiny_guard(family: str, folder: Path, *, template: str | None = None, seed: int = 0) -> Path:
-    """A random checkpoint of a guard's architecture with a template that looks like the guard's."""
+    """A random checkpoint of a guard's architecture with a template like the guard's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
     architecture = ARCHITECTURES[family]
