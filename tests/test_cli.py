@@ -70,9 +70,11 @@ def test_help_names_every_command() -> None:
         (["run", "--model", "missing.gguf"], "no model file 'missing.gguf'"),
         (["run", "--dtype", "int3"], "unknown dtype 'int3'"),
         (["run", "--rhos", "7"], "rhos must be"),
+        (["run", "--seed", "-1"], "seed must be a whole number from 0, got -1"),
+        (["run", "--resume"], "--resume needs --out"),
         (["report", "--run", "nowhere"], "nowhere"),
         (["steer", "How?", "--run", "nowhere", "--category", "fraud"], "nowhere"),
-        (["steer", "How?", "--run", "nowhere"], "nowhere"),
+        (["steer", "How?", "--run", "nowhere"], "'nowhere' is no run folder"),
         (["calibrate", "--run", "nowhere"], "nowhere"),
         (["capability", "--run", "nowhere"], "nowhere"),
         (
@@ -103,6 +105,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("seed: [", "line 1"),
         ("- a\n- b\n", "a mapping of settings is needed"),
         ("sede: 3\n", "Did you mean 'seed'?"),
+        ("categories: [null]\n", "categories must be a list of one name or more"),
+        ("rhos: 0.1\n", "rhos must be a list"),
     ],
 )
 def test_a_malformed_configuration_is_said_with_its_place(

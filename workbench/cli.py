@@ -68,13 +68,15 @@ def run(
         config: YAML file with any of the settings below; flags win over it
         settings: what the run does
         out: folder of the run (default: runs/DATE-TIME)
-        resume: go on with an interrupted run of the same settings
+        resume: go on with an interrupted run of the same settings; it needs --out
         quiet: show no progress bars
     """
     from workbench.report.page import write_report
     from workbench.safesteer.recipe import run as run_recipe
 
     del config  # its settings have come in through _settings_from_file
+    if resume and out is None:
+        raise ValueError("--resume needs --out: the folder of the run to go on with.")
     folder = out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
     run_recipe(settings, folder, resume=resume, progress=not quiet)
     print(write_report(folder))

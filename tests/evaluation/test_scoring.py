@@ -495,3 +495,8 @@ def test_safety_wording_counts_only_what_the_question_did_not_say():
     assert safety_wording("Is it illegal to get in?", "It is illegal and harmful.")
     assert safety_wording("q", "Be transparent.")  # stems match their endings
     assert not safety_wording("q", "nontransparent")  # but not inside a word
+
+
+def test_a_judge_given_by_name_is_refused_before_anything_is_answered(tiny):
+    with pytest.raises(TypeError, match=r"a judge must be a judge object, got 'framing'"):
+        evaluate(tiny, [GARDEN], {}, safety_judge="framing")

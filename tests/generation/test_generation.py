@@ -495,3 +495,12 @@ def test_an_answer_goes_on_from_the_words_it_was_begun_with(tiny):
     assert (
         generate(tiny, [begun], decoding=Decoding(max_new_tokens=8))[0].tokens == whole.tokens
     )  # without it, the response is not read
+
+
+def test_what_is_no_prompt_and_no_intervention_is_said(tiny):
+    with pytest.raises(TypeError, match=r"prompts must be wb.Prompt objects, got 'a string'"):
+        generate(tiny, ["a string"])
+    with pytest.raises(TypeError, match=r"must be a list of interventions, .*given as decoding="):
+        generate(tiny, questions(1), Decoding())
+    with pytest.raises(TypeError, match="conditions must be a mapping"):
+        sweep(tiny, questions(1), [add_vector(steering_vector(tiny), 1.0)])

@@ -357,3 +357,11 @@ def test_an_end_before_the_start_is_refused():
         ValueError, match="until must be a number of generated tokens from 0, or None, got -1"
     ):
         Intervention(Site(1, "resid_post"), AddVector(torch.zeros(4)), until=-1)
+
+
+@pytest.mark.parametrize(
+    "strength", [{"rho": float("nan")}, {"multiplier": float("inf")}, {"rho": "a"}]
+)
+def test_a_strength_that_is_no_finite_number_is_refused(tiny, strength):
+    with pytest.raises(ValueError, match="must be a finite number"):
+        add_vector(steering_vector(tiny, Site(1, "resid_post")), **strength)

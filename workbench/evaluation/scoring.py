@@ -265,6 +265,7 @@ def evaluate(
     Raises:
         ValueError: If a prompt is one that a vector was fitted on.
     """
+    _check_judges(judge, safety_judge)
     if not allow_fitted:
         _check_unseen(prompts, conditions)
     if baseline not in conditions:
@@ -281,6 +282,15 @@ def evaluate(
         encoder=encoder,
         system_prompt=decoding.system_prompt,
     )
+
+
+def _check_judges(*judges: Judge | None) -> None:
+    for judge in judges:
+        if judge is not None and not callable(judge):
+            raise TypeError(
+                f"a judge must be a judge object, got {judge!r}; wb.judges.open_judge makes one "
+                "from its name."
+            )
 
 
 def _check_unseen(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
@@ -328,6 +338,7 @@ def score_completions(
         ValueError: If the baseline is not among the conditions, or a prompt has two answers under
             one.
     """
+    _check_judges(judge, safety_judge)
     judge = judge or RefusalPatterns()
     completions = list(completions)
     reference = _baseline_texts(completions, baseline)

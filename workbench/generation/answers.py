@@ -18,11 +18,11 @@ from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.batches import batches_by_length
 from workbench.models.load import model_info
 from workbench.models.tokens import Encoded, decode, encode, template_text
+from workbench.prompts.prompt import Prompt
 from workbench.steering.interventions import Intervention, check_interventions, description
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
-    from workbench.prompts.prompt import Prompt
 
 
 UNSTEERED = "unsteered"
@@ -159,6 +159,16 @@ def sweep(
 
 
 def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
+    for prompt in prompts:
+        if not isinstance(prompt, Prompt):
+            raise TypeError(
+                f"prompts must be wb.Prompt objects, got {prompt!r:.60}; ask a question of your "
+                "own with wb.side_by_side(model, question, interventions), or make it a wb.Prompt."
+            )
+    if not isinstance(conditions, Mapping):
+        raise TypeError(
+            f"conditions must be a mapping from names to interventions, got {conditions!r:.60}."
+        )
     if not prompts or not conditions:
         raise ValueError("nothing to answer: give at least one prompt and one condition.")
     prompt_id, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
@@ -283,6 +293,11 @@ def _lists_by_owner(
     name: str, condition: Condition, known_owners: set[str]
 ) -> dict[str | None, list[Intervention]]:
     """Map prompt ids or categories to a condition's interventions; None means every prompt."""
+    if not isinstance(condition, Mapping | Sequence):
+        raise TypeError(
+            f"condition {name!r} must be a list of interventions, or a mapping to such lists, "
+            f"got {condition!r:.60}; decoding settings are given as decoding=..."
+        )
     if not isinstance(condition, Mapping):
         return {None: list(condition)}
     lists: dict[str | None, list[Intervention]] = {k: list(v) for k, v in condition.items()}

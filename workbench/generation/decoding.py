@@ -39,6 +39,8 @@ class Decoding:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}.")
 

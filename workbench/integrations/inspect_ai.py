@@ -15,16 +15,21 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
 
-from inspect_ai.model import (
-    ChatMessage,
-    ChatMessageAssistant,
-    ChatMessageSystem,
-    ChatMessageUser,
-    GenerateConfig,
-    ModelAPI,
-    ModelOutput,
-    modelapi,
-)
+try:
+    from inspect_ai.model import (
+        ChatMessage,
+        ChatMessageAssistant,
+        ChatMessageSystem,
+        ChatMessageUser,
+        GenerateConfig,
+        ModelAPI,
+        ModelOutput,
+        modelapi,
+    )
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "inspect_ai is not installed; install it with pip install 'workbench[harness]'."
+    ) from error
 
 from workbench.generation.answers import generate
 from workbench.generation.decoding import Decoding

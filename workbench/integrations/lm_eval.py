@@ -12,7 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm_eval.api.model import LM
+try:
+    from lm_eval.api.model import LM
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "lm_eval is not installed; install it with pip install 'workbench[harness]'."
+    ) from error
 
 from workbench.generation.answers import UNSTEERED, Completion, generate
 from workbench.generation.decoding import Decoding

@@ -66,6 +66,12 @@ def read_labelled(path: PathLike) -> LabelledAnswers:
             labels = [str(row.get("label") or "").strip().lower() for row in rows]
             if measure in labels:
                 truth[measure] = tuple(label == measure if label else None for label in labels)
+    if not truth and "label" in rows[0]:
+        given = ", ".join(sorted({str(row.get("label")) for row in rows})[:5])
+        raise ValueError(
+            f"{path}: no label says {' or '.join(MEASURES)}; column label has {given}. "
+            f"Name the answers that are meant {' or '.join(MEASURES)}, others as you like."
+        )
     if not truth:
         raise ValueError(
             f"{path} has no labels: it needs a column refusal, unsafe or label; "

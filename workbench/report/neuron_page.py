@@ -91,7 +91,8 @@ def _checked(folder: PathLike, category: str, top: int) -> tuple[SavedRun, pd.Da
     table = run.tables["neurons"]
     if table is None:
         raise ValueError(
-            f"{str(folder)!r} has no neurons.csv yet; finish it with 'workbench run --resume'."
+            f"{str(folder)!r} has no neurons.csv yet; finish it with 'workbench run --out {folder} "
+            "--resume' and the run's settings."
         )
     known = list(dict.fromkeys(table["category"]))
     if category not in known:

@@ -67,11 +67,14 @@ class RunConfig:
             raise ValueError(f"packing must be auto, on or off, got {self.packing!r}.")
         for name in ("tune_prompts", "test_prompts", "max_new_tokens"):
             _check_count(name, getattr(self, name), optional=name == "test_prompts")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number from 0, got {self.seed!r}.")
+        for name in ("categories", "constructions"):
+            _check_names(name, getattr(self, name))
         if self.constructions is not None:
             _check_constructions(self.constructions)
-        if not self.rhos or not all(isinstance(r, int | float) and 0 < r < 2 for r in self.rhos):
+        rhos_are_numbers = isinstance(self.rhos, tuple) and all(map(_is_number, self.rhos))
+        if not rhos_are_numbers or not self.rhos or not all(0 < r < 2 for r in self.rhos):
             raise ValueError(
                 f"rhos must be relative strengths above 0 and below 2, got {self.rhos!r}."
             )
@@ -122,6 +125,13 @@ def _check_constructions(names: tuple[str, ...]) -> None:
             "constructions must hold a contrast of answers: it is what the gate and the controls "
             "are for."
         )
+
+
+def _check_names(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, tuple) or not value or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{name} must be a list of one name or more, got {value!r}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -293,6 +293,7 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
     except ValueError as error:
         problem = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{path} cannot be read ({problem}); write it again with 'workbench run --resume'."
+            f"{path} cannot be read ({problem}); write it again with 'workbench run --out "
+            f"{path.parent} --resume' and the run's settings."
         ) from error
     return None if frame.empty else frame

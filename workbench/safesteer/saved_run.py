@@ -127,9 +127,10 @@ def gate_from(folder: PathLike) -> Gate:
     """Load the gate of a saved run.
 
     Raises:
-        FileNotFoundError: If it has none.
+        ValueError: If the folder holds no run.
+        FileNotFoundError: If the run has no gate yet.
     """
-    return load_gate(Path(folder) / "gate.safetensors")
+    return load_gate(read_run(folder).path / "gate.safetensors")
 
 
 def gated_steering_from(

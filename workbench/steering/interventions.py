@@ -7,6 +7,7 @@ steering gate must let it through. ``apply.intervene`` carries interventions out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -192,22 +193,26 @@ def add_vector(
 ) -> Intervention:
     """Steer: add a multiple of a steering vector at its site.
 
-    A multiplier above 0 goes from unsafe to safe.
+    A vector points from unsafe to safe, so a multiplier above 0 pushes towards safe.
 
     Args:
         vector: A steering vector.
         multiplier: How much of it; 1 is the measured difference.
-        rho: Strength relative to the residual stream instead; its sign is the multiplier's.
-        positions: Which tokens.
+        rho: Strength relative to the residual stream instead; its sign is the multiplier's. At one
+            layer 0.05 to 0.2 is usual; text breaks above about 0.35.
+        positions: Which tokens: "all", those of the "prompt", or the "generated" ones.
         until: Generated tokens after which it ends; None never ends.
 
     Raises:
-        ValueError: If not exactly one of multiplier and rho is given.
+        ValueError: If not exactly one of multiplier and rho is given, or it is no finite number.
     """
     if (multiplier is None) == (rho is None):
         raise ValueError(
             "give either multiplier or rho: multiplier=1.0 adds the measured difference once."
         )
+    for name, value in (("multiplier", multiplier), ("rho", rho)):
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number, got {value!r}.")
     if multiplier is None:
         multiplier = vector.multiplier_for(rho)  # type: ignore[arg-type]
     edit = AddVector(vector.vector, float(multiplier))
