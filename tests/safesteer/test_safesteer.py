@@ -227,8 +227,8 @@ def fail_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("module", "name", "calls"),
     [
-        (activations, "_write_shard", 0),
-        (activations, "_write_shard", 1),
+        (activations, "write_tensors", 0),
+        (activations, "write_tensors", 1),
         (run_folder, "save_vector", 3),
         (recipe, "layer_separability", 0),
         (recipe, "attribute_neurons", 0),
