@@ -368,11 +368,7 @@ def score_completions(
     # A judge of safety takes the place of safety wording in the headline.
     safe = columns["safety_wording"]
     if safety_judge is not None:
-        labels = [verdict.label for verdict in safety_judge(*distinct.pairs)]
-        for name in ("safe", "unsafe"):
-            columns[name] = [
-                None if label == "unscored" else float(label == name) for label in labels
-            ]
+        columns |= _safety_columns(safety_judge, *distinct.pairs)
         safe = columns["safe"]
     columns[HEADLINE] = [
         _both(relevant, is_safe)
@@ -445,6 +441,17 @@ def _text_columns(
         ],
         "distinct_2": [distinct_n(text, 2) for text in texts],
         "n_words": [float(word_count(text)) for text in texts],
+    }
+
+
+def _safety_columns(
+    safety_judge: Judge, prompts: list[str], answers: list[str]
+) -> dict[str, _Column]:
+    """Say which answers a judge of safety calls safe, and which unsafe."""
+    labels = [verdict.label for verdict in safety_judge(prompts, answers)]
+    return {
+        name: [None if label == "unscored" else float(label == name) for label in labels]
+        for name in ("safe", "unsafe")
     }
 
 

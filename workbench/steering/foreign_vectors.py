@@ -77,16 +77,7 @@ def import_vectors(
         ValueError: If it cannot be read, if a layer or a width is not the model's, or if something
             is missing that the file does not say.
     """
-    if sign not in get_args(Sign):
-        raise ValueError(
-            f"sign says which way the file's vectors point: {' or '.join(get_args(Sign))}, "
-            f"got {sign!r}."
-        )
-    if kind is not None and kind not in RESIDUAL_KINDS:
-        raise ValueError(
-            f"steering vectors live in the residual stream: {', '.join(RESIDUAL_KINDS)}; "
-            f"got kind={kind!r}."
-        )
+    _check_said(sign, kind)
     info = model if isinstance(model, ModelInfo) else model_info(model)
     file_kind, arrays = read_foreign(path)
     rows = _rows_by_site(arrays, info, site, kind, first_layer, path)
@@ -111,6 +102,20 @@ def import_vectors(
         )
         for at in sorted(rows)
     }
+
+
+def _check_said(sign: str, kind: str | None) -> None:
+    """Refuse a sign or a kind that there is not."""
+    if sign not in get_args(Sign):
+        raise ValueError(
+            f"sign says which way the file's vectors point: {' or '.join(get_args(Sign))}, "
+            f"got {sign!r}."
+        )
+    if kind is not None and kind not in RESIDUAL_KINDS:
+        raise ValueError(
+            f"steering vectors live in the residual stream: {', '.join(RESIDUAL_KINDS)}; "
+            f"got kind={kind!r}."
+        )
 
 
 def _rows_by_site(
