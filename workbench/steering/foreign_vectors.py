@@ -44,7 +44,6 @@ def import_vectors(
     site: Site | None = None,
     kind: str | None = None,
     first_layer: int = 0,
-    category: str = "imported",
     residual: Mapping[Site, ActivationSet] | None = None,
 ) -> dict[Site, SteeringVector]:
     """Read steering vectors that another library wrote.
@@ -64,7 +63,6 @@ def import_vectors(
         kind: Where in the block the vectors belong, where the file does not say; "resid_post"
             (the block's output) by default.
         first_layer: Number of the first block in the file: 0, or 1 where it counts from 1.
-        category: What the vectors are about.
         residual: Activations of the residual stream by site, as ``cache_activations`` gives them,
             at the layers imported: their mean norm makes relative strength (rho) known. Without it
             a vector is used with a multiplier.
@@ -81,27 +79,37 @@ def import_vectors(
     info = model if isinstance(model, ModelInfo) else model_info(model)
     file_kind, arrays = read_foreign(path)
     rows = _rows_by_site(arrays, info, site, kind, first_layer, path)
-    if site is not None:
-        if site not in rows:
-            raise ValueError(
-                f"{path} has no vector at {site}; it has: {', '.join(map(str, sorted(rows)))}."
-            )
-        rows = {site: rows[site]}
-    return {
-        at: SteeringVector(
-            site=at,
-            category=category,
-            vector=_checked(rows[at], info, at, path) * (1 if sign == "unsafe_to_safe" else -1),
-            method=f"imported:{file_kind}",
-            span="unknown",
-            kept=1.0,
-            n_unsafe=0,
-            n_safe=0,
-            site_norm=_norm_at(at, residual, info),
-            model=info,
+    if site is not None and site not in rows:
+        raise ValueError(
+            f"{path} has no vector at {site}; it has: {', '.join(map(str, sorted(rows)))}."
         )
-        for at in sorted(rows)
+    turned = 1 if sign == "unsafe_to_safe" else -1
+    return {
+        at: _imported(turned * _checked(rows[at], info, at, path), at, info, file_kind, residual)
+        for at in ([site] if site is not None else sorted(rows))
     }
+
+
+def _imported(
+    vector: Float[torch.Tensor, " d_model"],
+    site: Site,
+    info: ModelInfo,
+    file_kind: str,
+    residual: Mapping[Site, ActivationSet] | None,
+) -> SteeringVector:
+    """Make a steering vector of which nothing is known but where it is from."""
+    return SteeringVector(
+        site=site,
+        category="imported",
+        vector=vector,
+        method=f"imported:{file_kind}",
+        span="unknown",
+        kept=1.0,
+        n_unsafe=0,
+        n_safe=0,
+        site_norm=_norm_at(site, residual, info),
+        model=info,
+    )
 
 
 def _check_said(sign: str, kind: str | None) -> None:
