@@ -23,6 +23,9 @@ from workbench.safesteer.config import RunConfig, config_from
 _PLAIN = Parameter(consume_multiple=True, negative=())
 """Lists take several words (``--rhos 0.1 0.2``), and switches have no ``--no-`` form."""
 
+_LINE = 100
+"""Characters in a line of the listings."""
+
 app = App(
     name="workbench",
     help="Interpretability workbench for safety steering: SafeSteer on hooked transformers.",
@@ -228,10 +231,18 @@ def capability(
 
 @app.command
 def datasets() -> None:
-    """List the benchmark readers."""
+    """List the benchmark readers, one paragraph each."""
+    import textwrap
+
     from workbench.prompts.benchmarks import list_datasets
 
-    print(list_datasets().to_string(index=False))
+    for row in list_datasets().to_dict("records"):
+        print(*textwrap.wrap(f"{row.pop('name')}: {row.pop('what')}", _LINE), sep="\n")
+        for name, value in row.items():
+            if value:
+                lines = textwrap.wrap(f"{name}: {value}", _LINE - 4, subsequent_indent="    ")
+                print(*(f"    {line}" for line in lines), sep="\n")
+        print()
 
 
 @app.command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -121,6 +122,20 @@ def test_a_probe_finds_the_word_and_is_measured_on_unseen_prompts(tmp_path):
     again = load_probe(tmp_path / "probe.safetensors", encoder=WordEncoder())
     assert again.name == probe.name
     assert [v.score for v in again(["q"], [YES])] == [v.score for v in probe(["q"], [YES])]
+
+
+def test_a_probe_leaves_languages_it_was_not_trained_on_unscored():
+    prompts, responses, truth = answers()
+    probe = train_probe(
+        prompts, responses, truth, measures="refusal", source="made up", encoder=WordEncoder()
+    )
+    assert probe.card["languages"] == ["en"]
+    german = "Es tut mir leid, aber dabei kann ich Ihnen nicht helfen."
+    verdict = probe(["question about a dog"], [german])[0]
+    assert verdict.label == "unscored"
+    assert "in German; the probe was trained on en" in verdict.reason
+    older = dataclasses.replace(probe, card={})
+    assert older(["question about a dog"], [german])[0].label != "unscored"
 
 
 def test_a_probe_that_memorises_prompts_is_found_out():

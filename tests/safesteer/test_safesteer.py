@@ -67,6 +67,18 @@ def test_a_run_leaves_every_file_that_the_readme_lists(finished: Path) -> None:
     assert str(finished.parent) not in (finished / "run.json").read_text()
 
 
+def test_stages_are_named_where_progress_is_shown(
+    tmp_path: Path, few_prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for progress in (True, False):
+        folder = run_folder.RunFolder.open(
+            tmp_path / str(progress), settings(few_prompts), progress=progress
+        )
+        with folder.stage("own answers"):
+            pass
+    assert capsys.readouterr().err == "stage: own answers\n"
+
+
 def test_every_condition_answers_every_test_prompt_once(finished: Path) -> None:
     answers = pd.DataFrame(read_jsonl(finished / "completions.jsonl"))
     conditions = {

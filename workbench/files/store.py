@@ -194,9 +194,15 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
             card = json.loads((file.metadata() or {})["card"])
             names = file.keys()  # safe_open gives no dict: one cannot iterate over it
             return {name: file.get_tensor(name) for name in names}, card
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(
-            f"{path} is damaged or was not written by workbench ({error}); delete and rebuild it."
+            f"{path} is damaged or no safetensors file ({error}); give another file, or have "
+            "workbench write this one again."
+        ) from error
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} was not written by workbench: its header holds no card ({error}); "
+            "give a file of workbench."
         ) from error
 
 

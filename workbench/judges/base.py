@@ -56,14 +56,30 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Turn answers into verdicts: patterns, a guard model, an API, a probe."""
+    """Turn answers into verdicts: patterns, a guard model, an API, a probe.
+
+    Any object with these two members is a judge; no class of this project is needed.
+
+    Example:
+        >>> class Apologies:
+        ...     name = "apologies-1"
+        ...
+        ...     def __call__(self, prompts, responses):
+        ...         labels = ["refusal" if "sorry" in r else "not_refusal" for r in responses]
+        ...         return [Verdict(label, None, self.name, "its words") for label in labels]
+        >>> [verdict.label for verdict in Apologies()(["How?"], ["I am sorry, no."])]
+        ['refusal']
+    """
 
     @property
     def name(self) -> str:
         """Name the judge and its version, enough to tell two judges' numbers apart."""
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """Give one verdict per answer, in order."""
+        """Give one verdict per answer, in order.
+
+        An answer that cannot be judged is "unscored", with the reason; it is never left out.
+        """
 
 
 def check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:

@@ -119,12 +119,17 @@ def folds_of(config: RunConfig) -> Folds:
         prompts += select_prompts(project_prompts, label="neutral")
     if not any(p.label == "safe" for p in prompts):  # what a gate must not open for
         prompts += select_prompts(project_prompts, category=HARD_SAFE)
+    risk = categories_of(prompts)
     if config.categories is not None:
         risky = select_prompts(prompts, category=config.categories)
         beside = [p for p in prompts if p.label == "neutral" or p.category == HARD_SAFE]
         prompts = risky + [p for p in beside if p.category not in config.categories]
     if not categories_of(prompts):
-        raise ValueError("no unsafe prompts: a run needs at least one risk category.")
+        asked = f" in {', '.join(map(repr, config.categories))}" if config.categories else ""
+        known = f"; risk categories: {', '.join(risk)}" if risk else ""
+        raise ValueError(
+            f"no unsafe prompts{asked}: a run needs at least one risk category{known}."
+        )
     return split_prompts(prompts, seed=config.seed)
 
 

@@ -90,7 +90,7 @@ def run(
         folder: Where to; it must be new, unless ``resume``.
         resume: Go on with an interrupted run of the same configuration. What is there is checked
             and reused, so the result is the same as without the interruption.
-        progress: Show progress bars.
+        progress: Name the stages on standard error, and show progress bars.
         model: A loaded model, instead of loading ``config.model``.
 
     Returns:
@@ -99,7 +99,7 @@ def run(
     Raises:
         ValueError: If the folder holds another run, or the input does not allow the run.
     """
-    out = RunFolder.open(folder, config, resume=resume)
+    out = RunFolder.open(folder, config, resume=resume, progress=progress)
     with out.stage("load"):
         job = load_job(config, model=model, progress=progress)
         out.note(**job.facts())

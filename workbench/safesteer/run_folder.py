@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,14 +96,24 @@ class RunFolder:
     Attributes:
         path: The folder; it is made when the first file is written.
         notes: What run.json holds.
+        progress: Whether stages are named on standard error as they begin.
     """
 
     path: Path
     notes: dict[str, Any]
+    progress: bool = False
 
     @classmethod
-    def open(cls, folder: PathLike, config: RunConfig, *, resume: bool = False) -> RunFolder:
+    def open(
+        cls, folder: PathLike, config: RunConfig, *, resume: bool = False, progress: bool = False
+    ) -> RunFolder:
         """Begin a run in a new folder, or take up an interrupted run of the same settings.
+
+        Args:
+            folder: Where the run is.
+            config: Its settings.
+            resume: Take up an interrupted run.
+            progress: Name the stages on standard error as they begin.
 
         Raises:
             ValueError: If the folder holds another run, or something else.
@@ -110,7 +121,7 @@ class RunFolder:
         path = Path(folder)
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
         if (path / "run.json").is_file():
-            return cls(path, _notes_to_resume(path, settings, resume))
+            return cls(path, _notes_to_resume(path, settings, resume), progress)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(
                 f"{str(path)!r} is not an empty folder and holds no run; "
@@ -125,7 +136,7 @@ class RunFolder:
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "durations": {},
         }
-        return cls(path, notes)
+        return cls(path, notes, progress)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -133,6 +144,10 @@ class RunFolder:
 
         A resumed stage adds its seconds to what it took before.
         """
+        if self.progress:
+            from tqdm.auto import tqdm
+
+            tqdm.write(f"stage: {name}", file=sys.stderr)
         start = time.monotonic()
         yield
         durations = self.notes["durations"]

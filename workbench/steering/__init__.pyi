@@ -6,6 +6,7 @@ from .estimators import (
     probe_direction,
     pruned_mean_difference,
 )
+from .foreign_vectors import import_vectors
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .interventions import (
     AblateDirection,
@@ -52,6 +53,7 @@ __all__ = [
     "fit_gate",
     "fit_steering_vectors",
     "gated",
+    "import_vectors",
     "intervene",
     "layer_separability",
     "load_gate",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from workbench.files.foreign_tensors import PICKLED, file_format
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, write_tensors
 from workbench.models.load import ModelInfo
@@ -277,9 +278,13 @@ def load_vector(path: PathLike) -> SteeringVector:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or holds something else.
+        ValueError: If it is damaged or holds something else; a file of another library is read by
+            ``import_vectors``.
     """
-    tensors, card = read_tensors(path)
+    try:
+        tensors, card = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is {_what_it_is(path)}") from error
     try:
         vector = SteeringVector(
             site=Site.parse(str(card["site"])),
@@ -300,9 +305,25 @@ def load_vector(path: PathLike) -> SteeringVector:
     ):
         raise ValueError(
             f"{path} is damaged: its vector of shape {tuple(vector.vector.shape)} is not the one "
-            "of its card; delete and rebuild it."
+            "of its card; take another copy, or fit it again."
         )
     return vector
+
+
+def _what_it_is(path: PathLike) -> str:
+    """Say what a file is that ``save_vector`` did not write, and what to do with it."""
+    kind = file_format(path)
+    if kind == "pickle":
+        return f"{PICKLED}; then read it with wb.import_vectors."
+    if kind:
+        return (
+            f"not one of save_vector's files but {kind} of another origin; read it with "
+            "wb.import_vectors(path, model, sign='unsafe_to_safe' or 'safe_to_unsafe')."
+        )
+    return (
+        "no vector of save_vector and of no format that wb.import_vectors reads; "
+        "is the file complete?"
+    )
 
 
 @dataclass(frozen=True)
