@@ -17,6 +17,7 @@ import torch
 
 from workbench.files.store import file_checksum
 from workbench.models.hooked_model import HookedModel, hugging_face_model
+from workbench.models.hooked_transformer import is_hooked_transformer, weights_are_processed
 from workbench.models.packing import Choice, pack_linears
 
 if TYPE_CHECKING:
@@ -157,7 +158,11 @@ def model_info(model: HookedModel) -> ModelInfo:
     cfg, hf_model = model.cfg, hugging_face_model(model)
     parameter = next(iter(model.parameters()))
     config = getattr(hf_model, "config", None)
-    raw = hf_model is not None and not getattr(model, "compatibility_mode", False)
+    processed = (
+        weights_are_processed(model)
+        if is_hooked_transformer(model)
+        else hf_model is None or getattr(model, "compatibility_mode", False)
+    )
     return ModelInfo(
         name=str(cfg.model_name),
         revision=getattr(config, "_commit_hash", None),
@@ -166,7 +171,7 @@ def model_info(model: HookedModel) -> ModelInfo:
         d_mlp=cfg.d_mlp,
         n_heads=cfg.n_heads,
         dtype=str(parameter.dtype).removeprefix("torch."),
-        weights="raw" if raw else "compatibility",
+        weights="compatibility" if processed else "raw",
         fingerprint=_fingerprint(model),
     )
 

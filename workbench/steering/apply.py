@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import einops
 import torch
 
+from workbench.models.hooked_transformer import is_hooked_transformer, seen_pass
 from workbench.steering.gates import Gate, combined
 from workbench.steering.interventions import AddVector, Intervention, check_interventions
 
@@ -244,17 +245,15 @@ def intervene(
 def _watcher(steering: Steering, fixed: bool) -> Callable[..., None]:
     """Make a hook that tells ``steering`` of each forward pass before it runs."""
 
-    def before_forward(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        given = (keywords.get("input_ids"), keywords.get("inputs_embeds"), *args)
-        tokens = next(x for x in given if x is not None)
-        cache = keywords.get("past_key_values", keywords.get("past_kv_cache"))
-        if cache is None:
-            past = 0
-        elif hasattr(cache, "get_seq_length"):
-            past = int(cache.get_seq_length())
+    def before_forward(runner: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if is_hooked_transformer(runner):
+            tokens, past, mask = seen_pass(runner, args, keywords)
         else:
-            past = int(cache[0].past_keys.shape[1])
-        steering.see(tokens, past, keywords.get("attention_mask"), fixed=fixed)
+            given = (keywords.get("input_ids"), keywords.get("inputs_embeds"), *args)
+            tokens = next(x for x in given if x is not None)
+            cache, mask = keywords.get("past_key_values"), keywords.get("attention_mask")
+            past = 0 if cache is None else int(cache.get_seq_length())
+        steering.see(tokens, past, mask, fixed=fixed)
 
     return before_forward
 

@@ -1,0 +1,191 @@
+"""What TransformerLens 3.x's ``HookedTransformer`` does in another way than the bridge.
+
+It keeps keys and values in a cache of its own kind, takes the mask of the new columns alone, and
+computes logits for every column; its weights may be processed. All that is known of it is here.
+TransformerLens 4 has no such class, and nothing here runs there.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from workbench.models.hooked_model import HookedModel
+
+
+_POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+"""Architectures whose norms behind attention and MLP HookedTransformer calls ln1 and ln2."""
+
+
+def is_hooked_transformer(model: HookedModel) -> bool:
+    """Tell whether a model is a TransformerLens 3.x HookedTransformer, or a subclass of it."""
+    return any(kind.__name__ == "HookedTransformer" for kind in type(model).__mro__)
+
+
+def last_logits_and_cache(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch past_and_pos"],
+    n: int,
+    *,
+    cache: Any = None,
+    use_cache: bool = False,
+) -> tuple[Float[Tensor, "batch n d_vocab"], Any]:
+    """Compute the logits after each of the last ``n`` columns, and the cache, in one pass.
+
+    The cache is a transformers ``Cache``, as the bridge has it, so that all that copies rows of one
+    or lets it grow works for both. It holds keys before their rotation, as HookedTransformer does.
+
+    Arguments are those of ``forward.last_logits``.
+    """
+    if cache is None and use_cache:
+        cache = _empty_cache(model, len(tokens))
+    mask = mask.long()
+    keywords: dict[str, Any] = {"attention_mask": mask[:, mask.shape[1] - tokens.shape[1] :]}
+    if cache is not None:
+        keywords["past_kv_cache"] = _CacheView(cache, mask)
+        if use_cache:
+            from workbench.models._growing_cache import grow_in_place
+
+            grow_in_place(cache)
+    with _only_last_columns(model, n):
+        return model(tokens, **keywords), cache
+
+
+def weights_are_processed(model: HookedModel) -> bool:
+    """Tell whether layer norms were folded into a HookedTransformer's weights, or these centred."""
+    if str(model.cfg.normalization_type).endswith("Pre"):  # type: ignore[attr-defined]
+        return True
+    written = model.blocks[0].attn.W_O.detach().float()
+    return bool(written.mean(dim=-1).abs().max() < 1e-3 * written.abs().mean())
+
+
+def norm_name(model: HookedModel, name: str) -> str | None:
+    """Give the name of a block's norm in this model, or None where it has no such norm.
+
+    Args:
+        model: A hooked model, of either kind.
+        name: The bridge's name: ln1 or ln2 for the norms before attention and MLP, ln1_post or
+            ln2_post for those behind them.
+    """
+    architecture = getattr(model.cfg, "original_architecture", None)
+    if not is_hooked_transformer(model) or architecture not in _POST_NORM:
+        return name
+    return name.removesuffix("_post") if name.endswith("_post") else None
+
+
+def norm_of_block(model: HookedModel, layer: int, name: str) -> Any | None:
+    """Give a norm of a block by its ``norm_name``, or None where the block has none."""
+    own_name = norm_name(model, name)
+    return None if own_name is None else getattr(model.blocks[layer], own_name, None)
+
+
+def seen_pass(
+    model: HookedModel, args: Sequence[Any], keywords: Mapping[str, Any]
+) -> tuple[Tensor, int, Tensor | None]:
+    """Read off the arguments of a forward pass what it is given.
+
+    Args:
+        model: The HookedTransformer that is called: with tokens, a text or texts.
+        args: What it is called with.
+        keywords: And by name.
+
+    Returns:
+        Tokens, columns that the cache holds, and the mask of the new columns where one was given.
+    """
+    given, mask = args[0] if args else keywords["input"], keywords.get("attention_mask")
+    if not isinstance(given, torch.Tensor):
+        given, mask = _tokens_of_text(model, given, keywords)
+    cache = keywords.get("past_kv_cache")
+    past = 0 if cache is None else int(cache[0].past_keys.shape[1])
+    return (given[None] if given.ndim == 1 else given), past, mask
+
+
+def _tokens_of_text(
+    model: Any, text: str | list[str], keywords: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Give the tokens that HookedTransformer makes of text, and their mask."""
+    texts = [text] if isinstance(text, str) else text
+    options = {name: keywords[name] for name in ("prepend_bos", "padding_side") if name in keywords}
+    tokens = model.to_tokens(texts, **options)
+    lengths = [model.to_tokens(one, **options).shape[1] for one in texts]
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    if options.get("padding_side", model.tokenizer.padding_side) == "left":
+        columns = columns.flip(0)
+    return tokens, columns < torch.tensor(lengths, device=tokens.device)[:, None]
+
+
+@dataclass(frozen=True)
+class _LayerView:
+    """One layer of a transformers cache, under the names HookedTransformer's attention uses."""
+
+    layer: Any
+
+    @property
+    def past_keys(self) -> Float[Tensor, "batch pos head d_head"]:
+        return self.layer.keys.transpose(1, 2)
+
+    def append(
+        self,
+        new_keys: Float[Tensor, "batch pos head d_head"],
+        new_values: Float[Tensor, "batch pos head d_head"],
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self.layer.update(new_keys.transpose(1, 2), new_values.transpose(1, 2))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _CacheView:
+    """A transformers cache, under the names HookedTransformer's forward pass uses."""
+
+    cache: Any
+    mask: Int[Tensor, "batch past_and_pos"]
+
+    def __getitem__(self, layer: int) -> _LayerView:
+        return _LayerView(self.cache.layers[layer])
+
+    def append_attention_mask(self, _: Tensor) -> Int[Tensor, "batch past_and_pos"]:
+        """Give the mask of the cached and the new columns; that of the new ones is its end."""
+        return self.mask
+
+
+def _empty_cache(model: HookedModel, rows: int) -> Any:
+    """Make a cache of no columns."""
+    from transformers import DynamicCache
+
+    cfg: Any = model.cfg
+    parameter = next(iter(model.parameters()))
+    heads = cfg.n_key_value_heads or cfg.n_heads
+    nothing = torch.zeros(rows, heads, 0, cfg.d_head, device=parameter.device, dtype=cfg.dtype)
+    cache = DynamicCache()
+    for layer in range(cfg.n_layers):
+        cache.update(nothing, nothing, layer)
+        # Where distances are counted in columns, padding must not come between the tokens.
+        is_local = cfg.use_local_attn and cfg.attn_types[layer] == "local"
+        if is_local or cfg.positional_embedding_type == "alibi":
+            cache.layers[layer].is_sliding = True
+            cache.layers[layer].sliding_window = cfg.window_size if is_local else 0
+    return cache
+
+
+@contextmanager
+def _only_last_columns(model: HookedModel, n: int) -> Iterator[None]:
+    """Compute the logits of the last ``n`` columns only, inside the block."""
+
+    def cut(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, -n:], *args[1:])
+
+    handle = model.unembed.register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
