@@ -443,7 +443,7 @@ def test_a_whole_run_finishes_and_agrees_with_the_bridges(
     folder = run(settings(few_prompts), tmp_path / "run", model=own("llama3"))
     names = {path.name for path in finished.iterdir()}
     assert {path.name for path in folder.iterdir()} == names
-    for name in ("neurons.csv", "summary.csv"):
+    for name in ("neurons.csv", "evaluation.csv"):
         found, expected = (pd.read_csv(where / name) for where in (folder, finished))
         alike(found, expected, name, tolerance=1e-3)
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from workbench.models.hooked_model import HookedModel
 
@@ -89,39 +90,50 @@ def norm_of_block(model: HookedModel, layer: int, name: str) -> Any | None:
     return None if own_name is None else getattr(model.blocks[layer], own_name, None)
 
 
-def seen_pass(
-    model: HookedModel, args: Sequence[Any], keywords: Mapping[str, Any]
-) -> tuple[Tensor, int, Tensor | None]:
-    """Read off the arguments of a forward pass what it is given.
+def watch_passes(
+    model: HookedModel, see: Callable[[Tensor, int, Tensor | None], None]
+) -> Iterator[RemovableHandle]:
+    """Tell of each forward pass before it runs, also of those of the model's own ``generate``.
+
+    That one does not call the model but its ``forward``, where no hook of torch fires; so the first
+    block is watched.
 
     Args:
-        model: The HookedTransformer that is called: with tokens, a text or texts.
-        args: What it is called with.
-        keywords: And by name.
+        model: A HookedTransformer.
+        see: Is given what enters the first block (one entry per row and column), the columns that
+            the cache holds, and the mask of the columns, where there is one.
 
-    Returns:
-        Tokens, columns that the cache holds, and the mask of the new columns where one was given.
+    Yields:
+        Handles; the watch ends when they are removed.
     """
-    given, mask = args[0] if args else keywords["input"], keywords.get("attention_mask")
-    if not isinstance(given, torch.Tensor):
-        given, mask = _tokens_of_text(model, given, keywords)
-    cache = keywords.get("past_kv_cache")
-    past = 0 if cache is None else int(cache[0].past_keys.shape[1])
-    return (given[None] if given.ndim == 1 else given), past, mask
+    of_texts: list[Tensor] = []
+
+    def before_model(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = args[0] if args else keywords["input"]
+        # Behind rows that it pads on the right, the model needs no mask and makes none.
+        of_texts[:] = [] if torch.is_tensor(given) else [_mask_of_texts(model, given, keywords)]
+
+    def before_first_block(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        cached, mask = keywords.get("past_kv_cache_entry"), keywords.get("attention_mask")
+        if mask is None and of_texts:
+            mask = of_texts.pop()
+        see(args[0], 0 if cached is None else int(cached.past_keys.shape[1]), mask)
+
+    yield model.register_forward_pre_hook(before_model, with_kwargs=True)  # type: ignore[attr-defined]
+    yield model.blocks[0].register_forward_pre_hook(before_first_block, with_kwargs=True)
 
 
-def _tokens_of_text(
-    model: Any, text: str | list[str], keywords: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Give the tokens that HookedTransformer makes of text, and their mask."""
-    texts = [text] if isinstance(text, str) else text
+def _mask_of_texts(
+    model: Any, given: str | list[str], keywords: Mapping[str, Any]
+) -> Bool[Tensor, "batch pos"]:
+    """Mark what is no padding in the tokens that HookedTransformer makes of texts."""
+    texts = [given] if isinstance(given, str) else given
     options = {name: keywords[name] for name in ("prepend_bos", "padding_side") if name in keywords}
-    tokens = model.to_tokens(texts, **options)
-    lengths = [model.to_tokens(one, **options).shape[1] for one in texts]
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    lengths = torch.tensor([model.to_tokens(text, **options).shape[1] for text in texts])
+    columns = torch.arange(int(lengths.max()))
     if options.get("padding_side", model.tokenizer.padding_side) == "left":
         columns = columns.flip(0)
-    return tokens, columns < torch.tensor(lengths, device=tokens.device)[:, None]
+    return (columns < lengths[:, None]).to(next(iter(model.parameters())).device)
 
 
 @dataclass(frozen=True)
