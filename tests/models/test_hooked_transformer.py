@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from workbench.generation.likelihood import answer_kl, answer_log_probs, steered
 from workbench.models.activations import class_moments
 from workbench.models.batches import pad
 from workbench.models.forward import last_logits, plain
-from workbench.models.load import _converted_folder, _embedded_file, load_model, model_info
+from workbench.models.load import _converted_folder, _embedded_file, model_info
 from workbench.models.sites import KINDS, Site, sites_of_kind
 from workbench.models.tokens import encode, pad_id
 from workbench.neurons.attribution import writing_sites
@@ -37,6 +38,7 @@ from workbench.neurons.profiles import profile_neurons
 from workbench.neurons.silencing import matching_statistics, neuron_reference
 from workbench.neurons.splits import head_sources, split_mlp_gate
 from workbench.prompts.prompt import load_prompts, select_prompts
+from workbench.report.neuron_page import write_neuron_page
 from workbench.safesteer.recipe import run
 from workbench.safesteer.saved_run import gate_reading, side_by_side
 from workbench.stats.selectivity import Threshold
@@ -46,13 +48,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(
-    not hooked_transformers.exists(), reason=hooked_transformers.REASON
-)
+pytestmark = pytest.mark.skipif(not hooked_transformers.exists(), reason=hooked_transformers.REASON)
 
 FIT, HELD_OUT = planted_prompts(5), planted_prompts(4, start=20)
 END, STEERED = Site(3, "resid_post"), Site(1, "resid_post")
-UNSAFE, SAFE = (select_prompts(FIT, category="planted", label=label) for label in ("unsafe", "safe"))
+UNSAFE, SAFE = (
+    select_prompts(FIT, category="planted", label=label) for label in ("unsafe", "safe")
+)
 GREEDY = wb.Decoding(max_new_tokens=7)
 FAMILIES = ("llama3", "gpt2", "pythia", "qwen2", "qwen3")
 
@@ -146,6 +148,12 @@ def of_sides(function: Callable[..., Any], model: Any) -> Any:
     return function(model, UNSAFE, SAFE, torch.linspace(-1, 1, model.cfg.d_model))
 
 
+def directions(model: Any) -> dict[str, dict[Site, torch.Tensor]]:
+    """Measure a category's direction where weights read and where they write."""
+    where = (END, Site(2, "resid_mid"), Site(0, "resid_mid"))
+    return {"planted": {site: vectors(model, site)["planted"].vector for site in where}}
+
+
 CASES: dict[str, Callable[[Any], Any]] = {
     "cache_activations": lambda m: wb.cache_activations(
         m, PROMPTS, [s for k in KINDS for s in sites_of_kind(m, k) if k != "resid_mid"]
@@ -194,11 +202,9 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "text_perplexity": lambda m: text_perplexity(
         m, ["The garden is full of dogs.", "A card."], {"steered": steering(m)}
     ),
-    "evaluate": lambda m: (
-        wb.evaluate(
-            m, PROMPTS[:6], {"steered": steering(m)}, GREEDY, encoder=WordEncoder()
-        ).summary()
-    ),
+    "evaluate": lambda m: wb.evaluate(
+        m, PROMPTS[:6], {"steered": steering(m)}, GREEDY, encoder=WordEncoder()
+    ).summary(),
     "attribute_neurons": lambda m: wb.attribute_neurons(
         m, writing(m, FIT), writing(m, HELD_OUT), site=END, n_permutations=20, n_resamples=10
     ),
@@ -236,7 +242,7 @@ CASES: dict[str, Callable[[Any], Any]] = {
         [(2, 17), (0, 3)],
         PROMPTS,
         site=END,
-        directions={"planted": {s: vectors(m, s)["planted"].vector for s in (END, Site(2, "resid_mid"))}},
+        directions=directions(m),
     ),
 }
 
@@ -344,12 +350,17 @@ def test_logits_are_computed_for_the_columns_that_are_read_only(own: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes", [{"use_local_attn": True, "attn_types": ["global", "local"] * 2, "window_size": 9}]
+    "changes",
+    [
+        {"use_local_attn": True, "attn_types": ["global", "local"] * 2, "window_size": 9},
+        {"positional_embedding_type": "alibi"},
+    ],
+    ids=["window", "alibi"],
 )
 def test_no_padding_stands_between_tokens_whose_distance_is_counted(
     family_path: Any, changes: dict[str, Any]
 ) -> None:
-    """A window counts columns: behind a shared prefix, padding would push tokens out of it."""
+    """Columns are counted: behind a shared prefix, padding would make the distance longer."""
     model = hooked_transformer(family_path("llama3"), d_mlp=D_MLP, **changes)
     single = wb.Decoding(max_new_tokens=7, batch_size=1)
     assert wb.generate(model, PROMPTS[:6], (), GREEDY) == wb.generate(
@@ -359,6 +370,26 @@ def test_no_padding_stands_between_tokens_whose_distance_is_counted(
         a.tokens
         for a in wb.generate(hooked_transformer(family_path("llama3")), PROMPTS[:6], (), GREEDY)
     ]
+
+
+def test_heads_taken_apart_are_run_without_a_cache(own: Any, family_path: Any) -> None:
+    apart = hooked_transformer(family_path("llama3"), d_mlp=D_MLP)
+    apart.set_ungroup_grouped_query_attention(True)
+    for case in ("cache_activations", "generate", "answer_log_probs", "head_sources"):
+        alike(CASES[case](apart), CASES[case](own("llama3")))
+
+
+def test_sixteen_bits_are_kept_in_the_cache(own: Any) -> None:
+    model = copy.deepcopy(own("llama3")).to(torch.bfloat16)
+    tokens = torch.arange(10, 30)[None]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        _, kept = last_logits(model, tokens[:, :9], mask[:, :9], 1, use_cache=True)
+        found, kept = last_logits(model, tokens[:, 9:], mask, 11, cache=kept, use_cache=True)
+        whole, _ = last_logits(model, tokens, mask, 11)
+    assert kept.layers[2].keys.dtype == found.dtype == torch.bfloat16
+    alike(found, whole, tolerance=0.1)
+    assert all(a.tokens for a in wb.generate(model, PROMPTS[:3], steering(model), GREEDY))
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -438,7 +469,7 @@ def test_nothing_is_left_in_the_model(own: Any) -> None:
 
 
 def test_a_whole_run_finishes_and_agrees_with_the_bridges(
-    own: Any, finished: Path, few_prompts: Path, tmp_path: Path
+    own: Any, tiny: Any, finished: Path, few_prompts: Path, tmp_path: Path
 ) -> None:
     folder = run(settings(few_prompts), tmp_path / "run", model=own("llama3"))
     names = {path.name for path in finished.iterdir()}
@@ -446,6 +477,12 @@ def test_a_whole_run_finishes_and_agrees_with_the_bridges(
     for name in ("neurons.csv", "evaluation.csv"):
         found, expected = (pd.read_csv(where / name) for where in (folder, finished))
         alike(found, expected, name, tolerance=1e-3)
+    steered = [
+        side_by_side(model, "a stolen card", wb.gated_steering_from(where), GREEDY)
+        for model, where in ((own("llama3"), folder), (tiny, finished))
+    ]
+    alike(steered[0], steered[1])
+    assert write_neuron_page(folder, "fraud", top=2, model=own("llama3")).is_file()
 
 
 @pytest.mark.slow

@@ -15,7 +15,11 @@ import torch
 
 from workbench.models._idle_hooks import idle_hooks_bypassed
 from workbench.models.hooked_model import HookedModel, hugging_face_model
-from workbench.models.hooked_transformer import is_hooked_transformer, last_logits_and_cache
+from workbench.models.hooked_transformer import (
+    is_hooked_transformer,
+    last_logits_and_cache,
+    takes_cache,
+)
 from workbench.models.packing import unpacked
 
 if TYPE_CHECKING:
@@ -50,7 +54,7 @@ def has_key_value_cache(model: HookedModel) -> bool:
 
     To the latter it is shown under the names that its own kind of cache has.
     """
-    return hugging_face_model(model) is not None or is_hooked_transformer(model)
+    return hugging_face_model(model) is not None or takes_cache(model)
 
 
 def forward(

@@ -32,6 +32,17 @@ def is_hooked_transformer(model: HookedModel) -> bool:
     return any(kind.__name__ == "HookedTransformer" for kind in type(model).__mro__)
 
 
+def takes_cache(model: HookedModel) -> bool:
+    """Tell whether a model is a HookedTransformer that can keep keys and values.
+
+    With grouped heads taken apart it cannot.
+    """
+    cfg = model.cfg
+    return is_hooked_transformer(model) and not getattr(
+        cfg, "ungroup_grouped_query_attention", False
+    )
+
+
 def last_logits_and_cache(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
@@ -48,7 +59,7 @@ def last_logits_and_cache(
 
     Arguments are those of ``forward.last_logits``.
     """
-    if cache is None and use_cache:
+    if cache is None and use_cache and takes_cache(model):
         cache = _empty_cache(model, len(tokens))
     mask = mask.long()
     keywords: dict[str, Any] = {"attention_mask": mask[:, mask.shape[1] - tokens.shape[1] :]}
@@ -178,7 +189,7 @@ def _empty_cache(model: HookedModel, rows: int) -> Any:
     parameter = next(iter(model.parameters()))
     heads = cfg.n_key_value_heads or cfg.n_heads
     nothing = torch.zeros(rows, heads, 0, cfg.d_head, device=parameter.device, dtype=cfg.dtype)
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     for layer in range(cfg.n_layers):
         cache.update(nothing, nothing, layer)
         # Where distances are counted in columns, padding must not come between the tokens.
