@@ -178,7 +178,7 @@ CASES: dict[str, Callable[[Any], Any]] = {
             "plain": (),
             "later": steering(m, positions="generated"),
             "neurons": wb.clamp_neurons([(1, 3), (2, 5)], [4.0, -4.0]),
-            "ablated": [wb.ablate_direction(steering_vector(m, STEERED))],
+            "ablated": wb.ablate_direction(steering_vector(m, STEERED)),
         },
         GREEDY,
     ),
@@ -252,7 +252,9 @@ CASES: dict[str, Callable[[Any], Any]] = {
 def test_every_function_gives_what_it_gives_with_the_bridge(
     own: Any, family_model: Any, family: str, case: str
 ) -> None:
-    alike(CASES[case](own(family)), CASES[case](family_model(family)))
+    # Where a neuron is among the random ones, rounding decides which of the two has the larger p.
+    tolerance = 0.02 if case == "profile_neurons" else 2e-4
+    alike(CASES[case](own(family)), CASES[case](family_model(family)), tolerance=tolerance)
 
 
 def test_gated_mlps_are_split_as_in_the_bridge(own: Any, family_model: Any) -> None:

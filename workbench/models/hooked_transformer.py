@@ -142,7 +142,8 @@ def _mask_of_texts(
     options = {name: keywords[name] for name in ("prepend_bos", "padding_side") if name in keywords}
     lengths = torch.tensor([model.to_tokens(text, **options).shape[1] for text in texts])
     columns = torch.arange(int(lengths.max()))
-    if options.get("padding_side", model.tokenizer.padding_side) == "left":
+    tokenizer = model.tokenizer
+    if options.get("padding_side", tokenizer.padding_side) == "left":
         columns = columns.flip(0)
     return (columns < lengths[:, None]).to(next(iter(model.parameters())).device)
 

@@ -140,7 +140,6 @@ def hooked(
     from transformer_lens.model_bridge import TransformerBridge
 
     hf_model = hf_model.to(device).eval()  # type: ignore[arg-type]
-    hf_model.requires_grad_(False)
     if tokenizer.pad_token_id is None:  # every batch carries its attention mask, so any id will do
         tokenizer.pad_token = tokenizer.eos_token
     # The weights and the tokenizer are already here; the name is spelt so that it is none of
@@ -148,6 +147,7 @@ def hooked(
     model = TransformerBridge.boot_transformers(
         f"./{name}", hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=hf_model.dtype
     )
+    model.requires_grad_(False)  # with what TransformerLens has made of some weights
     model.cfg.model_name = name
     pack_linears(hf_model, packing)
     return model
@@ -211,8 +211,10 @@ def _fingerprint(model: HookedModel) -> str:
 def _weights(model: HookedModel) -> list[tuple[str, torch.Tensor]]:
     """List the model's distinct weights, under their Hugging Face names where it has them."""
     source: Any = hugging_face_model(model) or model
+    weights = [(name.replace("._original_component", ""), p) for name, p in source.named_parameters()]
+    # TransformerLens 3 gives an unembedding that has no bias one of zeros.
     return sorted(
-        (name.replace("._original_component", ""), p) for name, p in source.named_parameters()
+        (name, p) for name, p in weights if not (name == "lm_head.bias" and not bool(p.any()))
     )
 
 
