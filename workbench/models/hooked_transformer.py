@@ -1,8 +1,8 @@
-"""What TransformerLens 3.x's ``HookedTransformer`` does in another way than the bridge.
+"""What TransformerLens 3.x does in another way than 4.x: its ``HookedTransformer`` above all.
 
-It keeps keys and values in a cache of its own kind, takes the mask of the new columns alone, and
-computes logits for every column; its weights may be processed. All that is known of it is here.
-TransformerLens 4 has no such class, and nothing here runs there.
+A HookedTransformer keeps keys and values in a cache of its own kind, takes the mask of the new
+columns alone, computes logits for every column, and may have processed weights. All that is known
+of it is here. TransformerLens 4 has no such class.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
 
 
-_POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
-"""Architectures whose norms behind attention and MLP HookedTransformer calls ln1 and ln2."""
+_POST_NORM = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
+"""Architectures whose norms behind attention and MLP TransformerLens 3 calls ln1 and ln2, in its
+bridge too."""
 
 
 def is_hooked_transformer(model: HookedModel) -> bool:
@@ -81,23 +82,26 @@ def weights_are_processed(model: HookedModel) -> bool:
     return bool(written.mean(dim=-1).abs().max() < 1e-3 * written.abs().mean())
 
 
-def norm_name(model: HookedModel, name: str) -> str | None:
+def norm_name(model: HookedModel, layer: int, name: str) -> str | None:
     """Give the name of a block's norm in this model, or None where it has no such norm.
 
     Args:
         model: A hooked model, of either kind.
-        name: The bridge's name: ln1 or ln2 for the norms before attention and MLP, ln1_post or
-            ln2_post for those behind them.
+        layer: The block.
+        name: The name in TransformerLens 4: ln1 or ln2 for the norms before attention and MLP,
+            ln1_post or ln2_post for those behind them.
     """
-    architecture = getattr(model.cfg, "original_architecture", None)
-    if not is_hooked_transformer(model) or architecture not in _POST_NORM:
+    architectures = (
+        getattr(model.cfg, key, None) for key in ("architecture", "original_architecture")
+    )
+    if hasattr(model.blocks[layer], "ln1_post") or _POST_NORM.isdisjoint(architectures):
         return name
     return name.removesuffix("_post") if name.endswith("_post") else None
 
 
 def norm_of_block(model: HookedModel, layer: int, name: str) -> Any | None:
     """Give a norm of a block by its ``norm_name``, or None where the block has none."""
-    own_name = norm_name(model, name)
+    own_name = norm_name(model, layer, name)
     return None if own_name is None else getattr(model.blocks[layer], own_name, None)
 
 

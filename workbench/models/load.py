@@ -211,7 +211,9 @@ def _fingerprint(model: HookedModel) -> str:
 def _weights(model: HookedModel) -> list[tuple[str, torch.Tensor]]:
     """List the model's distinct weights, under their Hugging Face names where it has them."""
     source: Any = hugging_face_model(model) or model
-    weights = [(name.replace("._original_component", ""), p) for name, p in source.named_parameters()]
+    weights = [
+        (name.replace("._original_component", ""), p) for name, p in source.named_parameters()
+    ]
     # TransformerLens 3 gives an unembedding that has no bias one of zeros.
     return sorted(
         (name, p) for name, p in weights if not (name == "lm_head.bias" and not bool(p.any()))

@@ -123,7 +123,7 @@ def output_norm(model: HookedModel, site: Site) -> str | None:
     norm = _OUTPUT_NORMS.get(site.kind)
     if norm is None or norm_of_block(model, site.layer, norm) is None:
         return None
-    name = norm_name(model, norm)
+    name = norm_name(model, site.layer, norm)
     return INNER_HOOK_NAMES["norm_scale"].format(layer=site.layer, norm=name)
 
 
