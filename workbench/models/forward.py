@@ -15,6 +15,11 @@ import torch
 
 from workbench.models._idle_hooks import idle_hooks_bypassed
 from workbench.models.hooked_model import HookedModel, hugging_face_model
+from workbench.models.hooked_transformer import (
+    is_hooked_transformer,
+    last_logits_and_cache,
+    takes_cache,
+)
 from workbench.models.packing import unpacked
 
 if TYPE_CHECKING:
@@ -45,11 +50,11 @@ class _Stop(Exception):  # noqa: N818 - control flow, not an error
 
 
 def has_key_value_cache(model: HookedModel) -> bool:
-    """Tell whether the model takes a transformers cache.
+    """Tell whether the model takes a transformers cache: a TransformerBridge or HookedTransformer.
 
-    TransformerBridge does; HookedTransformer has a kind of its own, which is not used here.
+    To the latter it is shown under the names that its own kind of cache has.
     """
-    return hugging_face_model(model) is not None
+    return hugging_face_model(model) is not None or takes_cache(model)
 
 
 def forward(
@@ -87,6 +92,8 @@ def last_logits(
         cache: What the model saw before; it is extended.
         use_cache: The cache is wanted afterwards: make one where none was given.
     """
+    if is_hooked_transformer(model):
+        return last_logits_and_cache(model, tokens, mask, n, cache=cache, use_cache=use_cache)
     if not has_key_value_cache(model):
         return model(tokens, attention_mask=mask.long())[:, -n:], None
     # TransformerLens counts each row's positions from this mask, cached columns included. Where a

@@ -17,6 +17,7 @@ import torch
 
 from workbench.files.store import file_checksum
 from workbench.models.hooked_model import HookedModel, hugging_face_model
+from workbench.models.hooked_transformer import is_hooked_transformer, weights_are_processed
 from workbench.models.packing import Choice, pack_linears
 
 if TYPE_CHECKING:
@@ -139,7 +140,6 @@ def hooked(
     from transformer_lens.model_bridge import TransformerBridge
 
     hf_model = hf_model.to(device).eval()  # type: ignore[arg-type]
-    hf_model.requires_grad_(False)
     if tokenizer.pad_token_id is None:  # every batch carries its attention mask, so any id will do
         tokenizer.pad_token = tokenizer.eos_token
     # The weights and the tokenizer are already here; the name is spelt so that it is none of
@@ -147,6 +147,7 @@ def hooked(
     model = TransformerBridge.boot_transformers(
         f"./{name}", hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=hf_model.dtype
     )
+    model.requires_grad_(False)  # with what TransformerLens has made of some weights
     model.cfg.model_name = name
     pack_linears(hf_model, packing)
     return model
@@ -157,7 +158,11 @@ def model_info(model: HookedModel) -> ModelInfo:
     cfg, hf_model = model.cfg, hugging_face_model(model)
     parameter = next(iter(model.parameters()))
     config = getattr(hf_model, "config", None)
-    raw = hf_model is not None and not getattr(model, "compatibility_mode", False)
+    processed = (
+        weights_are_processed(model)
+        if is_hooked_transformer(model)
+        else hf_model is None or getattr(model, "compatibility_mode", False)
+    )
     return ModelInfo(
         name=str(cfg.model_name),
         revision=getattr(config, "_commit_hash", None),
@@ -166,7 +171,7 @@ def model_info(model: HookedModel) -> ModelInfo:
         d_mlp=cfg.d_mlp,
         n_heads=cfg.n_heads,
         dtype=str(parameter.dtype).removeprefix("torch."),
-        weights="raw" if raw else "compatibility",
+        weights="compatibility" if processed else "raw",
         fingerprint=_fingerprint(model),
     )
 
@@ -206,8 +211,12 @@ def _fingerprint(model: HookedModel) -> str:
 def _weights(model: HookedModel) -> list[tuple[str, torch.Tensor]]:
     """List the model's distinct weights, under their Hugging Face names where it has them."""
     source: Any = hugging_face_model(model) or model
-    return sorted(
+    weights = [
         (name.replace("._original_component", ""), p) for name, p in source.named_parameters()
+    ]
+    # TransformerLens 3 gives an unembedding that has no bias one of zeros.
+    return sorted(
+        (name, p) for name, p in weights if not (name == "lm_head.bias" and not bool(p.any()))
     )
 
 

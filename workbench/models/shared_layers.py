@@ -14,6 +14,7 @@ from torch import nn
 
 from workbench.models._idle_hooks import block_slots, blocks_are_idle
 from workbench.models.forward import KeyValueCache, fast, forward, is_fast, rows_of_cache
+from workbench.models.hooked_model import hugging_face_model
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -79,12 +80,13 @@ def run_below(
 
     Returns:
         None where nothing would be saved (fewer than half of the rows repeat a prompt) or it cannot
-        be done: there is no cache, the caller has hooks below the layer, or the fast routes are
-        switched off.
+        be done: there is no cache, the model is no TransformerBridge, the caller has hooks below
+        the layer, or the fast routes are switched off.
     """
     first: dict[Hashable, int] = {}
     prompt_rows = [first.setdefault(prompt, len(first)) for prompt in prompts]
-    possible = cache is not None and is_fast() and 0 < layer < model.cfg.n_layers
+    in_bridge = hugging_face_model(model) is not None
+    possible = cache is not None and in_bridge and is_fast() and 0 < layer < model.cfg.n_layers
     if 2 * len(first) > len(prompts) or not possible or not blocks_are_idle(model, layer):
         return None
     rows = torch.tensor([prompt_rows.index(i) for i in range(len(first))], device=tokens.device)

@@ -35,14 +35,13 @@ INNER_HOOK_NAMES = {
     "pattern": "blocks.{layer}.attn.hook_pattern",
     "mlp_gate": "blocks.{layer}.mlp.hook_pre",
     "mlp_value": "blocks.{layer}.mlp.hook_pre_linear",
-    "ln1_post_scale": "blocks.{layer}.ln1_post.hook_scale",
-    "ln2_post_scale": "blocks.{layer}.ln2_post.hook_scale",
+    "norm_scale": "blocks.{layer}.{norm}.hook_scale",
 }
 """What a sublayer computes on the way to its output: only read, to split a neuron or a head.
 
 v and pattern are what a head mixes and how; mlp_gate and mlp_value the two factors of a gated
-neuron (the gate before its activation function); ln1_post_scale and ln2_post_scale what the norms
-behind attention and MLP divide by (Gemma-2, Gemma-3, OLMo-2).
+neuron (the gate before its activation function); norm_scale what a norm divides by, for those
+behind attention and MLP (Gemma-2, Gemma-3, OLMo-2).
 """
 
 

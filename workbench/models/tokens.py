@@ -174,6 +174,11 @@ def template_text(model: HookedModel, system_prompt: str | None = None) -> tuple
     It is part of cache keys, for some templates write today's date.
     """
     tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer; give it the one it was trained with, by "
+            "model.set_tokenizer(AutoTokenizer.from_pretrained(...))."
+        )
     if not has_chat_template(model):
         bos = getattr(tokenizer, "bos_token", None) or "" if _adds_bos(tokenizer) else ""
         return bos + (f"{system_prompt}\n\n" if system_prompt else ""), ""

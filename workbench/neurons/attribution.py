@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import einops
 import torch
 
+from workbench.models.hooked_transformer import norm_name, norm_of_block
 from workbench.models.load import model_info
 from workbench.models.sites import INNER_HOOK_NAMES, Site, check_sites
 
@@ -120,9 +121,10 @@ def output_norm(model: HookedModel, site: Site) -> str | None:
     writes its activation divided by the token's scale.
     """
     norm = _OUTPUT_NORMS.get(site.kind)
-    if norm is None or getattr(model.blocks[site.layer], norm, None) is None:
+    if norm is None or norm_of_block(model, site.layer, norm) is None:
         return None
-    return INNER_HOOK_NAMES[f"{norm}_scale"].format(layer=site.layer)
+    name = norm_name(model, site.layer, norm)
+    return INNER_HOOK_NAMES["norm_scale"].format(layer=site.layer, norm=name)
 
 
 def write_matrix(model: HookedModel, site: Site) -> Float[Tensor, "d d_model"]:
@@ -149,7 +151,8 @@ def write_matrix(model: HookedModel, site: Site) -> Float[Tensor, "d d_model"]:
             f"not (..., {model.cfg.d_model})."
         )
     if output_norm(model, site) is not None:
-        matrix = matrix * _norm_weight(getattr(block, _OUTPUT_NORMS[site.kind]), matrix)
+        norm = norm_of_block(model, site.layer, _OUTPUT_NORMS[site.kind])
+        matrix = matrix * _norm_weight(norm, matrix)
     # Granite multiplies what a sublayer adds by a constant
     return matrix.detach() * float(getattr(block, "residual_contribution_scale", 1.0))
 

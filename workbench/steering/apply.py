@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import einops
 import torch
 
+from workbench.models.hooked_transformer import is_hooked_transformer, watch_passes
 from workbench.steering.gates import Gate, combined
 from workbench.steering.interventions import AddVector, Intervention, check_interventions
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Bool, Float
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from workbench.models.hooked_model import HookedModel
     from workbench.models.sites import Site
@@ -233,30 +236,28 @@ def intervene(
     hooks = _hooks(interventions, steering)
     with ExitStack() as stack:
         if hooks:
-            runner: Any = getattr(model, "original_model", model)
-            handle = runner.register_forward_pre_hook(_watcher(steering, fixed), with_kwargs=True)
-            stack.callback(handle.remove)
+            for handle in _watch(model, steering, fixed):
+                stack.callback(handle.remove)
             stack.enter_context(model.hooks(fwd_hooks=hooks))
         yield steering
     _check_reached(interventions, steering, fixed)
 
 
-def _watcher(steering: Steering, fixed: bool) -> Callable[..., None]:
-    """Make a hook that tells ``steering`` of each forward pass before it runs."""
+def _watch(model: HookedModel, steering: Steering, fixed: bool) -> Iterator[RemovableHandle]:
+    """Set hooks that tell ``steering`` of each forward pass before it runs."""
+    if is_hooked_transformer(model):
+        yield from watch_passes(model, partial(steering.see, fixed=fixed))
+        return
 
     def before_forward(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given = (keywords.get("input_ids"), keywords.get("inputs_embeds"), *args)
         tokens = next(x for x in given if x is not None)
-        cache = keywords.get("past_key_values", keywords.get("past_kv_cache"))
-        if cache is None:
-            past = 0
-        elif hasattr(cache, "get_seq_length"):
-            past = int(cache.get_seq_length())
-        else:
-            past = int(cache[0].past_keys.shape[1])
+        cache = keywords.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
         steering.see(tokens, past, keywords.get("attention_mask"), fixed=fixed)
 
-    return before_forward
+    runner: Any = getattr(model, "original_model", model)
+    yield runner.register_forward_pre_hook(before_forward, with_kwargs=True)
 
 
 def _hooks(interventions: Sequence[Intervention], steering: Steering) -> list[Any]:
