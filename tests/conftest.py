@@ -11,7 +11,8 @@ import pytest
 from helpers.runs import settings, write_few_prompts
 from helpers.tiny_models import tiny_model
 
-from workbench.models.load import EMBEDDED, EMBEDDED_PACKAGE, load_model
+from workbench.models.load import load_model
+from workbench.models.packaged import EMBEDDED, EMBEDDED_PACKAGE
 from workbench.safesteer.recipe import run
 
 if TYPE_CHECKING:
