@@ -105,7 +105,7 @@ def test_the_home_folder_is_found(tiny_path, tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert model_info(load_model("~/models/mine", device="cpu")).name == "mine"
     assert refusal("~/models/mine/a.gguf").startswith("no model file '~/models/mine/a.gguf'")
-    assert "no such folder here" in refusal("~no-such-user-at-all/mine")
+    assert "home directory" in refusal("~no-such-user-at-all/mine")
 
 
 # Configurations that cannot be

@@ -261,6 +261,11 @@ def read_checkpoint(
             f"cannot load {shown!r}: {len(missing)} weights are missing ({missing[0]} ...); its "
             "config.json belongs to another model."
         )
+    if (packed := quantization(hf_model.config)) and getattr(hf_model, "hf_quantizer", None) is None:
+        raise ValueError(
+            f"cannot load {shown!r} (its config.json says that weights are packed by {packed}, "
+            "which this transformers does not read); give the unquantised checkpoint."
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up where its files are missing
         raise ValueError(f"cannot load {shown!r} (its tokenizer has no words); {_NEEDED}.")
     return hf_model, tokenizer

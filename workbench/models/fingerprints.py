@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.models.hooked_model import HookedModel, hugging_face_model, quantization
+from workbench.models.hooked_model import (
+    HookedModel,
+    hugging_face_model,
+    model_lock,
+    quantization,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +38,11 @@ def fingerprint(model: HookedModel) -> str:
     another device count as if they were here. The hash is kept per model until a parameter is
     written to (torch counts writes in ``_version``, those through ``.data`` excepted).
     """
+    with model_lock(model):  # a pass of another thread has parts of the model elsewhere
+        return _fingerprint(model)
+
+
+def _fingerprint(model: HookedModel) -> str:
     source: Any = hugging_face_model(model) or model
     weights = sorted(
         (path.replace("._original_component", ""), path, tensor)

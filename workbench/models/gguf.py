@@ -6,10 +6,11 @@ layouts are transformers' own, and so are the numbers, bit by bit.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import warnings
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from workbench.files.store import file_checksum, write_json
 from workbench.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -85,7 +86,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _read_once():
             AutoTokenizer.from_pretrained(**_as_transformers_reads(gguf_file)).save_pretrained(
                 folder
             )
@@ -96,6 +97,30 @@ def convert(gguf_file: Path, folder: Path) -> None:
             f"cannot convert {gguf_file.name!r}: {one_line(error)}; where that is not about its "
             "architecture the file is damaged: download it again."
         ) from error
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Share one reader of a file inside the block.
+
+    A header with a large vocabulary takes seconds to read, and transformers makes a new reader for
+    the tokenizer, for the configuration and for the weights.
+    """
+    import gguf
+
+    reader_class, readers = gguf.GGUFReader, {}
+
+    def shared(path: str, *mode: Any) -> Any:
+        key = (os.path.realpath(path), *mode)
+        if key not in readers:
+            readers[key] = reader_class(path, *mode)
+        return readers[key]
+
+    gguf.GGUFReader = shared
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader_class
 
 
 def _as_transformers_reads(gguf_file: Path) -> dict[str, Any]:
@@ -125,7 +150,7 @@ def _convert_by_tensor(gguf_file: Path, folder: Path) -> bool:
         )
     except ImportError:
         return False
-    reader = gguf.GGUFReader(gguf_file)
+    reader = gguf.GGUFReader(str(gguf_file))
     architecture = _field(reader, "general.architecture")
     if (_field(reader, "split.count") or 1) > 1:
         raise ValueError("it is one part of several; merge them with llama-gguf-split")
@@ -138,18 +163,20 @@ def _convert_by_tensor(gguf_file: Path, folder: Path) -> bool:
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
     names = get_gguf_hf_weights_map(shell, processor)
     fused: dict[str, Any] = {**parsed, "tensors": {}}  # what transformers makes of several tensors
+    reader.fields.clear()  # hundreds of thousands of small arrays
     shards, unread = _Shards(folder), []
     for tensor in reader.tensors:
-        result = processor.process(
+        weights, name, _ = processor.process(
             weights=gguf.dequantize(tensor.data, tensor.tensor_type),
             name=tensor.name,
             tensor_key_mapping=names,
             parsed_parameters=fused,
         )
-        if result.name in names:
-            shards.add(names[result.name], torch.from_numpy(np.copy(result.weights)))
-        elif result.name is not None:
+        if name in names:
+            shards.add(names[name], _own(weights))
+        elif name is not None:
             unread.append(tensor.name)
+        del weights  # two large tensors at a time would be one too many
     for name, values in fused["tensors"].items():
         shards.add(name, values.float())
     shards.close()
@@ -164,6 +191,12 @@ def _convert_by_tensor(gguf_file: Path, folder: Path) -> bool:
     if shell.can_generate():
         shell.generation_config.save_pretrained(folder)
     return True
+
+
+def _own(weights: np.ndarray) -> Tensor:
+    """Make a tensor of an array, by a copy only where it is a view into the file."""
+    values = np.ascontiguousarray(weights)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def _field(reader: Any, name: str) -> Any:
@@ -220,6 +253,8 @@ class _Shards:
             self._write()
         self.gathered[name] = values
         self.size, self.total = self.size + size, self.total + size
+        if self.size >= SHARD_BYTES:
+            self._write()
 
     def close(self) -> None:
         """Write what is left, and the index."""

@@ -132,7 +132,8 @@ def load_model(
     config = read_config(source, revision)
     _check_architecture(config, name)
     hf_model, tokenizer = read_checkpoint(source, config, placement, revision)
-    return hooked(hf_model, tokenizer, name, placement.device, packing=packing)
+    place = placement.device if device_map is None else hf_model.device
+    return hooked(hf_model, tokenizer, name, place, packing=packing)
 
 
 def hooked(
@@ -277,6 +278,8 @@ def _parse_placement(
             f"unknown device_map {device_map!r}; allowed: {', '.join(DEVICE_MAPS)}, or a mapping "
             f"of module names to devices.{did_you_mean(device_map, DEVICE_MAPS)}"
         )
+    if isinstance(device_map, Mapping) and "meta" in map(str, device_map.values()):
+        raise ValueError("device_map holds 'meta', where weights have no values; give 'disk'.")
     check_quantize(quantize)
     return Placement(
         _parse_dtype(dtype), _parse_device(device), device_map, max_memory, quantize
