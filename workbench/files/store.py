@@ -33,12 +33,12 @@ def data_path(name: str) -> Path:
 
 
 def existing_file(path: PathLike) -> Path:
-    """Check that a path is a file and return it.
+    """Check that a path is a file and return it; ``~`` is the user's home folder.
 
     Raises:
         FileNotFoundError: If there is no such file, with the path as given.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}.")
     return path

@@ -25,6 +25,7 @@ from workbench.models.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
+from workbench.models.hooked_model import input_device
 from workbench.models.shared_layers import Below, run_below
 from workbench.models.tokens import Encoded, pad_id, stop_ids
 from workbench.steering.apply import intervene
@@ -100,7 +101,7 @@ class DecodeLoop:
     ) -> None:
         self.model, self.groups, self.decoding, self.transfer = model, groups, decoding, transfer
         self.max_new_tokens = decoding.max_new_tokens
-        self.device = next(iter(model.parameters())).device
+        self.device = input_device(model)
         self.stops = torch.tensor(sorted(stop_ids(model)), device=self.device)
         # On a GPU a look at which rows have ended makes the host wait; on a CPU it costs nothing.
         self.look_every = 1 if self.device.type == "cpu" else 16

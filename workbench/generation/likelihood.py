@@ -10,6 +10,7 @@ import torch
 
 from workbench.models.batches import batches_by_length, pad, pad_ids, share_prefix, span_mask
 from workbench.models.forward import last_logits
+from workbench.models.hooked_model import input_device
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.steering.apply import intervene
 
@@ -51,7 +52,7 @@ def answer_log_probs(
     if not answered:
         return scored
     lengths = [len(rows[i].ids) for i in answered]
-    device = next(iter(model.parameters())).device
+    device = input_device(model)
     with torch.no_grad():
         prefix = share_prefix(
             model,
@@ -213,7 +214,7 @@ def _answer_batches(
     encoded = encode(model, [completion.prompt for completion in completions])
     answered = [i for i, completion in enumerate(completions) if completion.tokens]
     lengths = [len(encoded[i].ids) for i in answered]
-    device = next(iter(model.parameters())).device
+    device = input_device(model)
     for batch_places in batches_by_length(lengths, batch_size, longest_first=False):
         places = [answered[place] for place in batch_places]
         rows = [encoded[i] for i in places]

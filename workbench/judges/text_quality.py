@@ -308,7 +308,7 @@ def load_encoder(name: str | None = None, device: str = "cpu") -> SentenceTransf
     """
     from sentence_transformers import SentenceTransformer
 
-    from workbench.models.load import quiet_transformers
+    from workbench.models.quiet import quiet_transformers
 
     packaged = _packaged_encoder() if name is None else None
     source = name or str(packaged or ENCODER_HUB_NAME)

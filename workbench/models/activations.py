@@ -33,6 +33,7 @@ from workbench.models.batches import (
     span_mask,
 )
 from workbench.models.forward import reading
+from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
@@ -269,7 +270,7 @@ def token_activations(
     [row] = encode(
         model, [prompt], with_response=bool(prompt.response), system_prompt=system_prompt
     )
-    batch = pad([row], pad_id=pad_id(model), side="right", device=_device(model))
+    batch = pad([row], pad_id=pad_id(model), side="right", device=input_device(model))
     activations: list[Tensor] = []
 
     def read(activation: Tensor) -> None:
@@ -296,7 +297,7 @@ def pooled_batches(
         raise ValueError(
             f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}."
         )
-    device = _device(model)
+    device = input_device(model)
     encoded = [dataclasses.replace(row, ids=row.ids[: row.span(span)[1]]) for row in encoded]
     # Set for each batch before the hooks read them: the columns that hold a token of a span, and
     # the share of each token in its row's mean.
@@ -307,7 +308,7 @@ def pooled_batches(
     def reader(site: Site) -> Callable[[Tensor], None]:
         def read(activation: Tensor) -> None:
             inside = activation.flatten(2)[:, columns].float()
-            pooled[site] = torch.bmm(weights[:, None], inside)[:, 0]
+            pooled[site] = torch.bmm(weights[:, None].to(inside.device), inside)[:, 0]
 
         return read
 
@@ -453,7 +454,3 @@ def _progress_bar(total: int, what: str, show: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=what, unit="prompt", disable=not show)
-
-
-def _device(model: HookedModel) -> torch.device:
-    return next(iter(model.parameters())).device

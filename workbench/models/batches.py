@@ -20,6 +20,7 @@ from workbench.models.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
+from workbench.models.hooked_model import input_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -183,7 +184,7 @@ def share_prefix(
         padded_columns: Width of the widest batch, where padding will stand between the prefix and
             what follows it: nothing is shared if the model does not allow that.
     """
-    device = next(iter(model.parameters())).device
+    device = input_device(model)
     length = shared_prefix_length(encoded, keep) if has_key_value_cache(model) else 0
     cache = prefix_cache(model, encoded[0].ids[:length]) if length else None
     hidden_by_padding = (

@@ -7,14 +7,19 @@ the columns that are read, and a pass that only reads activations stops behind t
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from workbench.models._idle_hooks import idle_hooks_bypassed
-from workbench.models.hooked_model import HookedModel, hugging_face_model
+from workbench.models.hooked_model import (
+    HookedModel,
+    hugging_face_model,
+    input_device,
+    model_lock,
+)
 from workbench.models.hooked_transformer import (
     is_hooked_transformer,
     last_logits_and_cache,
@@ -141,7 +146,7 @@ def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], i
 
 def prefix_cache(model: HookedModel, ids: Sequence[int], *, rows: int = 1) -> KeyValueCache:
     """Compute keys and values of a prefix for ``rows`` rows, with the hooks that are set."""
-    device = next(iter(model.parameters())).device
+    device = input_device(model)
     tokens = torch.tensor([list(ids)] * rows, device=device)
     _, cache = forward(model, tokens, torch.ones_like(tokens, dtype=torch.bool), use_cache=True)
     return cache
@@ -164,7 +169,8 @@ def rows_of_cache(cache: KeyValueCache, rows: Int[Tensor, " batch"]) -> KeyValue
     """Copy rows of a cache, in the given order and as often as named; the original stays."""
     selected = copy.copy(cache)
     selected.layers = [copy.copy(layer) for layer in cache.layers]
-    selected.batch_select_indices(rows)
+    for layer in selected.layers:  # each may lie on a device of its own
+        layer.batch_select_indices(rows.to(getattr(layer, "device", rows.device)))
     return selected
 
 
@@ -173,12 +179,14 @@ def is_fast() -> bool:
     return _fast.get()
 
 
-def fast(model: HookedModel) -> AbstractContextManager[None]:
+@contextmanager
+def fast(model: HookedModel) -> Iterator[None]:
     """Bypass idle hooks for the passes inside the block, all of which have the same hooks set.
 
     Every pass does this for itself; around many of them, idle hooks are only looked for once.
     """
-    return idle_hooks_bypassed(model) if _fast.get() else nullcontext()
+    with model_lock(model), idle_hooks_bypassed(model) if _fast.get() else nullcontext():
+        yield
 
 
 @contextmanager
@@ -200,7 +208,7 @@ def plain(model: HookedModel) -> Iterator[None]:
     """
     token = _fast.set(False)
     try:
-        with unpacked(model):
+        with model_lock(model), unpacked(model):
             yield
     finally:
         _fast.reset(token)
@@ -243,5 +251,5 @@ def reading(
         )
 
     hooks = [(name, hook_of(reader, read)) for reader, (name, read) in enumerate(readers)]
-    with model.hooks(fwd_hooks=hooks):
+    with model_lock(model), model.hooks(fwd_hooks=hooks):
         yield run

@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,3 +82,48 @@ class HookedModel(Protocol):
 def hugging_face_model(model: HookedModel) -> Any | None:
     """Give the Hugging Face model inside a ``TransformerBridge``; None for another model."""
     return getattr(model, "original_model", None)
+
+
+def input_device(model: HookedModel) -> torch.device:
+    """Say where tokens and masks go: to the device of the embedding.
+
+    The layers may lie on several devices (``load_model(device_map=...)``); what is added to an
+    activation follows the activation's own device.
+    """
+    embedding = getattr(hugging_face_model(model), "get_input_embeddings", lambda: None)()
+    weight = next(iter((embedding or model).parameters()))
+    if weight.device.type != "meta":
+        return torch.device(weight.device)
+    # Weights that wait on disk are brought to the device on which their module runs.
+    hooks = (getattr(part, "_hf_hook", None) for part in (embedding or model).modules())
+    places = [hook.execution_device for hook in hooks if hasattr(hook, "execution_device")]
+    return torch.device(places[0] if places and places[0] is not None else "cpu")
+
+
+def quantization(config: Any) -> str | None:
+    """Say how weights are packed, by a Hugging Face configuration; None where they are not."""
+    packed = getattr(config, "quantization_config", None)
+    if packed is None:
+        return None
+    values = packed if isinstance(packed, dict) else packed.to_dict()
+    method = values.get("quant_method") or "unknown method"
+    name = str(getattr(method, "value", method))
+    ways = {4: values.get("load_in_4bit"), 8: values.get("load_in_8bit")}
+    bits = next((bits for bits, is_so in ways.items() if is_so), values.get("bits"))
+    return f"{name} {bits}-bit" if bits else name
+
+
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+_LOCKS_LOCK = threading.Lock()
+
+
+def model_lock(model: HookedModel) -> threading.RLock:
+    """Give the lock of a model, for the time that hooks are set on it or a pass is under way.
+
+    Hooks belong to the model, not to a thread: without it, the hooks of one thread would read and
+    change the batches of another. The same thread may take it again.
+    """
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())

@@ -58,6 +58,10 @@ ROUNDS = 7
 """Measurements whose median counts."""
 
 
+_MARK = "is_packed_product"
+"""Tells a layer's packed product from what other libraries put in the place of its own."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """What was done to a model's linear layers, and why.
@@ -98,14 +102,17 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
         raise ValueError(f"unknown choice of packing {choice!r}; choices: {', '.join(CHOICES)}.")
     linears = [layer for layer in module.modules() if type(layer) is nn.Linear]
     for linear in linears:
-        linear.__dict__.pop("forward", None)  # what an earlier call has put there
+        if _is_packed_layer(linear):
+            del linear.__dict__["forward"]
     nan = float("nan")
     if choice == "off":
         return Packing(False, nan, "switched off")
     linears = [
         layer
         for layer in linears
-        if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+        if layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+        and "forward" not in layer.__dict__  # accelerate's, of a layer that waits elsewhere
     ]
     if not linears:
         return Packing(False, nan, "only float32 layers on the processor can be packed")
@@ -131,9 +138,11 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
 
 def is_packed(module: nn.Module | HookedModel) -> bool:
     """Tell whether any layer of a model is packed."""
-    return any(
-        "forward" in layer.__dict__ and hasattr(layer, "in_features") for layer in module.modules()
-    )
+    return any(map(_is_packed_layer, module.modules()))
+
+
+def _is_packed_layer(layer: nn.Module) -> bool:
+    return getattr(layer.__dict__.get("forward"), _MARK, False)
 
 
 @contextmanager
@@ -142,7 +151,7 @@ def unpacked(module: nn.Module | HookedModel) -> Iterator[None]:
     packed_forwards = [
         (layer, layer.__dict__.pop("forward"))
         for layer in module.modules()
-        if "forward" in layer.__dict__ and hasattr(layer, "weight")
+        if _is_packed_layer(layer)
     ]
     try:
         yield
@@ -178,6 +187,7 @@ def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
             return torch.nn.functional.linear(x, weight, linear.bias)
         return _product(x, packed, bias)
 
+    setattr(forward, _MARK, True)
     return forward
 
 

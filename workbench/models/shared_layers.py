@@ -48,7 +48,7 @@ class Below:
         Afterwards the cache holds what a whole pass would have left in it.
         """
         first, *others = self.output if isinstance(self.output, tuple) else (self.output,)
-        hidden = first[self.prompt_rows]
+        hidden = first[self.prompt_rows.to(first.device)]
         output = (hidden, *others) if isinstance(self.output, tuple) else hidden
         slots = block_slots(model)[: self.layer]
         with (

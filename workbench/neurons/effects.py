@@ -15,6 +15,7 @@ from workbench.generation.answers import sweep
 from workbench.generation.decoding import Decoding
 from workbench.models.batches import Batch, order_by_length, pad, share_prefix, span_mask
 from workbench.models.forward import forward, reading
+from workbench.models.hooked_model import input_device
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.silencing import (
     Method,
@@ -312,15 +313,16 @@ class _Run:
         """Average the projection on each vector's direction over its span, at its site."""
         read: list[Tensor] = [torch.empty(0)] * len(vectors)
 
+        device = input_device(self.model)
+
         def reader(place: int, u: Tensor) -> Callable[[Tensor], None]:
             def hook(activation: Tensor) -> None:
-                read[place] = activation.double() @ u
+                read[place] = (activation.double() @ u.to(activation.device)).to(device)
 
             return hook
 
-        device = next(iter(self.model.parameters())).device
         readers = [
-            (v.site.hook_name, reader(i, v.direction.double().to(device)))
+            (v.site.hook_name, reader(i, v.direction.double()))
             for i, v in enumerate(vectors)
         ]
         spans = {vector.span for vector in vectors}
@@ -397,7 +399,7 @@ class _Run:
 
         The template prefix that all prompts share up to ``keep`` is computed once, unedited.
         """
-        device = next(iter(self.model.parameters())).device
+        device = input_device(self.model)
         prefix = share_prefix(self.model, encoded, keep)
         order = np.array(order_by_length([len(row.ids) for row in encoded]))
         donors = self._donors(len(encoded))

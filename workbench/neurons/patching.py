@@ -18,6 +18,7 @@ from workbench.generation.answers import Completion, sweep
 from workbench.generation.decoding import Decoding
 from workbench.models.batches import batches_by_length, pad
 from workbench.models.forward import forward, reading
+from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, sites_of_kind
 from workbench.models.tokens import Encoded, decode, encode, pad_id, stop_ids
@@ -329,13 +330,13 @@ class _ContrastSums:
         transfer: bool,
     ) -> None:
         """Read a batch of prompts and answers, unsteered and steered, and add its differences."""
-        device = next(iter(model.parameters())).device
+        device = input_device(model)
         tokens, mask, inside = _forced(model, rows, texts, device)
 
         def reader(layer: int) -> Callable[[Tensor], None]:
             def read(activation: Tensor) -> None:
                 plain, steered = activation[:, -inside.shape[1] :].chunk(2)
-                difference = (steered - plain)[inside].double()
+                difference = (steered - plain)[inside.to(plain.device)].double()
                 self.squares[layer] += (difference**2).sum(dim=0).cpu()
                 self.differences[layer] += difference.sum(dim=0).cpu()
 
@@ -390,7 +391,7 @@ class _PairLoop:
         self, rows: Sequence[Encoded], patched: Bool[Tensor, "row layer d_mlp"]
     ) -> list[tuple[list[int], _Finish]]:
         """Return token ids and the way it ended, for each row."""
-        n, device = len(rows), next(iter(self.model.parameters())).device
+        n, device = len(rows), input_device(self.model)
         stops = torch.tensor(sorted(stop_ids(self.model)), device=device)
         batch = pad(rows, pad_id=pad_id(self.model), side="left", device=device)
         tokens, mask = batch.tokens.repeat(2, 1), batch.mask.repeat(2, 1)

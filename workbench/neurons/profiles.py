@@ -21,6 +21,7 @@ from workbench.models.batches import (
     span_mask,
 )
 from workbench.models.forward import reading
+from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad_id, token_strings
@@ -276,15 +277,15 @@ class _Stream:
     def read(self, batch_size: int, progress: bool) -> None:
         """Run all prompts and take in every neuron's activations."""
         model, first = self.model, self.prefix.length
-        device = next(iter(model.parameters())).device
+        device = input_device(model)
         layers = sorted({layer for layer, _ in self.neurons})
         parts: dict[int, Tensor] = {}
 
         def reader(layer: int) -> tuple[str, Callable[[Tensor], None]]:
-            in_layer = torch.tensor([n for at, n in self.neurons if at == layer], device=device)
+            in_layer = torch.tensor([n for at, n in self.neurons if at == layer])
 
             def read(activation: Tensor) -> None:
-                parts[layer] = activation[..., in_layer].float().cpu()
+                parts[layer] = activation[..., in_layer.to(activation.device)].float().cpu()
 
             return Site(layer, "mlp_post").hook_name, read
 

@@ -17,6 +17,7 @@ import torch
 from workbench.models.activations import ActivationSet
 from workbench.models.batches import batches_by_length, in_given_order, pad, span_mask
 from workbench.models.forward import reading
+from workbench.models.hooked_model import input_device
 from workbench.models.load import model_info
 from workbench.models.sites import INNER_HOOK_NAMES, Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad_id
@@ -237,7 +238,8 @@ class _Step:
 
     def pool(self, name: str, activation: Tensor, scale: Tensor | None = None) -> None:
         """Keep the mean over the span's tokens, each divided by its scale, under a name."""
-        weights = self.weights if scale is None else self.weights / scale
+        weights = self.weights.to(activation.device)
+        weights = weights if scale is None else weights / scale
         self.pooled[name] = torch.bmm(weights[:, None], activation.flatten(2).double())[:, 0]
 
 
@@ -285,7 +287,8 @@ def _source_readers(model: HookedModel, layer: int) -> list[_Reader]:
 
     def finish(step: _Step, held: list[Tensor], scale: Tensor | None) -> None:
         values, pattern, z = held
-        weights = step.weights if scale is None else step.weights / scale
+        weights = step.weights.to(pattern.device)
+        weights = weights if scale is None else weights / scale
         attended = einops.einsum(
             weights.to(pattern.dtype), pattern, "row to, row head to source -> row head source"
         ).double()
@@ -294,7 +297,7 @@ def _source_readers(model: HookedModel, layer: int) -> list[_Reader]:
         values = einops.repeat(values, "row pos kv d -> row pos (kv shared) d", shared=shared)
         by_role = einops.einsum(
             attended,
-            step.roles,
+            step.roles.to(pattern.device),
             values.double(),
             "row head source, row source role, row source head d -> row role head d",
         ).flatten(2)
@@ -350,7 +353,7 @@ def _pooled(
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Run the prompts in batches; yield each one's row numbers and what was pooled (float64)."""
     encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
-    device, step = next(iter(model.parameters())).device, _Step(torch.empty(0), torch.empty(0))
+    device, step = input_device(model), _Step(torch.empty(0), torch.empty(0))
 
     def reader(read: Callable[[Tensor, _Step], None]) -> Callable[[Tensor], None]:
         return lambda activation: read(activation, step)

@@ -184,7 +184,7 @@ class _Norm:
 
     def read(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         """Return what weights behind the norm read before it."""
-        rows = rows * self.weight
+        rows = rows * self.weight.to(rows.device)
         return rows - rows.mean(dim=1, keepdim=True) if self.centers else rows
 
 
@@ -193,7 +193,7 @@ def _norm_of(norm: Any, model: HookedModel) -> _Norm:
 
     Families store it differently (Gemma as an offset from 1), so the norm itself is asked.
     """
-    parameter = next(iter(model.parameters()))
+    parameter = next(iter((norm or model).parameters()), next(iter(model.parameters())))
     d = model.cfg.d_model
     if norm is None:
         return _Norm(torch.ones(d, device=parameter.device), False)

@@ -21,7 +21,10 @@ class RunConfig:
     Attributes:
         model: hub name, local folder, .gguf file, or "embedded" (default: SmolLM2-135M-Instruct)
         device: torch device (default: a GPU if there is one)
-        dtype: float32, bfloat16 or float16
+        dtype: float32, bfloat16, float16, or auto for the checkpoint's own
+        quantize: quantise linear layers while loading: 8bit or 4bit (needs workbench[quantized])
+        device_map: spread layers over devices: auto, balanced or sequential (instead of device)
+        max_memory: with a device map, the largest share of each device, as 0=20GiB cpu=60GiB
         packing: linear layers packed for the processor's fast product: on, off, or auto, which
             packs where that was measured to be faster
         prompts: data sets: a jsonl file of prompts, "safebench:PATH", a hub set by name, or
@@ -46,6 +49,9 @@ class RunConfig:
     model: str | None = None
     device: str | None = None
     dtype: str = "float32"
+    quantize: str | None = None
+    device_map: str | None = None
+    max_memory: tuple[str, ...] | None = None
     packing: str = "auto"
     prompts: str | None = None
     categories: tuple[str, ...] | None = None
@@ -69,8 +75,9 @@ class RunConfig:
             _check_count(name, getattr(self, name), optional=name == "test_prompts")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a whole number from 0, got {self.seed!r}.")
-        for name in ("categories", "constructions"):
+        for name in ("categories", "constructions", "max_memory"):
             _check_names(name, getattr(self, name))
+        _check_loading(self)
         if self.constructions is not None:
             _check_constructions(self.constructions)
         rhos_are_numbers = isinstance(self.rhos, tuple) and all(map(_is_number, self.rhos))
@@ -102,13 +109,31 @@ def config_from(mapping: Mapping[str, Any]) -> RunConfig:
                 f"{did_you_mean(str(name), names)}"
             )
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items()}
-    for name in ("categories", "constructions", "rhos"):
+    if isinstance(values.get("max_memory"), Mapping):  # as YAML may have it
+        values["max_memory"] = tuple(f"{k}={v}" for k, v in values["max_memory"].items())
+    for name in ("categories", "constructions", "rhos", "max_memory"):
         if values.get(name) is not None and not isinstance(values[name], tuple):
             raise ValueError(f"{name} must be a list, got {values[name]!r}.")
-    for name in ("model", "device", "dtype", "prompts"):
+    for name in ("model", "device", "dtype", "prompts", "quantize", "device_map"):
         if values.get(name) is not None and not isinstance(values[name], str):
             raise ValueError(f"{name} must be a text, got {values[name]!r}.")
     return replace(RunConfig(), **values)
+
+
+def _check_loading(config: RunConfig) -> None:
+    """Check how the model is placed, in words; whether it can be is seen when it is loaded."""
+    if config.quantize not in (None, "8bit", "4bit"):
+        raise ValueError(f"quantize must be 8bit or 4bit, or nothing, got {config.quantize!r}.")
+    if config.device_map is not None and config.device is not None:
+        raise ValueError("give either device or device_map, not both.")
+    if config.max_memory is not None and config.device_map is None:
+        raise ValueError("max_memory needs device_map, such as auto.")
+    for share in config.max_memory or ():
+        device, _, size = share.partition("=")
+        if not device or not size:
+            raise ValueError(
+                f"max_memory must be shares such as 0=20GiB or cpu=60GiB, got {share!r}."
+            )
 
 
 def _check_constructions(names: tuple[str, ...]) -> None:

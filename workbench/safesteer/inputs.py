@@ -135,8 +135,16 @@ def folds_of(config: RunConfig) -> Folds:
 
 def load_run_model(config: RunConfig) -> HookedModel:
     """Load the model of a run."""
-    packing: Any = config.packing
-    return load_model(config.model, device=config.device, dtype=config.dtype, packing=packing)
+    shares = dict(share.split("=", 1) for share in config.max_memory or ())
+    how: dict[str, Any] = {"packing": config.packing, "quantize": config.quantize}
+    return load_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        max_memory={int(k) if k.isdecimal() else k: v for k, v in shares.items()} or None,
+        **how,
+    )
 
 
 def questions_of_test(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]:

@@ -269,9 +269,10 @@ def _notes_to_resume(path: Path, settings: dict[str, Any], resume: bool) -> dict
             f"{str(path)!r} holds a run already; "
             "go on with --resume, or give another folder with --out."
         )
-    if not isinstance(notes, dict) or notes.get("config") != settings:
-        before = (notes.get("config") if isinstance(notes, dict) else None) or {}
-        differing = [name for name, value in settings.items() if before.get(name) != value]
+    before = (notes.get("config") if isinstance(notes, dict) else None) or {}
+    # A setting that is newer than the run, and off, is no other one.
+    differing = [name for name, value in settings.items() if before.get(name) != value]
+    if differing:
         raise ValueError(
             f"{str(path)!r} holds a run with another {differing[0]}; "
             "resume it with its own, or give another --out."

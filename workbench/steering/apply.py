@@ -17,6 +17,7 @@ import einops
 import torch
 
 from workbench.models.hooked_transformer import is_hooked_transformer, watch_passes
+from workbench.models.hooked_model import model_lock
 from workbench.steering.gates import Gate, combined
 from workbench.steering.interventions import AddVector, Intervention, check_interventions
 
@@ -45,6 +46,7 @@ class GateState:
 
     def rows(self, keep: Tensor) -> GateState:
         """Select some rows of the batch."""
+        keep = keep.to(self.scores.device)
         return GateState(self.scores[keep], self.opening[keep])
 
 
@@ -143,7 +145,7 @@ class Steering:
         columns = (
             torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
             if self.mask is None
-            else self.mask
+            else self.mask.to(activation.device)
         )
         if not everything:
             place = torch.arange(self.new, device=activation.device)
@@ -171,14 +173,14 @@ class Steering:
             if self.mask is None:
                 return activation[:, n_prompt - 1]
             columns = torch.arange(n_prompt, device=activation.device)
-            last = (self.mask[:, :n_prompt] * columns).argmax(dim=1)
+            last = (self.mask[:, :n_prompt].to(activation.device) * columns).argmax(dim=1)
             return activation[torch.arange(len(activation), device=activation.device), last]
         if self.content is None:
             raise ValueError(
                 "this gate reads the user's words: say which columns they are with "
                 "intervene(content=...), or fit it with span='last'."
             )
-        inside = self.content[:, self.past : self.past + n_prompt].to(activation.dtype)
+        inside = self.content[:, self.past : self.past + n_prompt].to(activation)
         total = einops.einsum(inside, activation[:, :n_prompt], "batch pos, batch pos d -> batch d")
         return total / inside.sum(dim=1, keepdim=True).clamp(min=1)
 
@@ -204,7 +206,8 @@ def intervene(
 
     Works under any way of running the model: the call itself, its own generate, a KV cache, left or
     right padding (told by the attention mask). Several interventions at one site are applied in
-    their order.
+    their order. One thread at a time: another one that runs the model by this package's functions
+    waits until the block ends.
 
     Args:
         model: A hooked model.
@@ -235,6 +238,7 @@ def intervene(
     fixed = prompt_length is not None
     hooks = _hooks(interventions, steering)
     with ExitStack() as stack:
+        stack.enter_context(model_lock(model))
         if hooks:
             for handle in _watch(model, steering, fixed):
                 stack.callback(handle.remove)
@@ -346,6 +350,7 @@ def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steerin
                 continue
             steering.reached.add((first.site, first.positions))
             if first.gate is not None and (behind := steering.behind_template()) is not None:
+                behind = behind.to(activation.device)
                 columns = behind if columns is True else columns & behind
             edited = edit(activation, steering)
             activation = (
@@ -396,7 +401,7 @@ def _gated_adder(group: Sequence[Intervention], gate: Gate) -> Callable[[Tensor,
                 category = gate.index(intervention.gate_category)
                 vectors[_places(intervention, n_rows), category] += _scaled_vector(intervention)
             by_category[key] = vectors.to(activation.device)
-        opening = steering.gates[gate].opening
+        opening = steering.gates[gate].opening.to(activation.device)
         total = combined(opening, by_category[key], gate.several)[:, None].to(activation)
         return torch.where((opening > 0).any(dim=1)[:, None, None], activation + total, activation)
 
