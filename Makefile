@@ -1,12 +1,13 @@
 # make demo   installs and runs the main job on the embedded model; ends with the report's path
 # make bench  measures speed beside peers and writes benchmarks/RESULTS.md
+# make architectures  tries every architecture and writes the table of docs/models.md
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint types contract bench pictures notebooks clean
+.PHONY: setup demo test lint types contract bench architectures pictures notebooks clean
 
 setup: $(READY)
 
@@ -38,6 +39,9 @@ contract: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+
+architectures: setup
+	$(BIN)/python docs/architectures.py
 
 pictures: setup
 	$(BIN)/python docs/pictures.py --run runs/demo

@@ -78,3 +78,12 @@ class HookedModel(Protocol):
 def hugging_face_model(model: HookedModel) -> Any | None:
     """Give the Hugging Face model inside a ``TransformerBridge``; None for another model."""
     return getattr(model, "original_model", None)
+
+
+def vocabulary_width(model: HookedModel) -> int:
+    """Count the logits of a token: entries of the unembedding, which may pass the tokenizer's."""
+    config = getattr(hugging_face_model(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    n_words = getattr(config, "vocab_size", None) or getattr(model.cfg, "d_vocab", None)
+    return int(n_words or len(model.tokenizer))
