@@ -233,7 +233,9 @@ def test_kl_behind_a_stepwise_gate_is_that_of_its_distributions(tiny, monkeypatc
     completions = [c for c in answers() if c.tokens][:3]
     whole = answer_kl(tiny, completions, {"a": [steering] * 3})["a"]
     monkeypatch.setattr(likelihood, "MEMORY", 1)  # a column at a time
-    assert answer_kl(tiny, completions, {"a": [steering] * 3})["a"] == pytest.approx(whole, rel=1e-4)
+    assert answer_kl(tiny, completions, {"a": [steering] * 3})["a"] == pytest.approx(
+        whole, rel=1e-4
+    )
     assert whole > 0
 
 

@@ -42,7 +42,8 @@ def wrong_attention(*args: Any, **keywords: Any) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     module, query, key, value, mask = args
-    return sdpa_attention_forward(module, query, key, value, torch.zeros_like(mask, dtype=query.dtype), **keywords)
+    nothing_hidden = torch.zeros_like(mask, dtype=query.dtype)
+    return sdpa_attention_forward(module, query, key, value, nothing_hidden, **keywords)
 
 
 def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +168,7 @@ def test_numbers_that_are_not_finite_trust_nothing(family_path) -> None:
     model = load_model(family_path("llama3"), device="cpu")
     with torch.no_grad():
         model.original_model.lm_head.weight.fill_(float("nan"))
-    assert set(untrusted_paths(model)) == set(ROUTES)
+    assert set(untrusted_paths(model)) == set(ROUTES) - {"components"}
 
 
 @pytest.mark.parametrize("name", ["FalconForCausalLM", "GlmMoeDsaForCausalLM"])

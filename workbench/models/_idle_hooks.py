@@ -135,6 +135,8 @@ def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
         return
     slots = _slots_of(model)
     modules = _lightest_modules(slots)
+    if not trusts(model, "components"):
+        _refuse_components(model, slots, modules)
     config = hf_model.config
     fused = (
         _may_fuse_attention(hf_model)
@@ -173,6 +175,21 @@ def hugging_face_alone(model: HookedModel) -> Iterator[None]:
     finally:
         for siblings, name, component in places:
             siblings[name] = component
+
+
+def _refuse_components(model: HookedModel, slots: list[_Slot], modules: list[Any]) -> None:
+    """Raise where a component has to run and computes something else than the model.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for slot, module in zip(slots, modules, strict=True):
+        if module is slot.component:
+            raise ValueError(
+                f"{model.cfg.model_name!r} cannot be hooked inside {slot.name!r}: there "
+                "TransformerLens computes something else than Hugging Face's model; read or edit "
+                "at resid_pre, resid_post, attn_out, mlp_out, mlp_post or z instead."
+            )
 
 
 def _lightest_modules(slots: list[_Slot]) -> list[Any]:

@@ -236,8 +236,8 @@ _PARAMETERS: weakref.WeakKeyDictionary[Any, frozenset[str] | None] = weakref.Wea
 def _that_are_taken(model: HookedModel, keywords: dict[str, Any]) -> dict[str, Any]:
     """Leave out the arguments that the Hugging Face model's forward does not know."""
     if model not in _PARAMETERS:
-        forward: Any = hugging_face_model(model).forward  # type: ignore[union-attr]
-        parameters = inspect.signature(forward).parameters
+        called: Any = hugging_face_model(model).forward  # type: ignore[union-attr]
+        parameters = inspect.signature(called).parameters
         takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
         _PARAMETERS[model] = None if takes_any else frozenset(parameters)
     names = _PARAMETERS[model]
@@ -368,7 +368,14 @@ def fast(model: HookedModel) -> AbstractContextManager[None]:
 
     Every pass does this for itself; around many of them, idle hooks are only looked for once.
     """
-    return idle_hooks_bypassed(model) if _fast.get() else nullcontext()
+    if _fast.get():
+        return idle_hooks_bypassed(model)
+    if not trusts(model, "components"):
+        raise ValueError(
+            f"{model.cfg.model_name!r} cannot take the slow ways: TransformerLens's components "
+            "compute something else than Hugging Face's model here; leave out plain()."
+        )
+    return nullcontext()
 
 
 @contextmanager

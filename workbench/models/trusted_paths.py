@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 Route = Literal[
+    "components",
     "bypass",
     "packed",
     "padding",
@@ -34,8 +35,10 @@ Route = Literal[
     "shared_layers",
     "late_head",
 ]
-"""A way that is faster than the slow one:
+"""A way through a model. The first is slow, and the only one where hooks inside a component of
+TransformerLens are in use; the others are faster:
 
+- components: TransformerLens's own components run, around Hugging Face's weights;
 - bypass: Hugging Face's own modules run where TransformerLens's hooks are idle;
 - packed: packed linear layers;
 - padding, right_padding: rows of different lengths share a batch, filled up on the left or right;
@@ -73,11 +76,19 @@ def untrusted_paths(model: HookedModel) -> Mapping[Route, str]:
 
     The first call for a model checks them all, which takes as long as a few passes over a dozen
     tokens. It is empty for most models.
+
+    Raises:
+        ValueError: If the model computes something else once TransformerLens has hooked it.
     """
     if model not in _UNTRUSTED:
         from workbench.models._route_checks import check_routes
 
         untrusted = check_routes(model)
+        if {"components", "bypass"} <= untrusted.keys():
+            raise ValueError(
+                f"{model.cfg.model_name!r} cannot be hooked: with TransformerLens around it, it "
+                f"computes something else ({untrusted['components']}); choose another model."
+            )
         _UNTRUSTED[model] = untrusted
         if untrusted:
             reasons = "; ".join(f"{route}: {reason}" for route, reason in untrusted.items())

@@ -305,9 +305,7 @@ class _Pass(NamedTuple):
         """Raise where a row's values are not finite."""
         ids = [row.prompt.id for row in self.rows]
         tokens, is_steered = self.batch.tokens, bool(self.interventions)
-        check_finite(
-            model, values, ids, tokens, self.mask, cache=self.cache, is_steered=is_steered
-        )
+        check_finite(model, values, ids, tokens, self.mask, cache=self.cache, is_steered=is_steered)
 
 
 @dataclass(frozen=True, eq=False)
