@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch  # noqa: E402
 from helpers.architectures import (  # noqa: E402
     activation_error,
     answers_are_equal,
@@ -86,6 +87,11 @@ def tried(name: str) -> tuple[str, ...]:
     except Exception as error:  # a configuration that refuses tiny sizes
         raise LookupError(f"cannot be built tiny: {_line(error)}") from error
     alone = copy.deepcopy(hf_model)
+    try:
+        with torch.no_grad():
+            alone(torch.tensor([[7, 8, 9, 10]]), use_cache=False)
+    except Exception as error:  # sizes that do not fit together
+        raise LookupError(f"cannot be built tiny: {_line(error)}") from error
     try:
         model = hooked(hf_model, tokenizer, name)
         untrusted = untrusted_paths(model)

@@ -250,7 +250,7 @@ def test_a_stepwise_gate_is_refused_where_no_cache_can_be_kept(tiny, monkeypatch
         lambda: steered_log_probs(tiny, [completion], [steering]),
         lambda: answer_kl(tiny, [completion], {"a": [steering]}),
     ):
-        with pytest.raises(ValueError, match="keeps no cache .* 'hard' or 'soft'"):
+        with pytest.raises(ValueError, match=r"keeps no cache .* 'hard' or 'soft'"):
             run()
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from helpers.tiny_models import sentences, tiny_tokenizer
-
 from workbench.generation.answers import generate
 from workbench.generation.decoding import Decoding
 from workbench.models.activations import cache_activations
@@ -26,6 +25,7 @@ from workbench.steering.interventions import AddVector, Intervention
 
 LAYERS = 4
 NEW_TOKENS = 8
+MOST_WEIGHTS = 20_000_000
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "model_dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
@@ -42,9 +42,10 @@ _SIZES: dict[str, Any] = {
         ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32
     ),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts"), 1),
+    "hidden_size_per_layer_input": 8,
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
-    "qk_rope_head_dim": 4,
+    "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
     "sliding_window": 32,
@@ -71,7 +72,27 @@ _SIZES: dict[str, Any] = {
     "use_mamba_kernels": False,
     "first_k_dense_replace": 1,
 }
-_OF_CONFIG: dict[str, dict[str, Any]] = {}
+_MIXED = ["conv", "full_attention"] * 2
+_EYES = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_OF_CONFIG: dict[str, dict[str, Any]] = {
+    "BambaConfig": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]], "window_size": 32},
+    "Gemma3Config": {"vision_config": _EYES, "mm_tokens_per_image": 4},
+    "GraniteMoeHybridConfig": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"] * 2},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "Lfm2Config": {"layer_types": _MIXED},
+    "Lfm2MoeConfig": {"layer_types": _MIXED},
+    "Mamba2Config": {"num_heads": 8},
+    "ModernBertDecoderConfig": {"bos_token_id": 0},
+}
 """What single configurations need beside the sizes."""
 
 
@@ -94,10 +115,15 @@ def tiny_architecture(name: str, *, seed: int = 0) -> tuple[Any, Any]:
     config_kind = getattr(kind, "config_class", None)
     if config_kind is None:
         raise LookupError("transformers has no such class; its code comes with a checkpoint")
-    if config_kind not in transformers.AutoModelForCausalLM._model_mapping:
-        raise LookupError("not a causal language model on token ids")
+    loaded = transformers.AutoModelForCausalLM._model_mapping.get(config_kind, None)
+    if loaded is None or loaded.__name__ != name:
+        raise LookupError("transformers loads no causal language model under that name")
     tokenizer = copy.deepcopy(tiny_tokenizer("qwen2"))
     config = _tiny_config(config_kind, tokenizer)
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in kind(config).parameters())
+    if weights > MOST_WEIGHTS:
+        raise ValueError(f"{weights:,} weights whatever sizes are set")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(
@@ -113,9 +139,16 @@ def _tiny_config(kind: Any, tokenizer: Any) -> Any:
     default = kind()
     known = {**vars(default), **dict.fromkeys(getattr(default, "attribute_map", {}))}
     sizes = {name: size for name, size in _SIZES.items() if name in known}
-    ids = {f"{which}_token_id": None for which in ("bos",)}
-    ids |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids["bos_token_id"] = None
+    if "kv_lora_rank" in known:  # such attention has no groups
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    if "vocab_size_per_layer_input" in known:
+        sizes["vocab_size_per_layer_input"] = len(tokenizer)
     settings = sizes | {"vocab_size": len(tokenizer), **ids}
+    for name, part in getattr(kind, "sub_configs", {}).items():
+        if part is not kind and hasattr(part, "sub_configs"):
+            settings[name] = _tiny_config(part, tokenizer).to_dict()
     return kind(**settings | _OF_CONFIG.get(kind.__name__, {}))
 
 
@@ -143,23 +176,28 @@ def questions() -> list[Prompt]:
 
 
 def activation_error(model: Any, alone: Any, prompts: list[Prompt]) -> float:
-    """Compare the residual stream with Hugging Face's at every layer but the last, which it norms.
+    """Compare the residual stream behind every block with what Hugging Face's blocks return.
 
     Args:
         model: The hooked model.
         alone: The same model in Hugging Face's hands: no padding, no cache.
         prompts: What both read.
     """
-    sites = [Site(layer, "resid_post") for layer in range(model.cfg.n_layers - 1)]
+    sites = [Site(layer, "resid_post") for layer in range(model.cfg.n_layers)]
     cached = cache_activations(model, prompts, sites)
     largest = 0.0
+    states: dict[int, torch.Tensor] = {}
+    for layer, block in enumerate(_blocks(model, alone)):
+        block.register_forward_hook(
+            lambda _module, _args, out, layer=layer: states.update(
+                {layer: out[0] if isinstance(out, tuple) else out}
+            )
+        )
     for row, encoded in enumerate(encode(model, prompts)):
         with torch.no_grad():
-            states = alone(
-                torch.tensor([encoded.ids]), output_hidden_states=True, use_cache=False
-            ).hidden_states
+            alone(torch.tensor([encoded.ids]), use_cache=False)
         for site in sites:
-            expected = states[site.layer + 1][0, slice(*encoded.content)].mean(dim=0)
+            expected = states[site.layer][0, slice(*encoded.content)].mean(dim=0)
             found = cached[site].values[row]
             largest = max(largest, float((found - expected).norm() / expected.norm()))
     return largest
@@ -200,20 +238,23 @@ def steered_answers_are_equal(model: Any, alone: Any, prompts: list[Prompt]) -> 
     vector = 3 * torch.randn(width, generator=torch.Generator().manual_seed(1))
     if not answers_are_equal(model, alone, prompts, torch.zeros(width)):
         return False
-    blocks = next(
-        module
-        for module in alone.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == model.cfg.n_layers
-    )
 
     def add(_module: Any, _args: Any, out: Any) -> Any:
         return (out[0] + vector, *out[1:]) if isinstance(out, tuple) else out + vector
 
-    handle = blocks[1].register_forward_hook(add)
+    handle = _blocks(model, alone)[1].register_forward_hook(add)
     try:
         return answers_are_equal(model, alone, prompts, vector)
     finally:
         handle.remove()
+
+
+def _blocks(model: Any, alone: Any) -> nn.ModuleList:
+    return next(
+        module
+        for module in alone.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == model.cfg.n_layers
+    )
 
 
 def attribution_error(model: Any, prompts: list[Prompt]) -> float:

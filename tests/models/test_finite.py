@@ -61,7 +61,7 @@ def test_overflow_while_the_answer_is_written_is_found_too(half) -> None:
     late = [
         Intervention(Site(2, "resid_post"), AddVector(torch.full((D_MODEL,), 7e4)), "generated")
     ]
-    with pytest.raises(ValueError, match="prompt 'p.': numbers are .* from layer 2 on"):
+    with pytest.raises(ValueError, match=r"prompt 'p.': numbers are .* from layer 2 on"):
         generate(half, PROMPTS, late, SHORT)
 
 
@@ -70,9 +70,9 @@ def test_likelihoods_that_overflow_are_errors(half) -> None:
     answers = [a for a in answers if a.tokens]
     assert answers
     steered = [too_strong()] * len(answers)
-    with pytest.raises(ValueError, match="from layer 1 on .* steer less strongly"):
+    with pytest.raises(ValueError, match=r"from layer 1 on .* steer less strongly"):
         steered_log_probs(half, answers, steered)
-    with pytest.raises(ValueError, match="from layer 1 on .* steer less strongly"):
+    with pytest.raises(ValueError, match=r"from layer 1 on .* steer less strongly"):
         answer_kl(half, answers, {"strong": steered})
 
 
@@ -94,7 +94,7 @@ def test_an_unsteered_model_that_overflows_is_told_to_change_its_dtype(family_pa
 
 
 def test_patching_with_steering_that_overflows_is_an_error(half) -> None:
-    with pytest.raises(ValueError, match="prompt 'p.': numbers are infinite or undefined"):
+    with pytest.raises(ValueError, match=r"prompt 'p.': numbers are infinite or undefined"):
         patched_answers(half, PROMPTS, {"one": [(0, 1)]}, too_strong(), max_new_tokens=3)
 
 

@@ -202,7 +202,7 @@ def test_prefixes_count_in_the_memory_of_a_batch(tiny, monkeypatch) -> None:
     tokens = loops[0].n_prefix * len(loops[0].groups)
     assert len(loops[0].groups) == 5
     assert cache_bytes(loops[0].prefix) == tokens * per_token > 0
-    rows, each = decoding.rows_that_fit(tiny, 50)
+    _, each = decoding.rows_that_fit(tiny, 50)
     monkeypatch.setattr(decoding, "MEMORY", 10 * each)
     assert decoding.rows_that_fit(tiny, 50)[0] == 10
     assert decoding.rows_that_fit(tiny, 50, n_prefixes=3 * each // per_token + 1)[0] == 6

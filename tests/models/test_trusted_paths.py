@@ -41,8 +41,8 @@ def wrong_attention(*args: Any, **keywords: Any) -> Any:
     """Fused attention that lets every token see the ones behind it."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    module, query, key, value, mask = args
-    nothing_hidden = torch.zeros_like(mask, dtype=query.dtype)
+    module, query, key, value, _ = args
+    nothing_hidden = torch.zeros(query.shape[2], key.shape[2], dtype=query.dtype)
     return sdpa_attention_forward(module, query, key, value, nothing_hidden, **keywords)
 
 
@@ -160,7 +160,7 @@ def test_a_model_that_cannot_be_run_is_one_clear_error() -> None:
     hf_model, tokenizer = tiny_architecture("LlamaForCausalLM")
     model = hooked(hf_model, tokenizer, "broken")
     hf_model.model.rotary_emb = None
-    with pytest.raises(ValueError, match="'broken' cannot be run .*; choose a causal language"):
+    with pytest.raises(ValueError, match=r"'broken' cannot be run .*; choose a causal language"):
         cache_activations(model, PROMPT, Site(0, "resid_post"))
 
 

@@ -310,7 +310,7 @@ def _most_likely(
 
 
 def check_gates(model: HookedModel, interventions: Iterable[Intervention]) -> None:
-    """Raise where a gate would have to read token by token, and the model cannot go on from a cache.
+    """Raise where a gate has to read token by token, and the model keeps no cache to go on from.
 
     Without one the whole text runs again for every token, and the gate would read the prompt again.
 

@@ -70,6 +70,7 @@ def check_routes(model: HookedModel) -> Mapping[Route, str]:
         trial = _Trial.of(model)
         if not all(bool(logits.isfinite().all()) for logits in trial.expected):
             return dict.fromkeys(ROUTES[1:], "the model's own numbers are not finite")
+        trial.check_causal()
         every = frozenset(ROUTES)
         if trial.problem(every, trial.all_at_once) is None:
             return {}
@@ -109,6 +110,20 @@ class _Trial:
             ) from error
         return cls(model, rows, expected, trial.tolerance)
 
+    def check_causal(self) -> None:
+        """Raise where the first tokens, which both rows share, see what comes after them.
+
+        Raises:
+            ValueError: If they do.
+        """
+        one, other = (logits[:PREFIX] for logits in self.expected)
+        error = self._error(one, other)
+        if error > max(self.tolerance, TOLERANCE_16_BIT / 2):
+            raise ValueError(
+                f"{self.model.cfg.model_name!r} is not causal: its tokens see what comes after "
+                f"them (logits off by {error:.2g}); choose a model that writes from left to right."
+            )
+
     def problem(
         self, routes: frozenset[Route], scenario: Callable[[frozenset[Route]], _Pairs]
     ) -> str | None:
@@ -141,13 +156,15 @@ class _Trial:
         if is_packed(self.model):
             attempt("packed", self.alone)
             if "packed" in untrusted:
-                pack_linears(hugging_face_model(self.model), "off")
+                hf_model: Any = hugging_face_model(self.model)
+                pack_linears(hf_model, "off")
         attempt("padding", lambda _: self._compared(self._logits(self.rows, "left")))
         attempt("right_padding", lambda _: self._compared(self._logits(self.rows, "right")))
         attempt("cache", self.decoded)
         attempt("growing", self.decoded)
-        for route in ("prefix", "padding_behind", "shared_layers"):
-            attempt(route, self.behind_a_prefix)
+        attempt("prefix", self.behind_a_prefix)
+        attempt("padding_behind", self.behind_a_prefix)
+        attempt("shared_layers", self.behind_a_prefix)
         attempt("late_head", self.in_parts)
         attempt("fused", self.all_at_once)
         if "components" not in untrusted:
@@ -170,16 +187,16 @@ class _Trial:
 
     def alone(self, _: frozenset[Route]) -> _Pairs:
         """Run each row by itself."""
-        for row, expected in zip(self.rows, self.expected, strict=True):
-            yield self._logits([row], "right")[0], expected
+        for tokens, expected in zip(self.rows, self.expected, strict=True):
+            yield self._logits([tokens], "right")[0], expected
 
     def decoded(self, _: frozenset[Route]) -> _Pairs:
         """Read all but two tokens at once, and these one at a time, in two copies of the row."""
         row, expected = self.rows[0], self.expected[0]
         tokens, mask = self._padded([row], "right")
         start = len(row) - 2
-        _, cache = last_logits(self.model, tokens[:, :start], mask[:, :start], 1, use_cache=True)
-        cache = rows_of_cache(_kept(cache), tokens.new_zeros(2))
+        begun = last_logits(self.model, tokens[:, :start], mask[:, :start], 1, use_cache=True)
+        cache = rows_of_cache(_kept(begun[1]), tokens.new_zeros(2))
         tokens, mask = tokens.repeat(2, 1), mask.repeat(2, 1)
         for place in range(start, len(row)):
             new, seen = tokens[:, place : place + 1], mask[:, : place + 1]
@@ -274,7 +291,8 @@ def _ordinary_ids(model: HookedModel, n: int) -> list[int]:
     sizes = [getattr(text_config, "vocab_size", None), tokenizer and len(tokenizer)]
     size = min(size for size in sizes if size)
     special = set(getattr(tokenizer, "all_special_ids", ()))
-    golden, ids, place = 0.6180339887, [], 0
+    golden, place = 0.6180339887, 0
+    ids: list[int] = []
     while len(ids) < n:
         place += 1
         token = int(size * (place * golden % 1))

@@ -132,8 +132,8 @@ def widths_to_keep_apart(
         widths: Tokens of each row; several numbers where a row has several parts.
         side: Where the padding would stand.
     """
-    route = "padding" if side == "left" else "right_padding"
-    return None if trusts(model, route) else widths
+    changes_nothing = trusts(model, "padding" if side == "left" else "right_padding")
+    return None if changes_nothing else widths
 
 
 def batches_under_budget(

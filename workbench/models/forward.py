@@ -19,6 +19,7 @@ import torch
 from workbench.models._idle_hooks import idle_hooks_bypassed
 from workbench.models.hooked_model import HookedModel, hugging_face_model
 from workbench.models.packing import unpacked
+from workbench.models.sites import check_per_token
 from workbench.models.trusted_paths import trusts
 
 if TYPE_CHECKING:
@@ -431,6 +432,7 @@ def reading(
 
     def hook_of(reader: int, read: Callable[[Tensor], None]) -> Callable[..., None]:
         def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens names it
+            check_per_token(activation, readers[reader][0])
             read(activation)
             waiting.discard(reader)
             if not waiting:

@@ -82,7 +82,7 @@ def hugging_face_model(model: HookedModel) -> Any | None:
 
 def vocabulary_width(model: HookedModel) -> int:
     """Count the logits of a token: entries of the unembedding, which may pass the tokenizer's."""
-    config = getattr(hugging_face_model(model), "config", None)
+    config: Any = getattr(hugging_face_model(model), "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     n_words = getattr(config, "vocab_size", None) or getattr(model.cfg, "d_vocab", None)
