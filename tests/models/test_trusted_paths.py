@@ -42,7 +42,7 @@ def wrong_attention(*args: Any, **keywords: Any) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     module, query, key, value, _ = args
-    nothing_hidden = torch.zeros(query.shape[2], key.shape[2], dtype=query.dtype)
+    nothing_hidden = torch.zeros(1, 1, query.shape[2], key.shape[2], dtype=query.dtype)
     return sdpa_attention_forward(module, query, key, value, nothing_hidden, **keywords)
 
 
@@ -143,7 +143,7 @@ def test_hooks_of_the_caller_neither_fire_in_the_check_nor_change_it(family_path
 def test_the_check_is_made_once_and_is_short(family_path, monkeypatch) -> None:
     model, columns = load_model(family_path("llama3"), device="cpu"), []
     handle = model.original_model.register_forward_pre_hook(
-        lambda _m, _a, k: columns.append(k["input_ids"].numel()), with_kwargs=True
+        lambda _m, a, k: columns.append((a[0] if a else k["input_ids"]).numel()), with_kwargs=True
     )
     from workbench.models import _route_checks
 

@@ -150,23 +150,24 @@ class _Trial:
             else:
                 untrusted[route] = found
 
-        attempt("components", self.alone)
-        base.clear()  # the others go by Hugging Face's modules where these are right
-        attempt("bypass", self.alone)
+        with unpacked(self.model):
+            attempt("components", self.alone)
+            base.clear()  # the others go by Hugging Face's modules where these are right
+            attempt("bypass", self.alone)
+            attempt("padding", lambda _: self._compared(self._logits(self.rows, "left")))
+            attempt("right_padding", lambda _: self._compared(self._logits(self.rows, "right")))
+            attempt("cache", self.decoded)
+            attempt("growing", self.decoded)
+            attempt("prefix", self.behind_a_prefix)
+            attempt("padding_behind", self.behind_a_prefix)
+            attempt("shared_layers", self.behind_a_prefix)
+            attempt("late_head", self.in_parts)
+            attempt("fused", self.all_at_once)
         if is_packed(self.model):
             attempt("packed", self.alone)
             if "packed" in untrusted:
                 hf_model: Any = hugging_face_model(self.model)
                 pack_linears(hf_model, "off")
-        attempt("padding", lambda _: self._compared(self._logits(self.rows, "left")))
-        attempt("right_padding", lambda _: self._compared(self._logits(self.rows, "right")))
-        attempt("cache", self.decoded)
-        attempt("growing", self.decoded)
-        attempt("prefix", self.behind_a_prefix)
-        attempt("padding_behind", self.behind_a_prefix)
-        attempt("shared_layers", self.behind_a_prefix)
-        attempt("late_head", self.in_parts)
-        attempt("fused", self.all_at_once)
         if "components" not in untrusted:
             base.add("components")
         if self.problem(frozenset(base), self.all_at_once) is not None:
@@ -306,7 +307,9 @@ def _hooks_out_of_action(model: HookedModel) -> Iterator[None]:
     """Take off every hook but TransformerLens's own inside the block, and put it back."""
     taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
     lists: list[tuple[Any, str, list[Any]]] = []
-    for module in {id(module): module for module in model.modules()}.values():
+    hf_model: Any = hugging_face_model(model)
+    modules = {id(module): module for module in (*model.modules(), *hf_model.modules())}
+    for module in modules.values():
         is_point = hasattr(module, "fwd_hooks")
         for kind in ("fwd_hooks", "bwd_hooks") if is_point else ():
             lists.append((module, kind, getattr(module, kind)))
