@@ -104,5 +104,6 @@ def test_the_layer_is_looked_for_in_the_row_and_at_real_tokens_alone(tiny) -> No
     with tiny.hooks(**overflowing(2)):
         assert first_layer_not_finite(tiny, tokens, mask, 0) is None
         assert first_layer_not_finite(tiny, tokens, mask, 1) == 2
-        mask[1, 2] = False
+    mask[1, 2] = False
+    with tiny.hooks(**overflowing(3)):
         assert first_layer_not_finite(tiny, tokens, mask, 1) is None

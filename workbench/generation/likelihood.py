@@ -19,7 +19,7 @@ from workbench.models.batches import (
     widths_to_keep_apart,
 )
 from workbench.models.finite import check_finite
-from workbench.models.forward import last_logits, late_logits
+from workbench.models.forward import last_logits, late_logits, late_logits_and_cache
 from workbench.models.hooked_model import vocabulary_width
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.steering.apply import intervene
