@@ -1,5 +1,6 @@
 # make demo   installs and runs the main job on the embedded model; ends with the report's path
 # make bench  measures speed beside peers and writes benchmarks/RESULTS.md
+# make architectures  tries every architecture and writes the table of docs/models.md
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
 # make test-tl3  installs TransformerLens 3.x into .venv-tl3 and tests the hooked models there
@@ -9,7 +10,8 @@ READY := .venv/.ready
 BIN_TL3 := .venv-tl3/bin
 READY_TL3 := .venv-tl3/.ready
 
-.PHONY: setup setup-tl3 demo test test-tl3 lint types contract bench pictures notebooks clean
+.PHONY: setup setup-tl3 demo test test-tl3 lint types contract bench architectures pictures \
+	notebooks clean
 
 setup: $(READY)
 
@@ -55,6 +57,9 @@ contract: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+
+architectures: setup
+	$(BIN)/python docs/architectures.py
 
 pictures: setup
 	$(BIN)/python docs/pictures.py --run runs/demo

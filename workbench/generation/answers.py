@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
 from workbench.generation._decode_loop import DecodeLoop, Row, rows_that_fit
 from workbench.generation.decoding import GREEDY, Decoding
-from workbench.models.batches import batches_by_length
+from workbench.models.batches import batches_by_length, widths_to_keep_apart
 from workbench.models.load import model_info
 from workbench.models.tokens import Encoded, decode, encode, template_text
 from workbench.prompts.prompt import Prompt
@@ -192,9 +192,15 @@ def _answer_missing(
     from tqdm.auto import tqdm
 
     longest = max(len(row.encoded.ids) for row in rows) + loop.decoding.max_new_tokens
-    rows_in_memory, bytes_per_row = rows_that_fit(loop.model, longest)
+    encoded = [row.encoded for row in rows]
+    rows_in_memory, bytes_per_row = rows_that_fit(
+        loop.model,
+        longest,
+        n_prefixes=loop.plan_prefix(encoded),
+        is_sampled=loop.decoding.temperature > 0,
+    )
     batch_size = loop.decoding.batch_size or rows_in_memory
-    batches = _batches(rows, batch_size)
+    batches = _batches(loop.model, rows, batch_size)
     waiting = [batch for batch in batches if any(row.key not in answers for row in batch)]
     if not waiting:
         return
@@ -203,7 +209,7 @@ def _answer_missing(
         mebibytes = max(map(len, waiting)) * bytes_per_row // 2**20
         tqdm.write(
             f"{n_waiting} answers of at most {loop.decoding.max_new_tokens} tokens in "
-            f"{len(waiting)} batches; keys and values take up to {mebibytes} MiB.",
+            f"{len(waiting)} batches; keys, values and logits take up to {mebibytes} MiB.",
             file=sys.stderr,
         )
     with (
@@ -211,7 +217,7 @@ def _answer_missing(
         torch.no_grad(),
     ):
         bar.update(len(rows) - n_waiting)
-        loop.share_prefix([row.encoded for row in rows], batch_size)
+        loop.share_prefix(encoded, batch_size)
         for batch in waiting:
             lines = []
             for row, (tokens, finish) in zip(batch, loop.run(batch), strict=True):
@@ -230,11 +236,12 @@ def _answer_missing(
             bar.update(len(batch))
 
 
-def _batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+def _batches(model: HookedModel, rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
     """Cut the rows into batches of similar length, longest first."""
     lengths = [len(row.encoded.ids) for row in rows]
     ids = [row.encoded.prompt.id for row in rows]
-    batches = batches_by_length(lengths, batch_size, ties=ids)
+    alike = widths_to_keep_apart(model, lengths)
+    batches = batches_by_length(lengths, batch_size, ties=ids, alike=alike)
     return [[rows[i] for i in batch] for batch in batches]
 
 
@@ -255,6 +262,7 @@ def _rows(
     settings = _settings(model, decoding)
     known_owners = {row.prompt.id for row in encoded} | {row.prompt.category for row in encoded}
     groups: list[list[Intervention]] = [[]]  # group 0: nothing is done
+    group_of_list: dict[Any, int] = {(): 0}  # lists that do the same share a group
     rows = []
     for name, condition in conditions.items():
         lists = _lists_by_owner(name, condition, known_owners)
@@ -262,8 +270,9 @@ def _rows(
         for owner, interventions in lists.items():
             _check_condition(model, name, interventions, transfer)
             description_of[owner] = [description(one) for one in interventions] if with_keys else []
-            group_of[owner] = len(groups) if interventions else 0
-            if interventions:
+            what = _what_is_done(interventions)
+            group_of[owner] = group_of_list.setdefault(what, len(groups))
+            if group_of[owner] == len(groups):
                 groups.append(interventions)
         for row in encoded:
             # A prompt's own list comes before its category's.
@@ -274,6 +283,18 @@ def _rows(
             key = key_of([settings, row.prompt.id, row.prompt.text, name, what_is_done, *begun])
             rows.append(Row(row, name, group_of.get(owner, 0), key))
     return rows, groups
+
+
+def _what_is_done(interventions: Sequence[Intervention]) -> Hashable:
+    """Return what tells a list of interventions from one that does something else."""
+    described: list[Hashable] = []
+    for one in interventions:
+        try:
+            described.append(key_of(description(one)))
+        except ValueError:  # an edit that nothing tells from another but itself
+            described.append(id(one.edit))
+            described.append((one.site, one.positions, one.until, id(one.gate), one.gate_category))
+    return tuple(described)
 
 
 def _settings(model: HookedModel, decoding: Decoding) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .tokens import (
     token_ids,
     token_strings,
 )
+from .trusted_paths import untrusted_paths
 
 __all__ = [
     "ActivationSet",
@@ -57,5 +58,6 @@ __all__ = [
     "token_ids",
     "token_strings",
     "unpacked",
+    "untrusted_paths",
     "without_shared_prefix",
 ]

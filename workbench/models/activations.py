@@ -32,11 +32,13 @@ from workbench.models.batches import (
     share_prefix,
     span_mask,
 )
+from workbench.models.finite import check_finite, not_finite
 from workbench.models.forward import reading
 from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
+from workbench.models.trusted_paths import trusts
 from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
 
 if TYPE_CHECKING:
@@ -278,6 +280,7 @@ def token_activations(
 
     with torch.no_grad(), reading(model, [(site.hook_name, read)]) as run:
         run(batch.tokens, batch.mask)
+    check_finite(model, activations[0][None], [prompt.id], batch.tokens, batch.mask)
     return row, activations[0].clone()
 
 
@@ -292,6 +295,9 @@ def pooled_batches(
     """Run rows in their order, and give batch by batch the span means at every site.
 
     What comes after a row's span is not run: no earlier token sees it.
+
+    Raises:
+        ValueError: If an activation is infinite or undefined.
     """
     if batch_size < 1 or max_tokens < 1:
         raise ValueError(
@@ -314,8 +320,9 @@ def pooled_batches(
 
     with torch.no_grad():
         prefix = share_prefix(model, encoded, keep=lambda row: row.span(span)[0])
+        mixed = trusts(model, "right_padding")
         with reading(model, [(site.hook_name, reader(site)) for site in sites]) as run:
-            for rows in batches_under_budget(encoded, batch_size, max_tokens):
+            for rows in batches_under_budget(encoded, batch_size, max_tokens, mixed=mixed):
                 batch = pad(rows, pad_id=pad_id(model), side="right", device=device)
                 inside = span_mask(rows, batch, span)[:, prefix.length :]
                 used = inside.any(dim=0).nonzero()
@@ -323,7 +330,15 @@ def pooled_batches(
                 inside = inside[:, columns]
                 weights = inside.float() / inside.sum(dim=1, keepdim=True)
                 run(batch.tokens[:, prefix.length :], batch.mask, prefix.for_rows(len(rows)))
+                finite = torch.stack([values.isfinite().all(dim=1) for values in pooled.values()])
+                if not bool(finite.all()):
+                    break
                 yield rows, dict(pooled)
+            else:
+                return
+    # Outside ``reading``, which ends every pass at its last site.
+    row = int((~finite.all(dim=0)).nonzero()[0])
+    raise not_finite(model, rows[row].prompt.id, batch.tokens, batch.mask, row)
 
 
 def _measurement(

@@ -127,3 +127,12 @@ def model_lock(model: HookedModel) -> threading.RLock:
     """
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())
+
+
+def vocabulary_width(model: HookedModel) -> int:
+    """Count the logits of a token: entries of the unembedding, which may pass the tokenizer's."""
+    config: Any = getattr(hugging_face_model(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    n_words = getattr(config, "vocab_size", None) or getattr(model.cfg, "d_vocab", None)
+    return int(n_words or len(model.tokenizer))

@@ -74,6 +74,18 @@ def last_logits_and_cache(
         return model(tokens, **keywords), cache
 
 
+def attention_windows(model: HookedModel) -> list[int]:
+    """List how many columns a HookedTransformer's local layers look back, padding counted too.
+
+    With ALiBi, where distances are counted in columns, that is none.
+    """
+    cfg: Any = model.cfg
+    if getattr(cfg, "positional_embedding_type", None) == "alibi":
+        return [0]
+    is_local = getattr(cfg, "use_local_attn", False) and "local" in (cfg.attn_types or ())
+    return [cfg.window_size] if is_local else []
+
+
 def weights_are_processed(model: HookedModel) -> bool:
     """Tell whether layer norms were folded into a HookedTransformer's weights, or these centred."""
     if str(model.cfg.normalization_type).endswith("Pre"):  # type: ignore[attr-defined]
@@ -197,11 +209,6 @@ def _empty_cache(model: HookedModel, rows: int) -> Any:
     cache: Any = DynamicCache()
     for layer in range(cfg.n_layers):
         cache.update(nothing, nothing, layer)
-        # Where distances are counted in columns, padding must not come between the tokens.
-        is_local = cfg.use_local_attn and cfg.attn_types[layer] == "local"
-        if is_local or cfg.positional_embedding_type == "alibi":
-            cache.layers[layer].is_sliding = True
-            cache.layers[layer].sliding_window = cfg.window_size if is_local else 0
     return cache
 
 

@@ -13,8 +13,16 @@ import torch
 from torch import nn
 
 from workbench.models._idle_hooks import block_slots, blocks_are_idle
-from workbench.models.forward import KeyValueCache, fast, forward, is_fast, rows_of_cache
+from workbench.models.forward import (
+    InPlaceOf,
+    KeyValueCache,
+    fast,
+    forward,
+    is_fast,
+    rows_of_cache,
+)
 from workbench.models.hooked_model import hugging_face_model
+from workbench.models.trusted_paths import trusts
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -87,7 +95,12 @@ def run_below(
     prompt_rows = [first.setdefault(prompt, len(first)) for prompt in prompts]
     in_bridge = hugging_face_model(model) is not None
     possible = cache is not None and in_bridge and is_fast() and 0 < layer < model.cfg.n_layers
-    if 2 * len(first) > len(prompts) or not possible or not blocks_are_idle(model, layer):
+    if (
+        2 * len(first) > len(prompts)
+        or not possible
+        or not trusts(model, "shared_layers")
+        or not blocks_are_idle(model, layer)
+    ):
         return None
     rows = torch.tensor([prompt_rows.index(i) for i in range(len(first))], device=tokens.device)
     prompts_cache = rows_of_cache(cache, rows)
@@ -103,26 +116,15 @@ class _Reached(Exception):  # noqa: N818 - control flow, not an error
     """Raised behind the last block that has to be run."""
 
 
-class _InPlaceOf(nn.Module):
-    """Stands where a block stands, and answers what the block would about itself."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-
-class _StopBehind(_InPlaceOf):
+class _StopBehind(InPlaceOf):
     """Runs the block, keeps what it returned and ends the pass."""
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
-        self.__dict__["output"] = self.block(*args, **keywords)
+        self.__dict__["output"] = self.module(*args, **keywords)
         raise _Reached
 
 
-class _Known(_InPlaceOf):
+class _Known(InPlaceOf):
     """Returns what the last block below is known to return, whatever comes in."""
 
     def __init__(self, block: nn.Module, output: Any) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from workbench.files.hints import did_you_mean
 
@@ -141,3 +143,20 @@ def check_sites(model: HookedModel, sites: Iterable[Site]) -> None:
                 f"no hook point for {site!r}: {name!r} does not compute {site.hook_name}; "
                 "choose another kind."
             )
+
+
+def check_per_token(activation: Any, hook_name: str) -> None:
+    """Raise unless an activation has rows and positions before anything else.
+
+    Some architectures run all tokens of a batch as one long row (OPT's MLP, experts) or pass a list
+    (OpenAI's first GPT): no vector there belongs to a token of a prompt.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if not isinstance(activation, torch.Tensor) or activation.ndim < 3:
+        shape = tuple(getattr(activation, "shape", ())) or type(activation).__name__
+        raise ValueError(
+            f"{hook_name} holds no vector per prompt and token in this architecture (it is "
+            f"{shape}); choose another kind of site."
+        )

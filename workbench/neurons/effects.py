@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,15 @@ import torch
 
 from workbench.generation.answers import sweep
 from workbench.generation.decoding import Decoding
-from workbench.models.batches import Batch, order_by_length, pad, share_prefix, span_mask
+from workbench.models.batches import (
+    Batch,
+    batches_by_length,
+    pad,
+    share_prefix,
+    span_mask,
+    widths_to_keep_apart,
+)
+from workbench.models.finite import check_finite
 from workbench.models.forward import forward, reading
 from workbench.models.hooked_model import input_device
 from workbench.models.tokens import Encoded, encode, pad_id
@@ -290,8 +299,14 @@ class _Pass(NamedTuple):
     rows: list[Encoded]
     batch: Batch
     mask: Bool[Tensor, "row past_and_pos"]
-    cache: Any
+    cache: Callable[[], Any]  # makes it: a pass extends it
     interventions: list[Intervention]
+
+    def check_finite(self, model: HookedModel, values: Float[Tensor, "row ..."]) -> None:
+        """Raise where a row's values are not finite."""
+        ids = [row.prompt.id for row in self.rows]
+        tokens, is_steered = self.batch.tokens, bool(self.interventions)
+        check_finite(model, values, ids, tokens, self.mask, cache=self.cache, is_steered=is_steered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,8 +350,11 @@ class _Run:
         for one in self._passes(
             encoded, lambda row: min(row.content[0], *(row.span(span)[0] for span in spans))
         ):
-            with intervene(self.model, one.interventions), reading(self.model, readers) as run:
-                run(one.batch.tokens, one.mask, one.cache)
+            with intervene(self.model, one.interventions):
+                with reading(self.model, readers) as run:
+                    run(one.batch.tokens, one.mask, one.cache())
+                for values in read:
+                    one.check_finite(self.model, values.masked_fill(~one.batch.mask, 0.0))
             for place, vector in enumerate(vectors):
                 inside = span_mask(one.rows, one.batch, vector.span)
                 pooled = (read[place] * inside).sum(dim=1) / inside.sum(dim=1)
@@ -352,7 +370,8 @@ class _Run:
         plain: Tensor
         for one in self._passes(encode(self.model, prompts), lambda row: row.content[0]):
             with intervene(self.model, one.interventions):
-                logits, _ = forward(self.model, one.batch.tokens, one.mask, cache=one.cache)
+                logits, _ = forward(self.model, one.batch.tokens, one.mask, cache=one.cache())
+                one.check_finite(self.model, logits)
             log_probs = (
                 logits.double().log_softmax(dim=-1).view(len(one.sets), len(one.prompts), -1)
             )
@@ -400,11 +419,12 @@ class _Run:
         The template prefix that all prompts share up to ``keep`` is computed once, unedited.
         """
         device = input_device(self.model)
-        prefix = share_prefix(self.model, encoded, keep)
-        order = np.array(order_by_length([len(row.ids) for row in encoded]))
+        lengths = [len(row.ids) for row in encoded]
+        prefix = share_prefix(self.model, encoded, keep, padded_columns=max(lengths))
+        alike = widths_to_keep_apart(self.model, lengths)
         donors = self._donors(len(encoded))
         n_prompts = min(_PROMPTS_PER_PASS, self.batch_size)
-        for prompts in np.split(order, range(n_prompts, len(order), n_prompts)):
+        for prompts in map(np.array, batches_by_length(lengths, n_prompts, alike=alike)):
             block = [_without_prefix(encoded[i], prefix.length) for i in prompts]
             n_sets = self.batch_size // len(block)
             for sets in np.split(np.arange(len(self.sets)), range(n_sets, len(self.sets), n_sets)):
@@ -423,7 +443,7 @@ class _Run:
                     lists, None if bool((where == batch.mask).all()) else where[..., None]
                 )
                 # every row continues the same prefix
-                cache = prefix.for_rows(len(rows))
+                cache = partial(prefix.for_rows, len(rows))
                 prefix_mask = batch.mask.new_ones(len(rows), prefix.length)
                 mask = torch.cat([prefix_mask, batch.mask], dim=1)
                 yield _Pass(sets, prompts, rows, batch, mask, cache, interventions)

@@ -16,8 +16,8 @@ import torch
 
 from workbench.generation.answers import Completion, sweep
 from workbench.generation.decoding import Decoding
-from workbench.models.batches import batches_by_length, pad
-from workbench.models.forward import forward, reading
+from workbench.models.batches import batches_by_length, pad, widths_to_keep_apart
+from workbench.models.forward import forward, keep_rows, reading
 from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, sites_of_kind
@@ -180,7 +180,10 @@ def contrast_activations(
     encoded = encode(model, [answer.prompt for answer in answers], system_prompt=system_prompt)
     sums = _ContrastSums.of(model)
     with torch.no_grad():
-        for batch in batches_by_length([len(answer.tokens) for answer in answers], batch_size):
+        lengths = [len(answer.tokens) for answer in answers]
+        widths = [(len(row.ids), n) for row, n in zip(encoded, lengths, strict=True)]
+        alike = widths_to_keep_apart(model, widths)
+        for batch in batches_by_length(lengths, batch_size, alike=alike):
             rows, texts = [encoded[i] for i in batch], [answers[i].tokens for i in batch]
             sums.add(model, rows, texts, interventions, transfer)
     n_tokens = sum(len(answer.tokens) for answer in answers)
@@ -381,7 +384,8 @@ class _PairLoop:
         lengths = [len(encoded[row].ids) for _, row in pairs]
         texts: dict[tuple[int, int], tuple[list[int], _Finish]] = {}
         with torch.no_grad():
-            for places in batches_by_length(lengths, batch_size):
+            alike = widths_to_keep_apart(self.model, lengths)
+            for places in batches_by_length(lengths, batch_size, alike=alike):
                 batch = [pairs[place] for place in places]
                 rows, patched = [encoded[row] for _, row in batch], masks[[i for i, _ in batch]]
                 texts |= zip(batch, self.run(rows, patched), strict=True)
@@ -407,6 +411,7 @@ class _PairLoop:
                 while written.shape[1] < self.max_new_tokens and not bool(ended.any()):
                     logits, cache = forward(self.model, tokens, mask, cache=cache, use_cache=True)
                     following = logits[: len(alive)].argmax(dim=-1)
+                    self._check_finite(logits, [rows[i].prompt.id for i in alive.tolist()])
                     ended = torch.isin(following, stops)
                     written = torch.cat([written, following[:, None]], dim=1)
                     mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -419,10 +424,23 @@ class _PairLoop:
             pairs = torch.cat([keep, keep + len(alive)])
             alive, written, tokens, mask = alive[keep], written[keep], tokens[pairs], mask[pairs]
             if cache is not None and len(keep):
-                cache.batch_select_indices(pairs)
+                keep_rows(cache, pairs)
         for place, row in enumerate(alive.tolist()):
             texts[row] = written[place].tolist()
         return list(zip(texts, finish, strict=True))
+
+    def _check_finite(
+        self, logits: Float[Tensor, "two_rows d_vocab"], prompt_ids: Sequence[str]
+    ) -> None:
+        """Raise where a row of either half has logits that are not finite."""
+        finite = logits.isfinite().all(dim=1).view(2, -1).all(dim=0)
+        if not bool(finite.all()):
+            prompt_id = prompt_ids[int((~finite).nonzero()[0])]
+            raise ValueError(
+                f"prompt {prompt_id!r}: numbers are infinite or undefined in "
+                f"{model_info(self.model).dtype}; steer less, or load the model in float32 or "
+                "bfloat16."
+            )
 
     def _paired(
         self, patched: Bool[Tensor, "row layer d_mlp"], prompt_length: int

@@ -25,6 +25,7 @@ from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad_id, token_strings
+from workbench.models.trusted_paths import trusts
 from workbench.neurons.weights import Vocabulary, WeightCosine, vocabulary_of, weight_cosines
 
 if TYPE_CHECKING:
@@ -277,6 +278,7 @@ class _Stream:
     def read(self, batch_size: int, progress: bool) -> None:
         """Run all prompts and take in every neuron's activations."""
         model, first = self.model, self.prefix.length
+        batch_size = batch_size if trusts(model, "right_padding") else 1
         device = input_device(model)
         layers = sorted({layer for layer, _ in self.neurons})
         parts: dict[int, Tensor] = {}

@@ -15,7 +15,14 @@ import einops
 import torch
 
 from workbench.models.activations import ActivationSet
-from workbench.models.batches import batches_by_length, in_given_order, pad, span_mask
+from workbench.models.batches import (
+    batches_by_length,
+    in_given_order,
+    pad,
+    span_mask,
+    widths_to_keep_apart,
+)
+from workbench.models.finite import not_finite
 from workbench.models.forward import reading
 from workbench.models.hooked_model import input_device
 from workbench.models.load import model_info
@@ -359,7 +366,9 @@ def _pooled(
         return lambda activation: read(activation, step)
 
     with torch.no_grad(), reading(model, [(name, reader(read)) for name, read in readers]) as run:
-        for places in batches_by_length([len(row.ids) for row in encoded], batch_size):
+        lengths = [len(row.ids) for row in encoded]
+        alike = widths_to_keep_apart(model, lengths, "right")
+        for places in batches_by_length(lengths, batch_size, alike=alike):
             rows = [encoded[i] for i in places]
             batch = pad(rows, pad_id=pad_id(model), side="right", device=device)
             inside = span_mask(rows, batch, span).double()
@@ -368,7 +377,15 @@ def _pooled(
                 device
             )
             run(batch.tokens, batch.mask)
+            if not all(bool(values.isfinite().all()) for values in step.pooled.values()):
+                break
             yield places, step.pooled
+        else:
+            return
+    # Outside ``reading``, which ends every pass at its last site.
+    finite = [values.flatten(1).isfinite().all(dim=1) for values in step.pooled.values()]
+    row = int((~torch.stack(finite).all(dim=0)).nonzero()[0])
+    raise not_finite(model, rows[row].prompt.id, batch.tokens, batch.mask, row)
 
 
 def _class_means(

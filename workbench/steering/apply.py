@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import einops
 import torch
 
-from workbench.models.hooked_transformer import is_hooked_transformer, watch_passes
 from workbench.models.hooked_model import model_lock
+from workbench.models.hooked_transformer import is_hooked_transformer, watch_passes
+from workbench.models.sites import check_per_token
 from workbench.steering.gates import Gate, combined
 from workbench.steering.interventions import AddVector, Intervention, check_interventions
 
@@ -269,12 +270,14 @@ def _hooks(interventions: Sequence[Intervention], steering: Steering) -> list[An
 
     def gate_hook_of(gate: Gate) -> Callable[..., None]:
         def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - passed by its name
+            check_per_token(activation, gate.site.hook_name)
             _read(gate, activation, steering)
 
         return hook
 
     def hook_of(site: Site, apply: Callable[[Tensor, Steering], Tensor]) -> Callable[..., Tensor]:
         def hook(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 - passed by its name
+            check_per_token(activation, site.hook_name)
             steering.fired[site] += 1
             return apply(activation.flatten(2), steering).view_as(activation)
 
