@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -115,7 +116,8 @@ def test_wrong_packed_layers_are_unpacked(family_path) -> None:
     for layer in model.modules():
         if type(layer) is torch.nn.Linear and "forward" in layer.__dict__:
             right = layer.__dict__["forward"]
-            layer.__dict__["forward"] = lambda x, right=right: right(x) * 1.05
+            wrong = functools.wraps(right)(lambda x, right=right: right(x) * 1.05)
+            layer.__dict__["forward"] = wrong
     assert set(untrusted_paths(model)) == {"packed"}
     assert not is_packed(model)
 
