@@ -258,9 +258,7 @@ def matching_statistics(
     values = torch.cat([reference.unsafe, reference.safe]).double()
     u = vector.direction.double()
     neurons = [Site(layer, "mlp_post") for layer in range(model.cfg.n_layers)]
-    write = torch.stack(
-        [(output_matrix(model, site).double().cpu() @ u).abs() for site in neurons]
-    )
+    write = torch.stack([(output_matrix(model, site).double().cpu() @ u).abs() for site in neurons])
     n_layers, d_mlp = write.shape
     return pd.DataFrame(
         {

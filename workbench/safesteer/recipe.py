@@ -195,7 +195,9 @@ def fit_vectors(job: Job, out: RunFolder, measured: Measured) -> Vectors:
         ValueError: If none is possible.
     """
     vectors = fit_all(measured, job.folds.fit, job.config.constructions)
-    missing = [n for n in wanted_names(job.config.constructions) if n not in constructions_of(vectors)]
+    missing = [
+        n for n in wanted_names(job.config.constructions) if n not in constructions_of(vectors)
+    ]
     if missing:
         reason = "what they are fitted on is missing (own answers, or a second category)."
         out.leave_out("vectors", f"{', '.join(missing)}: {reason}")

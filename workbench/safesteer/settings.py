@@ -46,9 +46,7 @@ class Setting(NamedTuple):
         return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}{extent}"
 
 
-def placements(
-    model: HookedModel, among: Container[Site] | None = None
-) -> list[tuple[Site, ...]]:
+def placements(model: HookedModel, among: Container[Site] | None = None) -> list[tuple[Site, ...]]:
     """List the places where vectors are added.
 
     One residual site at half depth, the attention outputs of a band of layers, and four residual
