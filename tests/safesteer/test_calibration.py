@@ -270,7 +270,7 @@ def test_neutral_prompts_bring_a_kl_for_each_setting(tiny, tmp_path):
         vectors_of(tiny),
         questions(1),
         [WEAK, STRONG],
-        score=score_by(dict.fromkeys((UNSTEERED, WEAK.name, STRONG.name), {})),
+        score=score_by({name: {} for name in (UNSTEERED, WEAK.name, STRONG.name)}),
         output=tmp_path / "tune.jsonl",
         neutral=neutral,
         rounds=[Round(2, 2)],

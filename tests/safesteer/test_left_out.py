@@ -121,9 +121,7 @@ def test_a_run_without_a_gate_goes_on_and_steers_always(
     assert {"unsteered", "answer contrast", "random"} <= set(answered)
     assert "gated" not in answered
     assert "This run has no gate: no safe or neutral prompts" in write_report(out).read_text()
-    with pytest.raises(
-        ValueError, match="has no gate: no safe or neutral prompts in the tune"
-    ):
+    with pytest.raises(ValueError, match="has no gate: no safe or neutral prompts in the tune"):
         gated_steering_from(out)
     # Always-on steering takes the run's main construction, not the last of the list.
     main = notes["main"]

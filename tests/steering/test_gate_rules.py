@@ -109,9 +109,7 @@ def test_the_scale_is_the_median_of_risky_prompts_that_pass(folds: Any) -> None:
         {"model": "other"},
     ],
 )
-def test_folds_of_different_places_are_refused(
-    folds: Any, change: dict[str, Any]
-) -> None:
+def test_folds_of_different_places_are_refused(folds: Any, change: dict[str, Any]) -> None:
     fit, tune = folds
     if change.get("model"):
         change = {"model": dataclasses.replace(tune.model, fingerprint="0" * 16)}

@@ -121,9 +121,9 @@ class RunFolder:
                 writing into it.
         """
         path = Path(folder)
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{str(path)!r} is a file; give a folder with --out.")
+        _check_free(path)
         with locked_folder(path):
+            _check_free(path)  # now that nobody else can write into it
             yield cls(path, _notes(path, config, resume))
 
     @contextmanager
@@ -275,15 +275,21 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
     write_text(path, frame.to_csv(index=False, float_format="%.5g"))
 
 
+def _check_free(path: Path) -> None:
+    """Raise where a path holds something that is no run."""
+    if not path.exists() or (path / "run.json").is_file():
+        return
+    if not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir()):
+        raise ValueError(
+            f"{str(path)!r} is not an empty folder and holds no run; give another one with --out."
+        )
+
+
 def _notes(path: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
     """Begin the notes of a run, or read those of the run to go on with."""
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
     if (path / "run.json").is_file():
         return {"left_out": {}, **_notes_to_resume(path, settings, resume)}
-    if any(entry.name != LOCK for entry in path.iterdir()):
-        raise ValueError(
-            f"{str(path)!r} is not an empty folder and holds no run; give another one with --out."
-        )
     packages = ("workbench", "torch", "transformers", "transformer-lens")
     return {
         "format": FORMAT,
