@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from helpers.tiny_models import tiny_tokenizer
+from helpers.tiny_models import D_MODEL, tiny_model, tiny_tokenizer
 
 
 def _sizes(family: str) -> tuple[Any, dict[str, Any]]:
@@ -60,23 +60,14 @@ def tiny_mixtral(folder: str | Path) -> Path:
     return _save(config, tokenizer, folder)
 
 
-def tiny_post_norm(folder: str | Path) -> Path:
-    """Save an OPT with a LayerNorm behind every sum: its residual stream is no sum of parts."""
-    import transformers
+def layer_norm_behind_mlp(folder: str | Path) -> Any:
+    """Load a tiny Gemma 2 with a LayerNorm in place of the RMS norm behind each MLP."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, sizes = _sizes("gpt2")
-    config = transformers.OPTConfig(
-        **sizes, ffn_dim=64, word_embed_proj_dim=32, do_layer_norm_before=False
-    )
-    return _save(config, tokenizer, folder)
+    from workbench.models.load import hooked
 
-
-def tiny_mamba(folder: str | Path) -> Path:
-    """Save a recurrent model: it has neither heads nor neurons."""
-    import transformers
-
-    tokenizer, sizes = _sizes("gpt2")
-    for name in ("num_attention_heads", "max_position_embeddings"):
-        del sizes[name]
-    config = transformers.MambaConfig(**sizes, state_size=8, conv_kernel=4, use_mambapy=False)
-    return _save(config, tokenizer, folder)
+    source = tiny_model("gemma2", folder)
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    for layer in model.model.layers:
+        layer.post_feedforward_layernorm = torch.nn.LayerNorm(D_MODEL)
+    return hooked(model, AutoTokenizer.from_pretrained(source), "layer-norm-behind")

@@ -14,7 +14,7 @@ from helpers.tiny_models import (
     planted_direction,
     sentences,
 )
-from helpers.unusual_models import tiny_mixtral
+from helpers.unusual_models import layer_norm_behind_mlp, tiny_mixtral
 
 from workbench.models.activations import cache_activations
 from workbench.models.errors import CannotBeDone
@@ -158,6 +158,13 @@ def test_a_mixture_of_experts_says_why_it_has_no_neurons(tmp_path: Path) -> None
         write_matrix(model, Site(0, "mlp_post"))
     with pytest.raises(CannotBeDone, match="mixture of experts"):
         writing_sites(model, SITE)
+
+
+def test_a_layer_norm_behind_a_sublayer_is_refused(tmp_path: Path) -> None:
+    model = layer_norm_behind_mlp(tmp_path)
+    with pytest.raises(CannotBeDone, match="is not an RMS norm; attribution through it is not lin"):
+        write_matrix(model, Site(1, "mlp_post"))
+    assert write_matrix(model, Site(1, "z")).isfinite().all()
 
 
 # --- the parts are those of TransformerLens

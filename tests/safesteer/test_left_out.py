@@ -9,16 +9,19 @@ import pytest
 import torch
 from helpers.runs import settings
 from helpers.tiny_models import tiny_model
-from helpers.unusual_models import tiny_mixtral, tiny_post_norm
+from helpers.unusual_models import layer_norm_behind_mlp, tiny_mixtral
 
 from workbench.files.store import read_json
+from workbench.generation.decoding import GREEDY
 from workbench.models.errors import CannotBeDone
 from workbench.models.load import load_model
 from workbench.models.sites import Site, check_sites, present_sites
-from workbench.prompts.prompt import load_prompts, save_prompts
+from workbench.prompts.prompt import load_prompts, save_prompts, split_prompts
 from workbench.report.neuron_page import write_neuron_page
 from workbench.report.page import write_report
 from workbench.safesteer import recipe
+from workbench.safesteer.constructions import measure
+from workbench.safesteer.inputs import Job
 from workbench.safesteer.recipe import run
 from workbench.safesteer.run_folder import read_run, saved_vectors
 from workbench.safesteer.saved_run import gated_steering_from, steering_from
@@ -98,13 +101,16 @@ def test_a_run_in_16_bit_finishes_with_its_neurons(
     assert first.corr(second) > 0.99
 
 
-def test_a_norm_behind_every_sum_is_the_reason_that_neurons_are_left_out(
+def test_a_norm_behind_a_sublayer_that_is_not_linear_is_a_reason_to_leave_neurons_out(
     few_prompts: Path, tmp_path: Path
 ) -> None:
-    model = load_model(tiny_post_norm(tmp_path / "model"))
-    out = run(settings(few_prompts), tmp_path / "run", model=model)
-    assert "is not complete" in read_json(out / "run.json")["left_out"]["neurons"]
-    assert (out / "evaluation.csv").stat().st_size > 0
+    model = layer_norm_behind_mlp(tmp_path / "model")
+    prompts = load_prompts(few_prompts)
+    folds = split_prompts(prompts, seed=0)
+    measured = measure(model, folds, tmp_path / "store")
+    job = Job(settings(few_prompts), model, folds, None, GREEDY, progress=False)
+    with pytest.raises(CannotBeDone, match="is not an RMS norm"):
+        recipe.neuron_scores(job, measured)
 
 
 def test_a_run_without_a_gate_goes_on_and_steers_always(
