@@ -135,7 +135,7 @@ def test_activations_of_other_prompts_are_noticed(family_model: Callable[[str], 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "gpt2"])
 def test_the_parts_add_up_in_16_bit_as_far_as_it_rounds(
     family_path: Callable[[str], Path], family_model: Callable[[str], Any], family: str, dtype: str
 ) -> None:

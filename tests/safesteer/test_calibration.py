@@ -252,13 +252,13 @@ def test_a_round_keeps_the_best_and_the_front_is_what_nothing_beats(tiny, tmp_pa
         limits=Limits(refusal=1.0, degenerate=1.0),
     )
     assert set(asked[0]) == set(values)
-    assert set(asked[1]) == {UNSTEERED, OTHER.name, STRONG.name}
+    assert set(asked[1]) == {UNSTEERED, OTHER.name, BACK.name}, "the best, and the best of a"
     assert len(asked[1]) == 3 * 8
     assert result.best == OTHER
-    assert result.chosen == {"a": STRONG, "b": OTHER}
-    table = result.table[result.table["metric"] == HEADLINE].set_index(["construction", "rho"])
-    assert bool(table.loc[("b", 0.1), "front"].item())
-    assert not bool(table.loc[("a", 0.2), "front"].item()), "as good, and it refuses more"
+    assert result.chosen == {"a": BACK, "b": OTHER}, "as good as the stronger one, and weaker"
+    table = result.table[result.table["metric"] == HEADLINE].set_index(["construction", "sign"])
+    assert table.loc[("b", 1), "front"].item()
+    assert not table.loc[("a", -1), "front"].item(), "as good as b, and it refuses more"
 
 
 def test_neutral_prompts_bring_a_kl_for_each_setting(tiny, tmp_path):
