@@ -80,7 +80,7 @@ def run(
     del config  # its settings have come in through _settings_from_file
     if resume and out is None:
         raise ValueError("--resume needs --out: the folder of the run to go on with.")
-    folder = out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = out or _new_folder(Path("runs"))
     run_recipe(settings, folder, resume=resume, progress=not quiet)
     print(write_report(folder))
 
@@ -313,6 +313,20 @@ def judge_train(*, labels: str, measures: Literal["refusal", "unsafe"], out: str
         f"AUROC {area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}], "
         f"kappa {kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}]"
     )
+
+
+def _new_folder(parent: Path) -> Path:
+    """Make a new folder named after date and time; two runs of one second get two folders."""
+    stem, number = f"{datetime.datetime.now():%Y%m%d-%H%M%S}", 1
+    folder = parent / stem
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = parent / f"{stem}-{number}"
+        else:
+            return folder
 
 
 def _model_of(run: str) -> Any:

@@ -86,6 +86,9 @@ def held_out(tiny):
 def test_activation_rates_are_counted_by_kind_and_category(gate, held_out):
     rates = activation_rates(gate, held_out).set_index(["set", "category"])
     assert rates.loc[("risky", "all"), ["rate", "n", "own_rate"]].tolist() == [0.8, 20, 0.7]
+    assert rates.loc[("risky", "all"), ["own_low", "own_high"]].tolist() == pytest.approx(
+        wilson_interval(14, 20)
+    )
     assert rates.loc[("twins", "all"), ["rate", "n", "asked"]].tolist() == [0.3, 10, 0.1]
     assert rates.loc[("look-alikes", "all"), "rate"] == 0.3
     assert rates.loc[("neutral", "all"), ["rate", "asked"]].tolist() == [0.1, 0.02]

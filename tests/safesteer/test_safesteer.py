@@ -296,6 +296,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not an empty folder"):
         run(settings(few_prompts), tmp_path, model=tiny)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_an_unknown_category_is_named_before_anything_runs(

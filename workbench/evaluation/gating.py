@@ -63,8 +63,9 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
 
     Returns:
         Columns set (``KINDS``), category ("all" or one), rate, low, high (Wilson), n; own_rate is
-        the share that opens for the prompt's own category (nan for prompts without one); asked is
-        the largest rate that the threshold was set for (nan for risky prompts).
+        the share that opens for the prompt's own category, with own_low and own_high (nan for
+        prompts without one); asked is the largest rate that the threshold was set for (nan for
+        risky prompts).
 
     Raises:
         ValueError: If activations are of another site, span or model.
@@ -82,11 +83,12 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
             if not places:
                 continue
             estimate = rate(opened[i] != CLOSED for i in places)
-            right = [opened[i] == acts.prompts[i].category for i in places]
+            own = rate(opened[i] == acts.prompts[i].category for i in places)
+            own_ends = (own.value, own.low, own.high) if kind == RISKY else (np.nan,) * 3
             threshold = gate.thresholds.get(CLOSED_FOR.get(kind, ""))
             row = {"set": kind, "category": category, "rate": estimate.value, "low": estimate.low}
             row |= {"high": estimate.high, "n": estimate.n}
-            row |= {"own_rate": np.mean(right) if kind == RISKY else np.nan}
+            row |= zip(("own_rate", "own_low", "own_high"), own_ends, strict=True)
             rows.append(row | {"asked": np.nan if threshold is None else threshold.rate})
     return pd.DataFrame(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,19 @@ def existing_file(path: PathLike) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}.")
     return path
+
+
+def name_for_file(text: str) -> str:
+    """Turn any text, such as a category, into a part of a file name, one for one.
+
+    A short word of small letters, digits, "_" and "-" stays as it is. Of another text such a word
+    is made, with a hash behind it that tells it from its like: names may be too long for a file,
+    hold a slash, or differ in capitals alone.
+    """
+    word = re.sub(r"[^a-z0-9_-]+", "_", text.lower())[:60].strip("_")
+    if word == text:
+        return text
+    return f"{word}-{hashlib.sha256(text.encode('utf-8')).hexdigest()[:8]}"
 
 
 @contextmanager

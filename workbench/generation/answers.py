@@ -130,7 +130,10 @@ def sweep(
         Completions, condition by condition, prompts in order.
 
     Raises:
-        ValueError: If there is nothing to answer or an intervention does not fit the model.
+        ValueError: If there is nothing to answer, an intervention does not fit the model, or it
+            reaches no position of answers of this length.
+        RuntimeError: If a condition changed nothing, as all its answers ended at once. (A gate
+            that stays closed is no error.)
     """
     _check_prompts(prompts, conditions)
     encoded = encode(
@@ -146,6 +149,7 @@ def sweep(
     answers = _read_output(output, {row.key for row in rows})
     loop = DecodeLoop(model, groups, decoding, transfer)
     _answer_missing(loop, rows, answers, output, progress=progress)
+    _check_reached(rows, groups, answers)
     return [
         Completion(
             row.encoded.prompt,
@@ -268,7 +272,7 @@ def _rows(
         lists = _lists_by_owner(name, condition, known_owners)
         group_of, description_of = {}, {}
         for owner, interventions in lists.items():
-            _check_condition(model, name, interventions, transfer)
+            _check_condition(model, name, interventions, decoding, transfer)
             description_of[owner] = [description(one) for one in interventions] if with_keys else []
             what = _what_is_done(interventions)
             group_of[owner] = group_of_list.setdefault(what, len(groups))
@@ -332,13 +336,47 @@ def _lists_by_owner(
 
 
 def _check_condition(
-    model: HookedModel, name: str, interventions: Sequence[Intervention], transfer: bool
+    model: HookedModel,
+    name: str,
+    interventions: Sequence[Intervention],
+    decoding: Decoding,
+    transfer: bool,
 ) -> None:
     check_interventions(model, interventions, transfer=transfer)
+    for one in interventions:
+        if not one.reaches(decoding.max_new_tokens - 1):
+            raise ValueError(
+                f"condition {name!r} would steer nothing at {one.site}: positions "
+                f"{one.positions!r} until {one.until} with max_new_tokens="
+                f"{decoding.max_new_tokens} reach no token that is read again; generate more "
+                "tokens, or steer positions 'all'."
+            )
     if any(intervention.rows is not None for intervention in interventions):
         raise ValueError(
             f"condition {name!r} names rows of a batch, but generation makes its own batches; "
             "give a mapping from prompt id (or category) to interventions."
+        )
+
+
+def _check_reached(
+    rows: Sequence[Row],
+    groups: Sequence[Sequence[Intervention]],
+    answers: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Raise where interventions of a condition reached no position of any of its answers."""
+    reached: dict[str, bool] = {}
+    for row in rows:
+        if not groups[row.group]:
+            continue
+        answer = answers[row.key]
+        n_read = len(answer["tokens"]) + (answer["finish"] == "eos") - 1
+        reaches = all(one.reaches(n_read) for one in groups[row.group])
+        reached[row.condition] = reached.get(row.condition, False) or reaches
+    silent = [name for name, is_reached in reached.items() if not is_reached]
+    if silent:
+        raise RuntimeError(
+            f"condition {silent[0]!r} steered nothing: it means generated tokens alone, and every "
+            "answer ended with its first one; steer positions 'all', or ask other prompts."
         )
 
 

@@ -186,10 +186,12 @@ def steered_log_probs(
         One float32 vector per answer, on the CPU, natural logarithms; empty for an empty answer.
 
     Raises:
-        ValueError: If there is not one entry per completion, or numbers are infinite or undefined.
+        ValueError: If there is not one entry per completion, an intervention reaches no position of
+            any answer it is for, or numbers are infinite or undefined.
     """
     _check_one_each("interventions", interventions, completions)
     check_gates(model, [one for of_answer in interventions for one in of_answer])
+    _check_reaches(interventions, completions)
     scored: list[Tensor] = [torch.zeros(0) for _ in completions]
     for batch in _answer_batches(model, completions, batch_size):
         logits_of = batch.logits(model, interventions, transfer)
@@ -232,12 +234,14 @@ def answer_kl(
         Name to nats per token, the mean over all answer tokens.
 
     Raises:
-        ValueError: If no answer has a token, a condition has not one entry per completion, or
-            numbers are infinite or undefined.
+        ValueError: If no answer has a token, a condition has not one entry per completion, an
+            intervention reaches no position of any answer it is for, or numbers are infinite or
+            undefined.
     """
     for name, interventions in conditions.items():
         _check_one_each(f"{name!r}", interventions, completions)
         check_gates(model, [one for of_answer in interventions for one in of_answer])
+        _check_reaches(interventions, completions)
     if not any(completion.tokens for completion in completions):
         raise ValueError("no answer has a token: there is no distribution to compare.")
     sums, n_tokens = dict.fromkeys(conditions, 0.0), 0
@@ -371,3 +375,24 @@ def _check_one_each(what: str, given: Sequence[object], completions: Sequence[Co
         raise ValueError(
             f"{what} needs one entry for each of {len(completions)} answers, got {len(given)}."
         )
+
+
+def _check_reaches(
+    interventions: Sequence[Sequence[Intervention]], completions: Sequence[Completion]
+) -> None:
+    """Raise where an intervention reaches no position: the answers would score as unsteered."""
+    reached: dict[int, bool] = {}
+    named: dict[int, Intervention] = {}
+    for each, completion in zip(interventions, completions, strict=True):
+        for one in each if completion.tokens else ():
+            named[id(one)] = one
+            reaches = one.reaches(len(completion.tokens) - 1)
+            reached[id(one)] = reached.get(id(one), False) or reaches
+    for key, is_reached in reached.items():
+        if not is_reached:
+            one = named[key]
+            raise ValueError(
+                f"the intervention at {one.site} reaches nothing in these answers: positions "
+                f"{one.positions!r} until {one.until}, and the last token of an answer is not read "
+                "again; steer positions 'all', or score longer answers."
+            )

@@ -6,11 +6,12 @@ from .activations import (
     token_activations,
 )
 from .batches import Batch, pad, span_mask
+from .errors import CannotBeDone
 from .forward import fast, last_logits, plain, reading, without_shared_prefix
 from .hooked_model import HookedModel
 from .load import ModelInfo, hooked, load_model, model_info
 from .packing import Packing, is_packed, pack_linears, unpacked
-from .sites import Site, check_sites, sites_of_kind
+from .sites import Site, check_sites, present_sites, sites_of_kind
 from .tokens import (
     Encoded,
     decode,
@@ -27,6 +28,7 @@ from .trusted_paths import untrusted_paths
 __all__ = [
     "ActivationSet",
     "Batch",
+    "CannotBeDone",
     "ClassMoments",
     "Encoded",
     "HookedModel",
@@ -49,6 +51,7 @@ __all__ = [
     "pad",
     "pad_id",
     "plain",
+    "present_sites",
     "reading",
     "sites_of_kind",
     "span_mask",

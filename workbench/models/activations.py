@@ -33,7 +33,7 @@ from workbench.models.batches import (
     span_mask,
 )
 from workbench.models.finite import check_finite, not_finite
-from workbench.models.forward import reading
+from workbench.models.forward import forward, reading
 from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
@@ -258,6 +258,28 @@ def class_moments(
         )
         for site in sites
     }
+
+
+def computed_sites(model: HookedModel, sites: Sequence[Site], prompt: Prompt) -> list[Site]:
+    """Keep the sites that a model really computes while it reads a prompt.
+
+    An architecture may have a hook point that its forward pass never comes by, in some layers or
+    in all of them.
+    """
+    [row] = encode(model, [prompt])
+    batch = pad([row], pad_id=pad_id(model), side="right", device=_device(model))
+    seen: set[Site] = set()
+
+    def hook_of(site: Site) -> Callable[..., None]:
+        def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - passed by their names
+            seen.add(site)
+
+        return hook
+
+    hooks = [(site.hook_name, hook_of(site)) for site in sites]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        forward(model, batch.tokens, batch.mask)
+    return [site for site in sites if site in seen]
 
 
 def token_activations(

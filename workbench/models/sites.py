@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.files.hints import did_you_mean
+from workbench.models.errors import CannotBeDone
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from workbench.models.hooked_model import HookedModel
 
@@ -123,26 +124,37 @@ def sites_of_kind(model: HookedModel, kind: str, layers: Iterable[int] | None = 
     return sites
 
 
+def present_sites(model: HookedModel, kinds: Iterable[str]) -> list[Site]:
+    """List the sites of some kinds that a model computes, kind by kind.
+
+    Layers that do not compute a kind (recurrent ones have no heads, a mixture of experts no
+    neurons) are passed over.
+    """
+    hook_points = model.hook_dict
+    sites = [Site(layer, kind) for kind in kinds for layer in range(model.cfg.n_layers)]
+    return [site for site in sites if _why_missing(site, hook_points) is None]
+
+
 def check_sites(model: HookedModel, sites: Iterable[Site]) -> None:
     """Raise unless the model has a hook point for each site.
 
     A hook on a wrong name would never fire, and nothing would say so.
 
     Raises:
-        ValueError: If a layer is beyond the model, or the architecture has no such hook point.
+        ValueError: If a layer is beyond the model.
+        CannotBeDone: If the architecture has no such hook point, or, for mlp_post, no neurons that
+            all tokens share (a mixture of experts).
     """
-    n_layers = model.cfg.n_layers
+    n_layers, hook_points = model.cfg.n_layers, model.hook_dict
     name = str(getattr(model.cfg, "model_name", "the model")).rstrip("/").rsplit("/", 1)[-1]
     for site in sites:
         if site.layer >= n_layers:
             raise ValueError(
                 f"no hook point for {site!r}: {name!r} has {n_layers} layers (0-{n_layers - 1})."
             )
-        if site.hook_name not in model.hook_dict:
-            raise ValueError(
-                f"no hook point for {site!r}: {name!r} does not compute {site.hook_name}; "
-                "choose another kind."
-            )
+        reason = _why_missing(site, hook_points)
+        if reason is not None:
+            raise CannotBeDone(f"no hook point for {site!r}: {name!r} {reason}")
 
 
 def check_per_token(activation: Any, hook_name: str) -> None:
@@ -152,11 +164,26 @@ def check_per_token(activation: Any, hook_name: str) -> None:
     (OpenAI's first GPT): no vector there belongs to a token of a prompt.
 
     Raises:
-        ValueError: If it has not.
+        CannotBeDone: If it has not.
     """
     if not isinstance(activation, torch.Tensor) or activation.ndim < 3:
         shape = tuple(getattr(activation, "shape", ())) or type(activation).__name__
-        raise ValueError(
+        raise CannotBeDone(
             f"{hook_name} holds no vector per prompt and token in this architecture (it is "
             f"{shape}); choose another kind of site."
         )
+
+
+def _why_missing(site: Site, hook_points: Mapping[str, Any]) -> str | None:
+    """Say why a model does not compute what a site names; None where it does."""
+    if site.hook_name not in hook_points:
+        return f"does not compute {site.hook_name}; choose another kind."
+    # TransformerLens also calls the output of a mixture of experts hook_post: one hook point under
+    # two names, and no neurons behind it.
+    whole_mlp = hook_points.get(f"blocks.{site.layer}.mlp.hook_out")
+    if site.kind == "mlp_post" and hook_points[site.hook_name] is whole_mlp:
+        return (
+            f"shows no neurons in layer {site.layer}, whose MLP is a mixture of experts or opaque; "
+            "choose mlp_out."
+        )
+    return None

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from workbench.files.hints import did_you_mean
+from workbench.models.errors import CannotBeDone
 from workbench.models.load import model_info
 from workbench.neurons.attribution import (
     Attribution,
@@ -168,7 +169,7 @@ def _sides_by_category(
     sides = {category: sides_of(prompts, category, reference) for category in categories}
     for category, rows in sides.items():
         if min(len(rows.unsafe), len(rows.reference)) < 2:
-            raise ValueError(
+            raise CannotBeDone(
                 f"category {category!r} has {len(rows.unsafe)} unsafe prompts and "
                 f"{len(rows.reference)} {reference} in the {fold} fold; "
                 "at least two of each are needed, better twenty."

@@ -338,8 +338,8 @@ class _ContrastSums:
 
         def reader(layer: int) -> Callable[[Tensor], None]:
             def read(activation: Tensor) -> None:
-                plain, steered = activation[:, -inside.shape[1] :].chunk(2)
-                difference = (steered - plain)[inside.to(plain.device)].double()
+                plain, steered = activation[:, -inside.shape[1] :].double().chunk(2)
+                difference = (steered - plain)[inside.to(plain.device)]
                 self.squares[layer] += (difference**2).sum(dim=0).cpu()
                 self.differences[layer] += difference.sum(dim=0).cpu()
 

@@ -134,8 +134,9 @@ def attribute_neurons(
         ``table.attrs`` keeps site, reference, top and the parts of each category's total.
 
     Raises:
-        ValueError: If the folds overlap or do not fit together, a category or site is missing, or
-            the attribution is not complete.
+        ValueError: If the folds overlap or do not fit together, or a category or site is missing.
+        CannotBeDone: If the model has no neurons that all tokens share, the parts do not add up,
+            or a category has fewer than two prompts on a side.
     """
     folds = attribute_folds(model, fit, held_out, site, categories, reference, system_prompt)
     again = _Resampling(top, n_resamples, np.random.default_rng(seed))

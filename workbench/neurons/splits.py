@@ -22,6 +22,7 @@ from workbench.models.batches import (
     span_mask,
     widths_to_keep_apart,
 )
+from workbench.models.errors import CannotBeDone
 from workbench.models.finite import not_finite
 from workbench.models.forward import reading
 from workbench.models.hooked_model import input_device
@@ -29,6 +30,7 @@ from workbench.models.load import model_info
 from workbench.models.sites import INNER_HOOK_NAMES, Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.attribution import output_norm, unit_vector, write_weights, writing_sites
+from workbench.steering.interventions import at_least_float32
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -164,7 +166,7 @@ def split_mlp_gate(
         batch_size: Rows per batch.
 
     Raises:
-        ValueError: If the MLPs are not gated.
+        CannotBeDone: If the MLPs are not gated.
     """
     layers = tuple(range(model.cfg.n_layers) if layers is None else layers)
     readers: list[_Reader] = []
@@ -212,7 +214,7 @@ def head_sources(
         batch_size: Rows per batch.
 
     Raises:
-        ValueError: If pattern times values is not what the heads write (gated attention).
+        CannotBeDone: If pattern times values is not what the heads write (gated attention).
     """
     layers = tuple(range(model.cfg.n_layers) if layers is None else layers)
     readers: list[_Reader] = []
@@ -266,17 +268,15 @@ def _mlp_gate_readers(model: HookedModel, layer: int) -> list[_Reader]:
         getattr(mlp, "original_component", None), "act_fn", None
     )
     if names[1] not in model.hook_dict or activation_function is None:
-        raise ValueError(
+        raise CannotBeDone(
             f"the MLP of layer {layer} shows no gate and value to split its neurons into: it is "
             "not gated, or fused."
         )
 
     def finish(step: _Step, held: list[Tensor], scale: Tensor | None) -> None:
         gate, value, product = activation_function(held[0]), held[1], held[2]
-        if not torch.allclose(
-            gate * value, product, rtol=1e-2, atol=1e-4 * float(product.abs().max())
-        ):
-            raise ValueError(
+        if not _alike(gate * value, product, product.dtype):
+            raise CannotBeDone(
                 f"the neurons at {site} are not their gate times their value; this MLP cannot be "
                 "split."
             )
@@ -296,8 +296,9 @@ def _source_readers(model: HookedModel, layer: int) -> list[_Reader]:
         values, pattern, z = held
         weights = step.weights.to(pattern.device)
         weights = weights if scale is None else weights / scale
+        wide = at_least_float32(pattern)  # a mean over tokens in 16 bit would lose some of them
         attended = einops.einsum(
-            weights.to(pattern.dtype), pattern, "row to, row head to source -> row head source"
+            weights.to(wide.dtype), wide, "row to, row head to source -> row head source"
         ).double()
         # heads that read one key-value head's values
         shared = pattern.shape[1] // values.shape[2]
@@ -310,16 +311,26 @@ def _source_readers(model: HookedModel, layer: int) -> list[_Reader]:
         ).flatten(2)
         step.pool(str(site), z, scale)
         whole = step.pooled[str(site)]
-        if not torch.allclose(
-            by_role.sum(dim=1), whole, rtol=1e-2, atol=1e-4 * float(whole.abs().max())
-        ):
-            raise ValueError(
+        if not _alike(by_role.sum(dim=1), whole, z.dtype):
+            raise CannotBeDone(
                 f"the heads at {site} do not write their pattern times values (gated attention); "
                 "no split by source."
             )
         step.pooled[str(site)] = by_role.flatten(1)
 
     return _together(model, site, names, finish)
+
+
+def _alike(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether two ways to compute the same agree, as far as a dtype lets them.
+
+    In float32 that is to 1e-4 of the largest value; 16 bit round each token's product and sum, by
+    half an epsilon each.
+    """
+    rounding = max(1e-4, 2 * torch.finfo(dtype).eps)
+    return torch.allclose(
+        first.double(), second.double(), rtol=1e-2, atol=rounding * float(second.abs().max())
+    )
 
 
 def _together(
@@ -335,7 +346,9 @@ def _together(
     names = [*others, site.hook_name, *([norm] if norm else [])]
     for name in names:
         if name not in model.hook_dict:
-            raise ValueError(f"layer {site.layer} does not compute {name}, which this split needs.")
+            raise CannotBeDone(
+                f"layer {site.layer} does not compute {name}, which this split needs."
+            )
 
     def reader(name: str) -> Callable[[Tensor, _Step], None]:
         def read(activation: Tensor, step: _Step) -> None:

@@ -13,6 +13,7 @@ import torch
 from workbench.models.hooked_transformer import norm_of_block
 from workbench.models.sites import Site
 from workbench.models.tokens import token_strings, vocabulary_size
+from workbench.neurons.attribution import output_matrix
 from workbench.stats.selectivity import permutation_p
 
 if TYPE_CHECKING:
@@ -233,8 +234,7 @@ def _written(model: HookedModel, layer: int) -> Float[Tensor, "neuron d_model"]:
 
     Behind a norm of the MLP's output (Gemma-2) that is with the norm's weight.
     """
-    block = model.blocks[layer]
-    rows = block.mlp.W_out.detach().float()
+    rows = output_matrix(model, Site(layer, "mlp_post"))
     norm = norm_of_block(model, layer, "ln2_post")
     return rows if norm is None else _norm_of(norm, model).written(rows)
 

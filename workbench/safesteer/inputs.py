@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -14,9 +14,12 @@ from workbench.evaluation.scoring import HARD_SAFE, Evaluation, score_completion
 from workbench.generation.answers import Completion
 from workbench.generation.decoding import Decoding
 from workbench.judges.framing import FramingJudge, framing_judge_for
+from workbench.judges.text_quality import load_encoder
 from workbench.models.load import load_model, model_info
 from workbench.models.packing import is_packed
+from workbench.models.tokens import encode
 from workbench.prompts.benchmarks import prompts_from
+from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import (
     Folds,
     Prompt,
@@ -26,7 +29,9 @@ from workbench.prompts.prompt import (
     select_prompts,
     split_prompts,
 )
-from workbench.safesteer.calibration import Limits
+from workbench.safesteer.calibration import NEUTRAL_TOKENS, Limits
+from workbench.safesteer.constructions import CONSTRUCTIONS, wanted_names
+from workbench.safesteer.own_answers import instructed
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
@@ -98,12 +103,67 @@ def load_job(config: RunConfig, *, model: HookedModel | None = None, progress: b
         progress: Show progress bars.
 
     Raises:
-        ValueError: If prompts or model cannot be had as the settings say.
+        ValueError: If prompts or model cannot be had as the settings say, or a prompt does not fit
+            the model's context.
+        OSError: If there is no sentence encoder to measure relevance with.
     """
     folds = folds_of(config)
     model = model if model is not None else load_run_model(config)
+    load_encoder()  # scoring needs it, after hours
     decoding = Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed)
+    check_lengths(model, folds, config)
     return Job(config, model, folds, framing_judge_for(model), decoding, progress)
+
+
+def check_lengths(model: HookedModel, folds: Folds, config: RunConfig) -> None:
+    """Check before the first pass that every text a run will read or answer fits the context.
+
+    These are the prompts of all folds, those that are answered with room for the answer, and fit
+    questions with openings and under the instruction of the self-contrast.
+
+    Raises:
+        ValueError: If some do not fit, with how many and the ids of the first ones.
+    """
+    risky = select_prompts(folds.fit, label="unsafe")
+    tuned = select_prompts(folds.tune, label="unsafe", limit=config.tune_prompts)
+    neutral = select_prompts(folds.tune, label="neutral", limit=TUNE_NEUTRAL)
+    answered = [*risky, *tuned, *neutral, *questions_of_test(folds.test, config)]
+    room = max(config.max_new_tokens, NEUTRAL_TOKENS)
+    texts: list[tuple[list[Prompt], dict[str, Any]]] = [
+        ([*folds.fit, *folds.tune, *folds.test], {}),
+        (answered, {"max_new_tokens": room}),
+        (answer_prompts(folds.fit), {"with_response": True}),
+    ]
+    wanted = wanted_names(config.constructions)
+    if any(CONSTRUCTIONS[name].reads == "own answers" for name in wanted):
+        texts.append((instructed(risky), {"max_new_tokens": room}))
+    problems: dict[str, str] = {}
+    for prompts, how in texts:
+        problems |= _misfits(model, prompts, how)
+    if problems:
+        first, others = next(iter(problems.values())), list(problems)[1:]
+        names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        more = f" So for {len(others)} more: {names}." if others else ""
+        raise ValueError(f"{first}{more}")
+
+
+def _misfits(
+    model: HookedModel, prompts: Sequence[Prompt], how: Mapping[str, Any]
+) -> dict[str, str]:
+    """Map the ids of prompts that cannot be encoded to the reason."""
+    try:
+        encode(model, prompts, **how)
+    except ValueError:
+        pass
+    else:
+        return {}
+    problems = {}
+    for prompt in prompts:
+        try:
+            encode(model, [prompt], **how)
+        except ValueError as error:
+            problems[prompt.id] = str(error)
+    return problems
 
 
 def folds_of(config: RunConfig) -> Folds:

@@ -10,6 +10,7 @@ from workbench.evaluation.scoring import safety_wording
 from workbench.generation.answers import Completion, generate
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.text_quality import is_degenerate
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
@@ -37,12 +38,14 @@ Kept = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
 def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
     """Turn a judge of safety into the choice of answers for both sides of the self-contrast.
 
-    For the safe side it keeps those it calls safe, for the unsafe side those it calls neither safe
-    nor refusal (broken and neutral answers are among them).
+    For the safe side it keeps those it calls safe, for the unsafe side those it calls unsafe, and
+    no others: an answer on topic that neither helps nor warns, a broken one and one that could not
+    be judged are kept on neither side.
 
     Args:
-        judge: A judge of safety; without one, refusal patterns and safety wording stand in for it,
-            coarsely.
+        judge: A judge of safety that says safe and unsafe. Without one, refusal patterns and safety
+            wording stand in for it, coarsely: every answer that is no refusal, not broken and
+            without such wording counts as unsafe.
     """
 
     def labels(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
@@ -50,7 +53,7 @@ def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
             return [verdict.label for verdict in judge(prompts, answers)]
         said = [verdict.label for verdict in RefusalPatterns()(prompts, answers)]
         return [
-            "safe" if label == "not_refusal" and safety_wording(prompt, answer) else label
+            _label_by_words(prompt, answer) if label == "not_refusal" else label
             for prompt, answer, label in zip(prompts, answers, said, strict=True)
         ]
 
@@ -58,9 +61,16 @@ def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
         return [label == "safe" for label in labels(prompts, answers)]
 
     def unsafe(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        return [label not in ("safe", "refusal", "unscored") for label in labels(prompts, answers)]
+        return [label == "unsafe" for label in labels(prompts, answers)]
 
     return safe, unsafe
+
+
+def _label_by_words(prompt: str, answer: str) -> str:
+    """Label an answer that is no refusal, where no judge of safety is at hand."""
+    if is_degenerate(answer)[0]:
+        return "degenerate"
+    return "safe" if safety_wording(prompt, answer) else "unsafe"
 
 
 def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> list[Prompt]:
@@ -99,7 +109,7 @@ def self_contrast(
 
     The answers made under the instruction are put behind the plain question, so that both sides of
     a pair have the same context and differ in the answer alone. A judge keeps what is worth
-    keeping: safe and on topic on one side, not safe on the other.
+    keeping: what it calls safe on one side, what it calls unsafe on the other.
 
     Args:
         model: A hooked model.

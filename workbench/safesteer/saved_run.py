@@ -118,8 +118,9 @@ def steering_from(
 
 
 def _main_construction(folder: PathLike) -> str | None:
-    """Name the construction that a run's gate was fitted for: its best contrast of answers."""
-    name: str | None = (read_run(folder).notes.get("gate") or {}).get("construction")
+    """Name a run's main construction, its best contrast of answers: that its gate is for."""
+    notes = read_run(folder).notes
+    name: str | None = notes.get("main") or (notes.get("gate") or {}).get("construction")
     return name
 
 
@@ -127,10 +128,17 @@ def gate_from(folder: PathLike) -> Gate:
     """Load the gate of a saved run.
 
     Raises:
-        ValueError: If the folder holds no run.
+        ValueError: If the folder holds no run, or one that had to leave out its gate.
         FileNotFoundError: If the run has no gate yet.
     """
-    return load_gate(read_run(folder).path / "gate.safetensors")
+    run = read_run(folder)
+    path, reason = run.path / "gate.safetensors", run.notes["left_out"].get("gate")
+    if reason and not path.is_file():
+        raise ValueError(
+            f"{str(folder)!r} has no gate: {str(reason).rstrip('.')}; steer always instead, with a "
+            "category."
+        )
+    return load_gate(path)
 
 
 def gated_steering_from(

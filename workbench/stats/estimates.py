@@ -302,6 +302,25 @@ def tost_paired(
     return Equivalence(value, low, high, n, n_unscored, p, p <= 1 - level)
 
 
+def pairs_for_no_loss(margin: float, *, level: float = 0.95) -> int:
+    """Count the prompts below which ``tost_paired`` cannot show "no loss" of a share.
+
+    Its p is (1 - margin) ** n where no prompt changed at all: for a margin of .02 at least 149
+    prompts are needed, and more where some changed.
+
+    Args:
+        margin: Largest rise (or fall) of the share that counts as none, in (0, 1).
+        level: Confidence of the claim.
+
+    Raises:
+        ValueError: If the margin is not between 0 and 1.
+    """
+    check_level(level)
+    if not 0 < margin < 1:
+        raise ValueError(f"the margin of a share must be between 0 and 1, got {margin!r}.")
+    return math.ceil(math.log(1 - level) / math.log(1 - margin))
+
+
 def holm(p: Float[np.ndarray, ...], axis: int | None = None) -> Float[np.ndarray, ...]:
     """Adjust p-values by Holm's step-down, which bounds the chance of even one false finding.
 

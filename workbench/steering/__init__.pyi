@@ -25,6 +25,7 @@ from .interventions import (
     suppress,
 )
 from .separability import layer_separability
+from .stepwise import calibrate_over_answers, highest_scores
 from .vectors import (
     SteeringVector,
     fit_steering_vectors,
@@ -49,10 +50,12 @@ __all__ = [
     "ablate_direction",
     "activate",
     "add_vector",
+    "calibrate_over_answers",
     "clamp_neurons",
     "fit_gate",
     "fit_steering_vectors",
     "gated",
+    "highest_scores",
     "import_vectors",
     "intervene",
     "layer_separability",

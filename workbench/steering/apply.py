@@ -20,7 +20,12 @@ from workbench.models.hooked_model import model_lock
 from workbench.models.hooked_transformer import is_hooked_transformer, watch_passes
 from workbench.models.sites import check_per_token
 from workbench.steering.gates import Gate, combined
-from workbench.steering.interventions import AddVector, Intervention, check_interventions
+from workbench.steering.interventions import (
+    AddVector,
+    Intervention,
+    at_least_float32,
+    check_interventions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -181,8 +186,9 @@ class Steering:
                 "this gate reads the user's words: say which columns they are with "
                 "intervene(content=...), or fit it with span='last'."
             )
-        inside = self.content[:, self.past : self.past + n_prompt].to(activation)
-        total = einops.einsum(inside, activation[:, :n_prompt], "batch pos, batch pos d -> batch d")
+        wide = at_least_float32(activation[:, :n_prompt])  # in 16 bit a long sum loses its words
+        inside = self.content[:, self.past : self.past + n_prompt].to(wide)
+        total = einops.einsum(inside, wide, "batch pos, batch pos d -> batch d")
         return total / inside.sum(dim=1, keepdim=True).clamp(min=1)
 
     def behind_template(self) -> Bool[Tensor, "batch pos"] | None:
@@ -374,19 +380,22 @@ def _applier(group: Sequence[Intervention]) -> Callable[[Tensor, Steering], Tens
 
 
 def _adder(group: Sequence[Intervention]) -> Callable[[Tensor], Tensor]:
-    """Add the group's vectors, row by row; summed once per batch size, device and dtype."""
+    """Add the group's vectors, row by row; summed once per batch size, device and dtype.
+
+    Vectors stay float32 until they have been added, so that 16 bit round once.
+    """
     sums: dict[tuple[Any, ...], Tensor] = {}
     everyone = all(intervention.rows is None for intervention in group)
 
     def add(activation: Tensor) -> Tensor:
-        n_rows = activation.shape[0]
-        key = (1 if everyone else n_rows, activation.device, activation.dtype)
+        n_rows, wide = activation.shape[0], at_least_float32(activation)
+        key = (1 if everyone else n_rows, wide.device, wide.dtype)
         if key not in sums:
-            total = torch.zeros(key[0], activation.shape[-1], dtype=torch.float32)
+            total = torch.zeros(key[0], wide.shape[-1], dtype=torch.float32)
             for intervention in group:
                 total[_places(intervention, n_rows)] += _scaled_vector(intervention)
-            sums[key] = total[:, None].to(activation)
-        return activation + sums[key]
+            sums[key] = total[:, None].to(wide)
+        return (wide + sums[key]).to(activation)
 
     return add
 
@@ -405,8 +414,10 @@ def _gated_adder(group: Sequence[Intervention], gate: Gate) -> Callable[[Tensor,
                 vectors[_places(intervention, n_rows), category] += _scaled_vector(intervention)
             by_category[key] = vectors.to(activation.device)
         opening = steering.gates[gate].opening.to(activation.device)
-        total = combined(opening, by_category[key], gate.several)[:, None].to(activation)
-        return torch.where((opening > 0).any(dim=1)[:, None, None], activation + total, activation)
+        wide = at_least_float32(activation)
+        total = combined(opening, by_category[key], gate.several)[:, None].to(wide)
+        moved = (wide + total).to(activation)
+        return torch.where((opening > 0).any(dim=1)[:, None, None], moved, activation)
 
     return add
 
@@ -436,10 +447,10 @@ def _gated_editor(intervention: Intervention, gate: Gate) -> Callable[[Tensor, S
     edit, category = _editor(intervention), gate.index(intervention.gate_category)
 
     def apply(activation: Tensor, steering: Steering) -> Tensor:
-        opening = steering.gates[gate].opening[:, category][:, None, None].to(activation)
-        return torch.where(
-            opening > 0, activation + opening * (edit(activation) - activation), activation
-        )
+        wide = at_least_float32(activation)
+        opening = steering.gates[gate].opening[:, category][:, None, None].to(wide)
+        moved = (wide + opening * (edit(activation) - wide)).to(activation)
+        return torch.where(opening > 0, moved, activation)
 
     return apply
 

@@ -9,6 +9,7 @@ a gated MLP.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -17,6 +18,7 @@ import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, tensor_digest, write_tensors
+from workbench.models.errors import CannotBeDone
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
 from workbench.prompts.contrasts import rows_that_must_not_open, unsafe_rows
@@ -62,7 +64,9 @@ class Gate:
         model: What it was fitted on.
         form: "hard" (open or closed, by the prompt), "soft" (opens in proportion up to ``scale``)
             or "stepwise" (goes on reading while the answer is written: opens above the threshold,
-            closes ``hysteresis * scale`` below it).
+            closes ``hysteresis * scale`` below it). Thresholds of ``fit_gate`` promise their rates
+            for one look, so for the first two; those of a stepwise gate are set by
+            ``calibrate_over_answers``.
         several: Where several categories pass: "argmax" lets the highest one through; "whitened"
             lets all, so that the activation moves along each of their vectors by that vector's own
             length however much they overlap, capped at the longest vector's norm.
@@ -106,6 +110,17 @@ class Gate:
     def threshold(self) -> float:
         """Score above which it opens."""
         return _highest(self.thresholds)
+
+    @property
+    def why_closed(self) -> str:
+        """Say why it can never open: too few prompts for a rate; empty where it can."""
+        return " and ".join(
+            f"{threshold.n} {name.replace('_', ' ')} prompts of the tune fold are too few to "
+            f"promise a rate of {threshold.rate:g} ({math.ceil(1 / threshold.rate - 1e-9) - 1} "
+            "are needed)"
+            for name, threshold in self.thresholds.items()
+            if threshold.value == math.inf
+        )
 
     @property
     def key(self) -> list[Any]:
@@ -184,7 +199,8 @@ def fit_gate(
 
     Scores are a multinomial logistic regression on standardised activations: each risk category
     against all safe prompts of the fold together, twins and look-alikes (label "safe") and neutral
-    ones. The threshold is the higher of two conformal ones.
+    ones. The threshold is the higher of two conformal ones, which hold for one look at a prompt: a
+    stepwise gate looks many times (``calibrate_over_answers``).
 
     Args:
         fit: Pooled activations of unsafe, safe and neutral prompts; span "content" or "last".
@@ -196,7 +212,8 @@ def fit_gate(
         several: See ``Gate``.
 
     Raises:
-        ValueError: If sets do not fit each other, share prompts, or lack a label.
+        ValueError: If sets do not fit each other or share prompts.
+        CannotBeDone: If a fold lacks a label that the gate needs.
     """
     _check_folds(fit, tune)
     categories, weights, bias = _fit_scores(fit, penalty)
@@ -208,8 +225,8 @@ def fit_gate(
         if rows
     }
     if not thresholds:
-        raise ValueError(
-            "no safe or neutral prompts in the tune fold: nothing to set a threshold on."
+        raise CannotBeDone(
+            "no safe or neutral prompts in the tune fold: nothing to set a gate's threshold on."
         )
     risky = highest[unsafe_rows(tune.prompts)]
     threshold = _highest(thresholds)
@@ -350,7 +367,7 @@ def _fit_scores(
     risks = [p.category if p.label == "unsafe" else "" for p in fit.prompts]
     categories = tuple(sorted(set(risks) - {""}))
     if not categories or "" not in risks:
-        raise ValueError("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
+        raise CannotBeDone("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
     probe = fit_linear_probe(fit.values, risks, penalty=penalty)
     if len(categories) == 1:  # two classes have one row, for the second of them: "" sorts first
         return categories, probe.weights, probe.bias

@@ -172,7 +172,7 @@ def fit_steering_vectors(
         refusals: Ids of the safe rows whose response is a refusal; needed for a refusal filter.
         refusal_filter: "keep" only those safe rows, or "drop" them.
         method: Name of the construction, for the card.
-        seed: Seed of random pruning, and of the signs of "principal".
+        seed: Seed of random pruning.
 
     Returns:
         Category to vector.
@@ -445,7 +445,7 @@ def _estimate(
     direction = (
         probe_direction(unsafe, safe)
         if options.estimator == "probe"
-        else principal_direction(unsafe, safe, seed=options.seed)
+        else principal_direction(unsafe, safe)
     )
     return direction * mean_difference(unsafe, safe).norm()
 
