@@ -35,11 +35,12 @@ from workbench.models.batches import (
 from workbench.models.forward import reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
+from workbench.models.templates import Keywords, asked_as
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
 from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
@@ -62,6 +63,8 @@ class ActivationSet:
         prompts: What was run, row by row.
         span: Which tokens were pooled.
         model: What ran.
+        asked_as: System prompt and template keywords around the prompts (``asked_by`` reads them);
+            empty where all was as the template has it.
     """
 
     site: Site
@@ -69,6 +72,7 @@ class ActivationSet:
     prompts: tuple[Prompt, ...]
     span: str
     model: ModelInfo
+    asked_as: str = ""
 
     def __repr__(self) -> str:
         n, d = self.values.shape
@@ -147,6 +151,7 @@ def cache_activations(
     *,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 32,
     max_tokens: int = 4096,
     store: PathLike | None = None,
@@ -166,6 +171,7 @@ def cache_activations(
             "all" (BOS and template included: the first token's massive activation then dominates
             many means).
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``template_text``.
         batch_size: Largest number of rows per batch.
         max_tokens: Largest number of tokens per batch, padding included.
         store: Folder for shards on disk. The same call reads them back; an interrupted one goes on
@@ -180,11 +186,12 @@ def cache_activations(
         ValueError: If a site, span or prompt does not fit the model.
     """
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
-    encoded, info = _prepare(model, prompts, sites, span, system_prompt)
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    encoded, info = _prepare(model, prompts, sites, span, asked_by)
     order = order_by_length([len(row.ids) for row in encoded])
     shards = None
     if store is not None:
-        what = _measurement(model, prompts, encoded, sites, span, system_prompt)
+        what = _measurement(model, prompts, encoded, sites, span, asked_by)
         shards = _ShardFolder.open(Path(store), what, [prompt.id for prompt in prompts])
 
     bar = _progress_bar(len(prompts), "activations", progress)
@@ -198,7 +205,9 @@ def cache_activations(
     results = {}
     for site in sites:
         of_site = in_given_order(torch.cat([part.pop(str(site)) for part in parts]), order)
-        results[site] = ActivationSet(site, of_site, tuple(prompts), span, info)
+        results[site] = ActivationSet(
+            site, of_site, tuple(prompts), span, info, asked_as(system_prompt, template_keywords)
+        )
     return results
 
 
@@ -209,6 +218,7 @@ def class_moments(
     *,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 32,
     max_tokens: int = 4096,
     progress: bool = False,
@@ -222,7 +232,8 @@ def class_moments(
         One ``ClassMoments`` per site.
     """
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
-    encoded, info = _prepare(model, prompts, sites, span, system_prompt)
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    encoded, info = _prepare(model, prompts, sites, span, asked_by)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
     classes = tuple(sorted({(prompt.category, prompt.label) for prompt in prompts}))
     n = torch.zeros(len(classes), dtype=torch.long)
@@ -258,7 +269,12 @@ def class_moments(
 
 
 def token_activations(
-    model: HookedModel, prompt: Prompt, site: Site, *, system_prompt: str | None = None
+    model: HookedModel,
+    prompt: Prompt,
+    site: Site,
+    *,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
 ) -> tuple[Encoded, Float[Tensor, "pos d"]]:
     """Read the activations of one prompt token by token, for views.
 
@@ -267,7 +283,11 @@ def token_activations(
     """
     check_sites(model, [site])
     [row] = encode(
-        model, [prompt], with_response=bool(prompt.response), system_prompt=system_prompt
+        model,
+        [prompt],
+        with_response=bool(prompt.response),
+        system_prompt=system_prompt,
+        template_keywords=template_keywords,
     )
     batch = pad([row], pad_id=pad_id(model), side="right", device=_device(model))
     activations: list[Tensor] = []
@@ -331,12 +351,12 @@ def _measurement(
     encoded: Sequence[Encoded],
     sites: Sequence[Site],
     span: str,
-    system_prompt: str | None,
+    asked_by: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Describe a measurement by all that its values depend on."""
     return {
         "model": model_info(model).to_dict(),
-        "template": template_text(model, system_prompt),
+        "template": template_text(model, **asked_by),
         "prompts": prompts_key(prompts),
         # Tells tokenizers of one model apart.
         "tokens": key_of([[row.ids, row.span(span)] for row in encoded]),
@@ -369,7 +389,7 @@ def _prepare(
     prompts: Sequence[Prompt],
     sites: Sequence[Site],
     span: str,
-    system_prompt: str | None,
+    asked_by: Mapping[str, Any],
 ) -> tuple[list[Encoded], ModelInfo]:
     if not prompts or not sites:
         raise ValueError("nothing to run: give at least one prompt and one site.")
@@ -380,7 +400,7 @@ def _prepare(
         twice = next(prompt_id for prompt_id in ids if ids.count(prompt_id) > 1)
         raise ValueError(f"prompt {twice!r} comes twice; ids must be unique in a set.")
     check_sites(model, sites)
-    encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
+    encoded = encode(model, prompts, with_response=span == "response", **asked_by)
     for row in encoded:
         row.span(span)
     return encoded, model_info(model)

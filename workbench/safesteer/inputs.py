@@ -6,16 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from workbench.evaluation.scoring import HARD_SAFE, Evaluation, score_completions
 from workbench.generation.answers import Completion
-from workbench.generation.decoding import Decoding
 from workbench.judges.framing import FramingJudge, framing_judge_for
 from workbench.models.load import load_model, model_info
 from workbench.models.packing import is_packed
+from workbench.models.tokens import template_text
 from workbench.prompts.benchmarks import prompts_from
 from workbench.prompts.prompt import (
     Folds,
@@ -29,6 +28,7 @@ from workbench.prompts.prompt import (
 from workbench.safesteer.calibration import Limits
 
 if TYPE_CHECKING:
+    from workbench.generation.decoding import Decoding
     from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
 
@@ -70,7 +70,9 @@ class Job:
 
     def score(self, completions: Sequence[Completion]) -> Evaluation:
         """Score answers with the run's judges."""
-        return partial(score_completions, self.model, safety_judge=self.judge)(completions)
+        return score_completions(
+            self.model, completions, safety_judge=self.judge, **self.decoding.asked_by
+        )
 
     def facts(self) -> dict[str, Any]:
         """Say what the run works with, for its notes."""
@@ -102,7 +104,8 @@ def load_job(config: RunConfig, *, model: HookedModel | None = None, progress: b
     """
     folds = folds_of(config)
     model = model if model is not None else load_run_model(config)
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed)
+    decoding = config.decoding()
+    template_text(model, **decoding.asked_by)  # says what the template cannot do before anything
     return Job(config, model, folds, framing_judge_for(model), decoding, progress)
 
 
