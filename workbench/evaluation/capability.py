@@ -121,8 +121,7 @@ def multiple_choice(
         for q in questions
         for k, choice in enumerate(q.choices)
     ]
-    how: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
-    how |= {"batch_size": batch_size, "transfer": transfer, "given": True}
+    how = _scored_as(system_prompt, template_keywords, batch_size, transfer)
     right: dict[str, list[bool]] = {}
     for name, interventions in _for_all(conditions).items():
         log_probs = steered_log_probs(model, answers, [interventions] * len(answers), **how)
@@ -198,8 +197,7 @@ def text_perplexity(
     answers = [
         _fixed(model, prompt, text, max_tokens) for prompt, text in zip(prompts, texts, strict=True)
     ]
-    how: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
-    how |= {"batch_size": batch_size, "transfer": transfer, "given": True}
+    how = _scored_as(system_prompt, template_keywords, batch_size, transfer)
     log_perplexities: dict[str, list[float]] = {}
     for name, interventions in _for_all(conditions).items():
         scored = steered_log_probs(model, answers, [interventions] * len(answers), **how)
@@ -215,6 +213,19 @@ def text_perplexity(
         }
         rows.append(row | _against(log_perplexities[UNSTEERED], values, name) | {"n": estimate.n})
     return pd.DataFrame(rows)
+
+
+def _scored_as(
+    system_prompt: str | None, template_keywords: Keywords, batch_size: int, transfer: bool
+) -> dict[str, Any]:
+    """Say how given texts are scored, as arguments of ``steered_log_probs``."""
+    return {
+        "system_prompt": system_prompt,
+        "template_keywords": template_keywords,
+        "given": True,
+        "batch_size": batch_size,
+        "transfer": transfer,
+    }
 
 
 def _against(before: Sequence[float], after: Sequence[float], name: str) -> dict[str, float]:

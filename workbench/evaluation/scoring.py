@@ -369,29 +369,30 @@ def score_completions(
     columns["relevance"] = list(relevance(*distinct.pairs, encoder))
     columns["relevant_answer"] = _relevant_answers(columns)
     # A judge of safety takes the place of safety wording in the headline.
-    safe = columns["safety_wording"]
-    if safety_judge is not None:
-        labels = [verdict.label for verdict in safety_judge(*distinct.pairs)]
-        for name in ("safe", "unsafe"):
-            columns[name] = [
-                None if label == "unscored" else float(label == name) for label in labels
-            ]
-        safe = columns["safe"]
-    columns[HEADLINE] = [
-        _both(relevant, is_safe)
-        for relevant, is_safe in zip(columns["relevant_answer"], safe, strict=True)
-    ]
+    columns |= _safety_columns(distinct, safety_judge)
+    safe = columns.get("safe", columns["safety_wording"])
+    columns[HEADLINE] = list(map(_both, columns["relevant_answer"], safe))
     cut = [completion.is_cut_in_thoughts for completion in distinct.completions]
+    # From here on there is one row per completion; likeness to the baseline needs all of them.
     columns = {
-        name: [None if is_cut else value for is_cut, value in zip(cut, column, strict=True)]
+        name: [None if cut[i] else column[i] for i in distinct.places]
         for name, column in columns.items()
     }
-    # From here on there is one row per completion; likeness to the baseline needs all of them.
-    columns = {name: [column[i] for i in distinct.places] for name, column in columns.items()}
     columns |= _likeness_columns(completions, reference, baseline)
     safety = safety_judge.name if safety_judge is not None else "safety_wording"
     scores = _tidy(completions, columns, baseline)
     return Evaluation(scores, baseline, tuple(completions), judge.name, safety)
+
+
+def _safety_columns(distinct: _Distinct, judge: Judge | None) -> dict[str, _Column]:
+    """Say what a judge of safety makes of each answer; nothing without one."""
+    if judge is None:
+        return {}
+    labels = [verdict.label for verdict in judge(*distinct.pairs)]
+    return {
+        name: [None if label == "unscored" else float(label == name) for label in labels]
+        for name in ("safe", "unsafe")
+    }
 
 
 def _perplexities(

@@ -35,12 +35,12 @@ from workbench.models.batches import (
 from workbench.models.forward import reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
-from workbench.models.templates import Keywords, asked_as
+from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
 from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
@@ -186,13 +186,10 @@ def cache_activations(
         ValueError: If a site, span or prompt does not fit the model.
     """
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
-    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
-    encoded, info = _prepare(model, prompts, sites, span, asked_by)
+    asked = asked_as(system_prompt, template_keywords)
+    encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
-    shards = None
-    if store is not None:
-        what = _measurement(model, prompts, encoded, sites, span, asked_by)
-        shards = _ShardFolder.open(Path(store), what, [prompt.id for prompt in prompts])
+    shards = _shards(Path(store), model, encoded, sites, span, asked) if store else None
 
     bar = _progress_bar(len(prompts), "activations", progress)
     parts = []
@@ -205,9 +202,7 @@ def cache_activations(
     results = {}
     for site in sites:
         of_site = in_given_order(torch.cat([part.pop(str(site)) for part in parts]), order)
-        results[site] = ActivationSet(
-            site, of_site, tuple(prompts), span, info, asked_as(system_prompt, template_keywords)
-        )
+        results[site] = ActivationSet(site, of_site, tuple(prompts), span, info, asked)
     return results
 
 
@@ -232,8 +227,8 @@ def class_moments(
         One ``ClassMoments`` per site.
     """
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
-    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
-    encoded, info = _prepare(model, prompts, sites, span, asked_by)
+    asked = asked_as(system_prompt, template_keywords)
+    encoded, info = _prepare(model, prompts, sites, span, asked)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
     classes = tuple(sorted({(prompt.category, prompt.label) for prompt in prompts}))
     n = torch.zeros(len(classes), dtype=torch.long)
@@ -345,18 +340,19 @@ def pooled_batches(
                 yield rows, dict(pooled)
 
 
-def _measurement(
+def _shards(
+    store: Path,
     model: HookedModel,
-    prompts: Sequence[Prompt],
     encoded: Sequence[Encoded],
     sites: Sequence[Site],
     span: str,
-    asked_by: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Describe a measurement by all that its values depend on."""
-    return {
+    asked: str,
+) -> _ShardFolder:
+    """Open the folder of a measurement, which is told apart by all that its values depend on."""
+    prompts = [row.prompt for row in encoded]
+    what = {
         "model": model_info(model).to_dict(),
-        "template": template_text(model, **asked_by),
+        "template": template_text(model, **asked_by(asked)),
         "prompts": prompts_key(prompts),
         # Tells tokenizers of one model apart.
         "tokens": key_of([[row.ids, row.span(span)] for row in encoded]),
@@ -364,6 +360,7 @@ def _measurement(
         "sites": [str(site) for site in sites],
         "shard": SHARD,
     }
+    return _ShardFolder.open(store, what, [prompt.id for prompt in prompts])
 
 
 def _pool(
@@ -389,7 +386,7 @@ def _prepare(
     prompts: Sequence[Prompt],
     sites: Sequence[Site],
     span: str,
-    asked_by: Mapping[str, Any],
+    asked: str,
 ) -> tuple[list[Encoded], ModelInfo]:
     if not prompts or not sites:
         raise ValueError("nothing to run: give at least one prompt and one site.")
@@ -400,7 +397,7 @@ def _prepare(
         twice = next(prompt_id for prompt_id in ids if ids.count(prompt_id) > 1)
         raise ValueError(f"prompt {twice!r} comes twice; ids must be unique in a set.")
     check_sites(model, sites)
-    encoded = encode(model, prompts, with_response=span == "response", **asked_by)
+    encoded = encode(model, prompts, with_response=span == "response", **asked_by(asked))
     for row in encoded:
         row.span(span)
     return encoded, model_info(model)
@@ -429,7 +426,7 @@ class _ShardFolder:
             warnings.warn(
                 f"{path.name} of the activations in {folder.name} is damaged; computing them "
                 "again.",
-                stacklevel=3,
+                stacklevel=4,
             )
         manifest = {"what": what, "ids": ids, "shards": {}}
         write_json(path, manifest)

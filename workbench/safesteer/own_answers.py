@@ -125,9 +125,8 @@ def self_contrast(
     questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
     if not questions:
         raise ValueError("no unsafe prompts: self-contrast needs questions of a risk category.")
-    one = replace(decoding, n_samples=1)
-    turns = [replace(one, temperature=0.0)]
-    turns += [replace(one, seed=decoding.seed + turn) for turn in range(1, samples)]
+    turns = [replace(decoding, temperature=0.0, n_samples=1)]
+    turns += [replace(decoding, seed=decoding.seed + i, n_samples=1) for i in range(1, samples)]
 
     def answers(asked: Sequence[Prompt], side: str) -> list[Completion]:
         keywords: dict[str, Any] = {"output": output, "progress": progress}
