@@ -120,9 +120,10 @@ def test_a_model_without_a_chat_template_gets_plain_text(family_model, family: s
     model = family_model(family)
     assert not has_chat_template(model)
     row = one(model, "Explain a garden.")
-    assert text_of(model, row.ids) == "<|endoftext|>Explain a garden."
-    assert row.content == (1, len(row.ids))
-    assert template_text(model, "Be kind.") == ("<|endoftext|>Be kind.\n\n", "")
+    assert text_of(model, row.ids) == "<|endoftext|>Explain a garden.\n"
+    assert text_of(model, row.ids[slice(*row.content)]).strip() == "Explain a garden."
+    assert row.content[0] == 1
+    assert template_text(model, "Be kind.") == ("<|endoftext|>Be kind.\n\n", "\n")
 
 
 @pytest.mark.parametrize("family", CHAT)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.templates import Keywords
     from workbench.steering.interventions import Intervention
 
 
@@ -83,6 +84,8 @@ def multiple_choice(
     questions: Sequence[Question],
     conditions: Mapping[str, Condition],
     *,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 32,
     transfer: bool = False,
 ) -> pd.DataFrame:
@@ -95,6 +98,8 @@ def multiple_choice(
         questions: From ``read_questions``.
         conditions: Name to interventions, always for all questions or behind a gate; the unsteered
             model is added.
+        system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -116,11 +121,10 @@ def multiple_choice(
         for q in questions
         for k, choice in enumerate(q.choices)
     ]
+    how = _scored_as(system_prompt, template_keywords, batch_size, transfer)
     right: dict[str, list[bool]] = {}
     for name, interventions in _for_all(conditions).items():
-        log_probs = steered_log_probs(
-            model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
-        )
+        log_probs = steered_log_probs(model, answers, [interventions] * len(answers), **how)
         right[name] = _answered_rightly(questions, log_probs)
     chance = sum(1 / len(q.choices) for q in questions) / len(questions)
     rows = []
@@ -155,6 +159,8 @@ def text_perplexity(
     conditions: Mapping[str, Condition],
     *,
     max_tokens: int = 256,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 8,
     transfer: bool = False,
 ) -> pd.DataFrame:
@@ -167,6 +173,8 @@ def text_perplexity(
         texts: Passages of a user's own text; each is one unit of the intervals.
         conditions: Name to interventions; the unsteered model is added.
         max_tokens: Tokens of a passage that count.
+        system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -189,11 +197,10 @@ def text_perplexity(
     answers = [
         _fixed(model, prompt, text, max_tokens) for prompt, text in zip(prompts, texts, strict=True)
     ]
+    how = _scored_as(system_prompt, template_keywords, batch_size, transfer)
     log_perplexities: dict[str, list[float]] = {}
     for name, interventions in _for_all(conditions).items():
-        scored = steered_log_probs(
-            model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
-        )
+        scored = steered_log_probs(model, answers, [interventions] * len(answers), **how)
         log_perplexities[name] = [-float(log_probs.mean()) for log_probs in scored]
     rows = []
     for name, values in log_perplexities.items():
@@ -206,6 +213,19 @@ def text_perplexity(
         }
         rows.append(row | _against(log_perplexities[UNSTEERED], values, name) | {"n": estimate.n})
     return pd.DataFrame(rows)
+
+
+def _scored_as(
+    system_prompt: str | None, template_keywords: Keywords, batch_size: int, transfer: bool
+) -> dict[str, Any]:
+    """Say how given texts are scored, as arguments of ``steered_log_probs``."""
+    return {
+        "system_prompt": system_prompt,
+        "template_keywords": template_keywords,
+        "given": True,
+        "batch_size": batch_size,
+        "transfer": transfer,
+    }
 
 
 def _against(before: Sequence[float], after: Sequence[float], name: str) -> dict[str, float]:

@@ -164,9 +164,11 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
     """
     import pandas as pd
 
-    tokens = {(c.prompt.id, c.condition): c.tokens for c in evaluation.completions}
+    tokens = {(c.prompt.id, c.condition, c.sample): c.tokens for c in evaluation.completions}
     label = {c.prompt.id: c.prompt.label for c in evaluation.completions}
-    values = evaluation.scores.set_index(["metric", "condition", "prompt_id"])["value"]
+    by_prompt = evaluation.scores.groupby(["metric", "condition", "prompt_id"], sort=False)
+    values = by_prompt["value"].mean()
+    samples = range(1 + max(c.sample for c in evaluation.completions))
     rows = []
     for is_open, is_risky in ((True, True), (True, False), (False, True), (False, False)):
         ids = [
@@ -174,11 +176,15 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
             for i, has_opened in opened.items()
             if has_opened == is_open
             and (label.get(i) == "unsafe") == is_risky
-            and {(i, condition), (i, UNSTEERED)} <= tokens.keys()
+            and {(i, condition, 0), (i, UNSTEERED, 0)} <= tokens.keys()
         ]
         if not ids:
             continue
-        same = rate(tokens[i, condition] == tokens[i, UNSTEERED] for i in ids)
+        each = [(i, sample) for i in ids for sample in samples]
+        same = rate(
+            [tokens.get((i, condition, k)) == tokens.get((i, UNSTEERED, k)) for i, k in each],
+            clusters=[i for i, _ in each] if len(samples) > 1 else None,
+        )
         row: dict[str, Any] = {
             "gate": "open" if is_open else "closed",
             "prompts": "risky" if is_risky else "safe",
@@ -201,7 +207,7 @@ def refusing(
     """
     tokens = token_ids(model, REFUSAL)
     return [
-        Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING)
+        Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING, sample=c.sample)
         if opened[c.prompt.id]
         else replace(c, condition=REFUSING)
         for c in completions

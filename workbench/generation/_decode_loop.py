@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from workbench.generation._endings import Endings
     from workbench.generation.decoding import Decoding
     from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
@@ -51,12 +52,13 @@ MOST_ROWS = 96
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Name one answer to write: its prompt, its condition, and the key under which it is kept."""
+    """Name one answer to write: prompt, condition, sample, and the key under which it is kept."""
 
     encoded: Encoded
     condition: str
     group: int  # rows of one group have the same interventions
     key: str
+    sample: int = 0
 
 
 @dataclass(eq=False)
@@ -103,8 +105,10 @@ class DecodeLoop:
         groups: Sequence[Sequence[Intervention]],
         decoding: Decoding,
         transfer: bool,
+        endings: Endings,
     ) -> None:
         self.model, self.groups, self.decoding, self.transfer = model, groups, decoding, transfer
+        self.endings = endings
         self.max_new_tokens = decoding.max_new_tokens
         self.device = input_device(model)
         check_gates(model, [one for group in groups for one in group])
@@ -215,6 +219,8 @@ class DecodeLoop:
             written[state.alive, state.step] = next_tokens
             state.append(next_tokens, self.stops)
             is_look = state.step % self.look_every == 0
+            if self.decoding.stop and is_look:
+                self._end_at_stop_texts(state, written)
             if is_look and (not bool(state.finite.all()) or self._worth_dropping(state.ended)):
                 return
 
@@ -232,6 +238,12 @@ class DecodeLoop:
         with self._steered([group], prompt_length=prompt_length, content=content, gates={}):
             is_steered = bool(self.groups[group])
             return not_finite(self.model, prompt_id, tokens, mask, 0, is_steered=is_steered)
+
+    def _end_at_stop_texts(self, state: _State, written: Int[Tensor, "row step"]) -> None:
+        """Mark the rows whose answers have come to a stop text."""
+        for row, ids in enumerate(written[state.alive, : state.step].tolist()):
+            if not state.ended[row] and self.endings.has_stopped(ids):
+                state.ended[row] = True
 
     def _behind_prefix(self, rows: Sequence[Row], batch: Batch) -> tuple[Tensor, Tensor, Any]:
         """Return the tokens behind the shared prefix, the mask of both, and the prefix's cache."""
@@ -269,6 +281,8 @@ class DecodeLoop:
         if draws is None:
             return logits.argmax(dim=-1)
         probabilities = torch.softmax(logits.double() / self.decoding.temperature, dim=-1)
+        if self.decoding.top_k is not None:
+            probabilities = _first(probabilities, self.decoding.top_k)
         if self.decoding.top_p < 1:
             probabilities = _most_likely(probabilities, self.decoding.top_p)
         cumulative = probabilities.cumsum(dim=-1)
@@ -276,12 +290,14 @@ class DecodeLoop:
         return tokens.clamp(max=logits.shape[-1] - 1)
 
     def _draws(self, rows: Sequence[Row]) -> Float[Tensor, "batch step"] | None:
-        """Draw uniform numbers from seed and prompt alone: the same in any batch and condition."""
+        """Draw numbers from seed, prompt and sample alone: the same in any batch and condition."""
         if self.decoding.temperature == 0:
             return None
         draws = []
         for row in rows:
-            digest = hashlib.sha256(f"{self.decoding.seed}|{row.encoded.prompt.id}".encode())
+            sample = f"|sample {row.sample}" if row.sample else ""
+            what = f"{self.decoding.seed}|{row.encoded.prompt.id}{sample}"
+            digest = hashlib.sha256(what.encode())
             generator = torch.Generator().manual_seed(int(digest.hexdigest()[:15], 16))
             draws.append(torch.rand(self.max_new_tokens, generator=generator, dtype=torch.float64))
         return torch.stack(draws).to(self.device)
@@ -298,6 +314,14 @@ class DecodeLoop:
             if token in stops:
                 return ids[:place], "eos"
         return ids, "length"
+
+
+def _first(
+    probabilities: Float[Tensor, "batch d_vocab"], top_k: int
+) -> Float[Tensor, "batch d_vocab"]:
+    """Keep the probabilities of the ``top_k`` likeliest tokens, made to sum to 1; 0 elsewhere."""
+    kept, places = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+    return torch.zeros_like(probabilities).scatter(-1, places, kept / kept.sum(-1, keepdim=True))
 
 
 def _most_likely(

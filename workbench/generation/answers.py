@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
 from workbench.generation._decode_loop import DecodeLoop, Row, rows_that_fit
+from workbench.generation._endings import Endings, Finish
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.batches import batches_by_length, widths_to_keep_apart
 from workbench.models.load import model_info
-from workbench.models.tokens import Encoded, decode, encode, template_text
+from workbench.models.templates import asked_as
+from workbench.models.tokens import Encoded, encode, template_text
 from workbench.prompts.prompt import Prompt
 from workbench.steering.interventions import Intervention, check_interventions, description
 
@@ -40,17 +43,28 @@ class Completion:
 
     Attributes:
         prompt: What was asked.
-        text: The answer, without special tokens.
-        tokens: Its token ids, without the one that ended it.
-        finish: "eos" if the model ended it, "length" if max_new_tokens did.
+        text: The answer, without special tokens and without thoughts.
+        tokens: Token ids of all that the model wrote, its thoughts too, without the one that ended
+            it.
+        finish: "eos" if the model ended it, "length" if max_new_tokens did, "stop" if a stop text
+            did.
         condition: Name of what was done to the model.
+        thinking: What the model thought before it answered; empty for most models.
+        sample: Number of the answer among those to the same prompt, from 0.
     """
 
     prompt: Prompt
     text: str
     tokens: tuple[int, ...]
-    finish: Literal["eos", "length"]
+    finish: Finish
     condition: str
+    thinking: str = ""
+    sample: int = 0
+
+    @property
+    def is_cut_in_thoughts(self) -> bool:
+        """Whether max_new_tokens ended it before the answer began: there is nothing to judge."""
+        return self.finish == "length" and bool(self.thinking) and not self.text.strip()
 
 
 def generate(
@@ -71,7 +85,7 @@ def generate(
         model: A hooked model.
         prompts: Prompts to answer.
         interventions: What is done to the model meanwhile; nothing by default.
-        decoding: Length, sampling, batch size and system prompt.
+        decoding: Length, sampling, stops, batch size, system prompt and template keywords.
         condition: Name of the interventions in the results; "steered" if there are some and no
             name is given.
         output: As in ``sweep``, like the arguments that follow.
@@ -80,7 +94,7 @@ def generate(
         continue_response: Go on from each prompt's ``response``.
 
     Returns:
-        One completion per prompt, in order.
+        One completion per prompt, in order; with several samples those of a prompt come together.
     """
     if condition == UNSTEERED and interventions:
         condition = "steered"
@@ -117,7 +131,7 @@ def sweep(
         prompts: Prompts to answer.
         conditions: Name to interventions: a list for every prompt, or a mapping from category
             (or prompt id) to such a list.
-        decoding: Length, sampling, batch size and system prompt.
+        decoding: Length, sampling, stops, batch size, system prompt and template keywords.
         output: A jsonl file that keeps every answer as soon as it is there. A second call with
             the same model, prompts, conditions and settings goes on from it, whatever else is
             in the file.
@@ -127,7 +141,7 @@ def sweep(
             with; the completion is what follows them.
 
     Returns:
-        Completions, condition by condition, prompts in order.
+        Completions, condition by condition, prompts in order, sample by sample.
 
     Raises:
         ValueError: If there is nothing to answer, an intervention does not fit the model, or it
@@ -140,26 +154,43 @@ def sweep(
         model,
         prompts,
         with_response=continue_response,
-        system_prompt=decoding.system_prompt,
         max_new_tokens=decoding.max_new_tokens,
+        **decoding.asked_by,
     )
     rows, groups = _rows(
         model, encoded, conditions, decoding, transfer, with_keys=output is not None
     )
     answers = _read_output(output, {row.key for row in rows})
-    loop = DecodeLoop(model, groups, decoding, transfer)
+    endings = Endings.of(model, decoding, continue_response=continue_response)
+    loop = DecodeLoop(model, groups, decoding, transfer, endings)
     _answer_missing(loop, rows, answers, output, progress=progress)
     _check_reached(rows, groups, answers)
-    return [
-        Completion(
-            row.encoded.prompt,
-            answers[row.key]["text"],
-            tuple(answers[row.key]["tokens"]),
-            answers[row.key]["finish"],
-            row.condition,
+    completions = [_completion(row, answers[row.key]) for row in rows]
+    _warn_of_cut_thoughts(completions, decoding)
+    return completions
+
+
+def _completion(row: Row, answer: Mapping[str, Any]) -> Completion:
+    return Completion(
+        row.encoded.prompt,
+        answer["text"],
+        tuple(answer["tokens"]),
+        answer["finish"],
+        row.condition,
+        answer.get("thinking", ""),
+        row.sample,
+    )
+
+
+def _warn_of_cut_thoughts(completions: Sequence[Completion], decoding: Decoding) -> None:
+    n_cut = sum(completion.is_cut_in_thoughts for completion in completions)
+    if n_cut:
+        warnings.warn(
+            f"{n_cut} of {len(completions)} answers were cut at {decoding.max_new_tokens} tokens "
+            "while the model was still thinking: they are empty and cannot be scored; raise "
+            "max_new_tokens, or switch thinking off with template_keywords where the template can.",
+            stacklevel=3,
         )
-        for row in rows
-    ]
 
 
 def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
@@ -227,12 +258,12 @@ def _answer_missing(
             for row, (tokens, finish) in zip(batch, loop.run(batch), strict=True):
                 if row.key in answers:
                     continue
-                text = decode(loop.model, tokens)
-                answers[row.key] = {"text": text, "tokens": tokens, "finish": finish}
+                answers[row.key] = loop.endings.written(tokens, finish)._asdict()
                 line = {
                     "key": row.key,
                     "prompt_id": row.encoded.prompt.id,
                     "condition": row.condition,
+                    "sample": row.sample,
                 }
                 lines.append(line | answers[row.key])
             if output is not None:
@@ -273,9 +304,10 @@ def _rows(
         group_of, description_of = {}, {}
         for owner, interventions in lists.items():
             _check_condition(model, name, interventions, decoding, transfer)
+            _check_gates(name, interventions, decoding)
             description_of[owner] = [description(one) for one in interventions] if with_keys else []
-            what = _what_is_done(interventions)
-            group_of[owner] = group_of_list.setdefault(what, len(groups))
+            does = _what_is_done(interventions)
+            group_of[owner] = group_of_list.setdefault(does, len(groups))
             if group_of[owner] == len(groups):
                 groups.append(interventions)
         for row in encoded:
@@ -284,8 +316,10 @@ def _rows(
             owner = next((candidate for candidate in candidates if candidate in group_of), None)
             begun = [row.prompt.response] if row.response[1] > row.response[0] else []
             what_is_done = description_of.get(owner, [])
-            key = key_of([settings, row.prompt.id, row.prompt.text, name, what_is_done, *begun])
-            rows.append(Row(row, name, group_of.get(owner, 0), key))
+            what = [settings, row.prompt.id, row.prompt.text, name, what_is_done, *begun]
+            for sample in range(decoding.n_samples):
+                key = key_of([*what, {"sample": sample}] if sample else what)
+                rows.append(Row(row, name, group_of.get(owner, 0), key, sample))
     return rows, groups
 
 
@@ -304,9 +338,11 @@ def _what_is_done(interventions: Sequence[Intervention]) -> Hashable:
 def _settings(model: HookedModel, decoding: Decoding) -> dict[str, Any]:
     """Collect everything beside prompt and interventions that decides an answer."""
     sampled = decoding.temperature > 0
-    return {
+    # Only where they are given, so that a file of answers stays good for settings without them.
+    further = {"top_k": decoding.top_k if sampled else None, "stop": list(decoding.stop) or None}
+    return {name: value for name, value in further.items() if value is not None} | {
         "model": model_info(model).fingerprint,
-        "template": template_text(model, decoding.system_prompt),
+        "template": template_text(model, **decoding.asked_by),
         "max_new_tokens": decoding.max_new_tokens,
         "seed": decoding.seed if sampled else None,
         "temperature": decoding.temperature,
@@ -370,6 +406,8 @@ def _check_reached(
             continue
         answer = answers[row.key]
         n_read = len(answer["tokens"]) + (answer["finish"] == "eos") - 1
+        if answer.get("thinking") or answer["finish"] == "stop":
+            n_read += 1  # tokens that are no part of the answer were read too
         reaches = all(one.reaches(n_read) for one in groups[row.group])
         reached[row.condition] = reached.get(row.condition, False) or reaches
     silent = [name for name, is_reached in reached.items() if not is_reached]
@@ -378,6 +416,19 @@ def _check_reached(
             f"condition {silent[0]!r} steered nothing: it means generated tokens alone, and every "
             "answer ended with its first one; steer positions 'all', or ask other prompts."
         )
+
+
+def _check_gates(name: str, interventions: Sequence[Intervention], decoding: Decoding) -> None:
+    """Warn where a gate was fitted on prompts that were asked with other words around them."""
+    asked = asked_as(decoding.system_prompt, decoding.template_keywords)
+    for gate in {one.gate for one in interventions if one.gate is not None}:
+        if gate.asked_as != asked:
+            warnings.warn(
+                f"the gate of {name!r} was fitted under {gate.asked_as or 'no system prompt'}, but "
+                f"the answers are made under {asked or 'no system prompt'}: its threshold promises "
+                "nothing there; fit it again, or ask as it was fitted.",
+                stacklevel=5,
+            )
 
 
 def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from workbench.generation.answers import Completion
     from workbench.models.batches import Batch
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.templates import Keywords
     from workbench.steering.interventions import Intervention
 
 
@@ -52,6 +53,7 @@ def answer_log_probs(
     completions: Sequence[Completion],
     *,
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 16,
 ) -> list[Float[Tensor, " token"]]:
     """Return each answer's token log-probabilities, teacher-forced behind its prompt.
@@ -62,6 +64,7 @@ def answer_log_probs(
             positions "prompt": use interventions at "all" positions, for every row.
         completions: Answers, by their token ids.
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         batch_size: Rows per batch; logits are kept for the answers' tokens only.
 
     Returns:
@@ -71,7 +74,8 @@ def answer_log_probs(
         ValueError: If the model's numbers are infinite or undefined.
     """
     scored: list[Tensor] = [torch.zeros(0) for _ in completions]
-    rows = _with_answers(model, completions, system_prompt)
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    rows = _with_answers(model, completions, asked_by)
     answered = [i for i, completion in enumerate(completions) if completion.tokens]
     if not answered:
         return scored
@@ -147,14 +151,12 @@ def _some_or_all_logits(
 
 
 def _with_answers(
-    model: HookedModel, completions: Sequence[Completion], system_prompt: str | None
+    model: HookedModel, completions: Sequence[Completion], asked_by: Mapping[str, Any]
 ) -> list[Encoded]:
     """Encode every prompt with the answer's own token ids behind it."""
     prompts = [completion.prompt for completion in completions]
     rows = []
-    for encoded, completion in zip(
-        encode(model, prompts, system_prompt=system_prompt), completions, strict=True
-    ):
+    for encoded, completion in zip(encode(model, prompts, **asked_by), completions, strict=True):
         n = len(encoded.ids)
         response = (n, n + len(completion.tokens))
         ids = encoded.ids + completion.tokens
@@ -167,6 +169,9 @@ def steered_log_probs(
     completions: Sequence[Completion],
     interventions: Sequence[Sequence[Intervention]],
     *,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
+    given: bool = False,
     batch_size: int = 24,
     transfer: bool = False,
 ) -> list[Float[Tensor, " token"]]:
@@ -179,6 +184,10 @@ def steered_log_probs(
         model: A hooked model.
         completions: Answers, by their token ids.
         interventions: Those of each completion, in order.
+        system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
+        given: The texts are given and not written by the model: where a template opens thoughts
+            they stand behind their end.
         batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -192,8 +201,10 @@ def steered_log_probs(
     _check_one_each("interventions", interventions, completions)
     check_gates(model, [one for of_answer in interventions for one in of_answer])
     _check_reaches(interventions, completions)
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    asked_by["behind_thoughts"] = given
     scored: list[Tensor] = [torch.zeros(0) for _ in completions]
-    for batch in _answer_batches(model, completions, batch_size):
+    for batch in _answer_batches(model, completions, asked_by, batch_size):
         logits_of = batch.logits(model, interventions, transfer)
         parts = [
             logits_of(columns)
@@ -215,6 +226,8 @@ def answer_kl(
     completions: Sequence[Completion],
     conditions: Mapping[str, Sequence[Sequence[Intervention]]],
     *,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 24,
     transfer: bool = False,
 ) -> dict[str, float]:
@@ -227,6 +240,8 @@ def answer_kl(
         completions: Unsteered answers, by their token ids; mostly those to neutral prompts.
         conditions: Name to the interventions of each completion, in order. The answers' tokens
             count as generated ones.
+        system_prompt: The one the answers were made with.
+        template_keywords: Those the answers were made with.
         batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -244,8 +259,9 @@ def answer_kl(
         _check_reaches(interventions, completions)
     if not any(completion.tokens for completion in completions):
         raise ValueError("no answer has a token: there is no distribution to compare.")
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     sums, n_tokens = dict.fromkeys(conditions, 0.0), 0
-    for batch in _answer_batches(model, completions, batch_size):
+    for batch in _answer_batches(model, completions, asked_by, batch_size):
         unsteered_logits = batch.logits(model, [() for _ in completions], transfer)
         for name, interventions in conditions.items():
             steered_logits, parts = batch.logits(model, interventions, transfer), []
@@ -351,10 +367,13 @@ def _logits_step_by_step(
 
 
 def _answer_batches(
-    model: HookedModel, completions: Sequence[Completion], batch_size: int
+    model: HookedModel,
+    completions: Sequence[Completion],
+    asked_by: Mapping[str, Any],
+    batch_size: int,
 ) -> Iterator[_AnswerBatch]:
     """Cut the answers that have tokens into batches, by the length of their prompts."""
-    encoded = encode(model, [completion.prompt for completion in completions])
+    encoded = encode(model, [completion.prompt for completion in completions], **asked_by)
     answered = [i for i, completion in enumerate(completions) if completion.tokens]
     lengths = [len(encoded[i].ids) for i in answered]
     device = input_device(model)

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from workbench.models.thoughts import answer_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -98,6 +100,15 @@ def check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
         raise ValueError(
             f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}."
         )
+
+
+def without_thoughts(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+    """Check that responses pair up with prompts, and leave out the thoughts in front of answers.
+
+    Thoughts are never judged. Of a response that is nothing but thoughts nothing is left.
+    """
+    check_pairs(prompts, responses)
+    return [answer_of(response) for response in responses]
 
 
 def is_empty(response: str) -> bool:

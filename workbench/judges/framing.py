@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.files.store import PathLike, data_path, key_of, read_tensors, write_tensors
-from workbench.judges.base import Verdict, check_pairs, is_empty
+from workbench.judges.base import Verdict, is_empty, without_thoughts
 from workbench.judges.languages import language_name, other_language
 from workbench.models.activations import cache_activations
 from workbench.models.load import model_info
@@ -109,7 +109,7 @@ class FramingJudge:
             ValueError: If the two lists differ in length.
             TypeError: If one string is given in place of a list.
         """
-        check_pairs(prompts, responses)
+        responses = without_thoughts(prompts, responses)
         states = hidden_states(self.reader, prompts, responses, self.site)
         return torch.softmax(states @ self.weights.T + self.bias, dim=1)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from workbench.files.store import PathLike, key_of, read_tensors, write_tensors
-from workbench.judges.base import MEASURES, Verdict, check_pairs, is_empty
+from workbench.judges.base import MEASURES, Verdict, is_empty, without_thoughts
 from workbench.judges.languages import UNKNOWN, language_of, other_language
 from workbench.judges.text_quality import ENCODER_HUB_NAME, load_encoder
 from workbench.stats.agreement import measure_agreement
@@ -62,6 +62,7 @@ class ProbeJudge:
         An answer without a letter or digit is degenerate; one in a language that no answer was in
         that the probe was trained on is unscored.
         """
+        responses = without_thoughts(prompts, responses)
         features = torch.from_numpy(embedded_pairs(prompts, responses, self.encoder)).float()
         scores = torch.sigmoid(features @ self.weights + self.bias).tolist()
         return [self._verdict(*pair) for pair in zip(scores, responses, strict=True)]
@@ -87,7 +88,7 @@ def embedded_pairs(
         ValueError: If the two lists differ in length.
         TypeError: If one string is given in place of a list.
     """
-    check_pairs(prompts, responses)
+    responses = without_thoughts(prompts, responses)
     rows = {text: i for i, text in enumerate(dict.fromkeys([*prompts, *responses]))}
     vectors = np.asarray(
         (encoder or load_encoder()).encode(

@@ -12,6 +12,8 @@ from .hooked_model import HookedModel
 from .load import ModelInfo, hooked, load_model, model_info
 from .packing import Packing, is_packed, pack_linears, unpacked
 from .sites import Site, check_sites, present_sites, sites_of_kind
+from .templates import asked_as, asked_by
+from .thoughts import ThoughtReader, answer_of
 from .tokens import (
     Encoded,
     decode,
@@ -35,6 +37,10 @@ __all__ = [
     "ModelInfo",
     "Packing",
     "Site",
+    "ThoughtReader",
+    "answer_of",
+    "asked_as",
+    "asked_by",
     "cache_activations",
     "check_sites",
     "class_moments",

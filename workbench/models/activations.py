@@ -37,6 +37,7 @@ from workbench.models.forward import forward, reading
 from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
+from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
 from workbench.models.trusted_paths import trusts
 from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
@@ -65,6 +66,8 @@ class ActivationSet:
         prompts: What was run, row by row.
         span: Which tokens were pooled.
         model: What ran.
+        asked_as: System prompt and template keywords around the prompts (``asked_by`` reads them);
+            empty where all was as the template has it.
     """
 
     site: Site
@@ -72,6 +75,7 @@ class ActivationSet:
     prompts: tuple[Prompt, ...]
     span: str
     model: ModelInfo
+    asked_as: str = ""
 
     def __repr__(self) -> str:
         n, d = self.values.shape
@@ -150,6 +154,7 @@ def cache_activations(
     *,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 32,
     max_tokens: int = 4096,
     store: PathLike | None = None,
@@ -169,6 +174,7 @@ def cache_activations(
             "all" (BOS and template included: the first token's massive activation then dominates
             many means).
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``template_text``.
         batch_size: Largest number of rows per batch.
         max_tokens: Largest number of tokens per batch, padding included.
         store: Folder for shards on disk. The same call reads them back; an interrupted one goes on
@@ -183,12 +189,10 @@ def cache_activations(
         ValueError: If a site, span or prompt does not fit the model.
     """
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
-    encoded, info = _prepare(model, prompts, sites, span, system_prompt)
+    asked = asked_as(system_prompt, template_keywords)
+    encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
-    shards = None
-    if store is not None:
-        what = _measurement(model, prompts, encoded, sites, span, system_prompt)
-        shards = _ShardFolder.open(Path(store), what, [prompt.id for prompt in prompts])
+    shards = _shards(Path(store), model, encoded, sites, span, asked) if store else None
 
     bar = _progress_bar(len(prompts), "activations", progress)
     parts = []
@@ -201,7 +205,7 @@ def cache_activations(
     results = {}
     for site in sites:
         of_site = in_given_order(torch.cat([part.pop(str(site)) for part in parts]), order)
-        results[site] = ActivationSet(site, of_site, tuple(prompts), span, info)
+        results[site] = ActivationSet(site, of_site, tuple(prompts), span, info, asked)
     return results
 
 
@@ -212,6 +216,7 @@ def class_moments(
     *,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 32,
     max_tokens: int = 4096,
     progress: bool = False,
@@ -225,7 +230,8 @@ def class_moments(
         One ``ClassMoments`` per site.
     """
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
-    encoded, info = _prepare(model, prompts, sites, span, system_prompt)
+    asked = asked_as(system_prompt, template_keywords)
+    encoded, info = _prepare(model, prompts, sites, span, asked)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
     classes = tuple(sorted({(prompt.category, prompt.label) for prompt in prompts}))
     n = torch.zeros(len(classes), dtype=torch.long)
@@ -283,7 +289,12 @@ def computed_sites(model: HookedModel, sites: Sequence[Site], prompt: Prompt) ->
 
 
 def token_activations(
-    model: HookedModel, prompt: Prompt, site: Site, *, system_prompt: str | None = None
+    model: HookedModel,
+    prompt: Prompt,
+    site: Site,
+    *,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
 ) -> tuple[Encoded, Float[Tensor, "pos d"]]:
     """Read the activations of one prompt token by token, for views.
 
@@ -292,7 +303,11 @@ def token_activations(
     """
     check_sites(model, [site])
     [row] = encode(
-        model, [prompt], with_response=bool(prompt.response), system_prompt=system_prompt
+        model,
+        [prompt],
+        with_response=bool(prompt.response),
+        system_prompt=system_prompt,
+        template_keywords=template_keywords,
     )
     batch = pad([row], pad_id=pad_id(model), side="right", device=input_device(model))
     activations: list[Tensor] = []
@@ -363,18 +378,19 @@ def pooled_batches(
     raise not_finite(model, rows[row].prompt.id, batch.tokens, batch.mask, row)
 
 
-def _measurement(
+def _shards(
+    store: Path,
     model: HookedModel,
-    prompts: Sequence[Prompt],
     encoded: Sequence[Encoded],
     sites: Sequence[Site],
     span: str,
-    system_prompt: str | None,
-) -> dict[str, Any]:
-    """Describe a measurement by all that its values depend on."""
-    return {
+    asked: str,
+) -> _ShardFolder:
+    """Open the folder of a measurement, which is told apart by all that its values depend on."""
+    prompts = [row.prompt for row in encoded]
+    what = {
         "model": model_info(model).to_dict(),
-        "template": template_text(model, system_prompt),
+        "template": template_text(model, **asked_by(asked)),
         "prompts": prompts_key(prompts),
         # Tells tokenizers of one model apart.
         "tokens": key_of([[row.ids, row.span(span)] for row in encoded]),
@@ -382,6 +398,7 @@ def _measurement(
         "sites": [str(site) for site in sites],
         "shard": SHARD,
     }
+    return _ShardFolder.open(store, what, [prompt.id for prompt in prompts])
 
 
 def _pool(
@@ -407,7 +424,7 @@ def _prepare(
     prompts: Sequence[Prompt],
     sites: Sequence[Site],
     span: str,
-    system_prompt: str | None,
+    asked: str,
 ) -> tuple[list[Encoded], ModelInfo]:
     if not prompts or not sites:
         raise ValueError("nothing to run: give at least one prompt and one site.")
@@ -418,7 +435,7 @@ def _prepare(
         twice = next(prompt_id for prompt_id in ids if ids.count(prompt_id) > 1)
         raise ValueError(f"prompt {twice!r} comes twice; ids must be unique in a set.")
     check_sites(model, sites)
-    encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
+    encoded = encode(model, prompts, with_response=span == "response", **asked_by(asked))
     for row in encoded:
         row.span(span)
     return encoded, model_info(model)
@@ -447,7 +464,7 @@ class _ShardFolder:
             warnings.warn(
                 f"{path.name} of the activations in {folder.name} is damaged; computing them "
                 "again.",
-                stacklevel=3,
+                stacklevel=4,
             )
         manifest = {"what": what, "ids": ids, "shards": {}}
         write_json(path, manifest)

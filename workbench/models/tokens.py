@@ -1,7 +1,8 @@
 """Turn prompts into token ids and back: chat template, spans of tokens, special tokens.
 
 The only module that calls the studied model's tokenizer, so that BOS and template are right
-everywhere. Models that judge have tokenizers of their own, which ``judges`` calls.
+everywhere (``templates`` and ``thoughts`` read the template for it). Models that judge have
+tokenizers of their own, which ``judges`` calls.
 """
 
 from __future__ import annotations
@@ -10,6 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.models.hooked_model import hugging_face_model
+from workbench.models.templates import (
+    Keywords,
+    checked_keywords,
+    end_of_turn,
+    has_template,
+    plain_template,
+)
+from workbench.models.thoughts import ThoughtReader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,9 +83,13 @@ def encode(
     *,
     with_response: bool = False,
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     max_new_tokens: int = 0,
+    behind_thoughts: bool = False,
 ) -> list[Encoded]:
     """Turn prompts into token ids, with the chat template or as plain text without one.
+
+    Where a template opens thoughts, a response stands behind their end: it is an answer.
 
     Args:
         model: A hooked model with its tokenizer.
@@ -84,17 +97,23 @@ def encode(
         with_response: Append each prompt's response, as the assistant's words (teacher forcing).
         system_prompt: Words for the system turn; None leaves the template's default. In plain text
             they stand before the prompt.
+        template_keywords: See ``template_text``.
         max_new_tokens: Tokens that must still fit into the context behind the prompt.
+        behind_thoughts: End the thoughts that a template opens, for an answer that is given and not
+            written by the model; with a response it is always so.
 
     Returns:
         One ``Encoded`` per prompt, in order.
 
     Raises:
         ValueError: If a prompt does not fit the context, has no response where one is needed, or
-            the template has no system turn.
+            the template has no system turn or does not read a keyword.
     """
     tokenizer = model.tokenizer
-    before, after = template_text(model, system_prompt)
+    before, after = template_text(model, system_prompt, template_keywords)
+    bridge: tuple[int, ...] = ()
+    if with_response or behind_thoughts:
+        bridge = token_ids(model, ThoughtReader.of(model, after).bridge)
     limit = int(getattr(model.cfg, "n_ctx", 0) or 0)
     encoded = []
     for prompt in prompts:
@@ -106,6 +125,7 @@ def encode(
         ids, content = _tokenize(
             tokenizer, before + words + after, len(before), len(before) + len(words)
         )
+        ids += bridge
         n = len(ids)
         if with_response and prompt.response:
             # By itself, so that the context is token for token the one of generation.
@@ -152,7 +172,8 @@ def vocabulary_size(model: HookedModel) -> int:
 def stop_ids(model: HookedModel) -> frozenset[int]:
     """Collect every token id that ends an answer.
 
-    These are the tokenizer's, the generation config's and the chat template's end of turn.
+    These are the tokenizer's and the generation config's, and the one by which the chat template
+    ends an assistant's turn: many checkpoints name the end of a text only.
     """
     stops: set[int] = set()
     if model.tokenizer.eos_token_id is not None:
@@ -160,18 +181,28 @@ def stop_ids(model: HookedModel) -> frozenset[int]:
     config = getattr(hugging_face_model(model), "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
     stops.update([eos] if isinstance(eos, int) else eos or [])
-    _, after = template_text(model)
-    vocabulary = model.tokenizer.get_vocab()
-    for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
-        if after.lstrip().startswith(name) and name in vocabulary:
-            stops.add(int(vocabulary[name]))
-    return frozenset(stops)
+    turn = end_of_turn(model.tokenizer)
+    return frozenset(stops if turn is None else {*stops, turn})
 
 
-def template_text(model: HookedModel, system_prompt: str | None = None) -> tuple[str, str]:
+def template_text(
+    model: HookedModel, system_prompt: str | None = None, template_keywords: Keywords = None
+) -> tuple[str, str]:
     """Render the text before and after the user's words, BOS included where there is one.
 
     It is part of cache keys, for some templates write today's date.
+
+    Args:
+        model: A hooked model with its tokenizer.
+        system_prompt: Words for the system turn; None leaves the template's default.
+        template_keywords: What else the chat template reads, such as ``{"enable_thinking": True}``
+            or ``{"reasoning_effort": "low"}``. Thinking is off where the template has a switch and
+            no keyword says otherwise. A model without a chat template takes ``plain_template``, a
+            text with ``{prompt}`` in it.
+
+    Raises:
+        ValueError: If the template has no system turn, does not hold the user's words, or never
+            reads a keyword.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -181,16 +212,22 @@ def template_text(model: HookedModel, system_prompt: str | None = None) -> tuple
         )
     if not has_chat_template(model):
         bos = getattr(tokenizer, "bos_token", None) or "" if _adds_bos(tokenizer) else ""
-        return bos + (f"{system_prompt}\n\n" if system_prompt else ""), ""
+        before, after = plain_template(template_keywords)
+        return bos + (f"{system_prompt}\n\n" if system_prompt else "") + before, after
+    keywords = checked_keywords(tokenizer, template_keywords)
     messages = [{"role": "user", "content": _MARK}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **keywords
+        )
     except Exception as error:  # templates raise their own jinja errors
+        given = {"system prompt": system_prompt is not None, "template keywords": template_keywords}
+        what = next((f"leave out the {name}" for name, is_given in given.items() if is_given), None)
         raise ValueError(
-            f"the model's chat template refuses these messages ({error}); leave out the system "
-            "prompt."
+            f"the model's chat template refuses these messages ({error}); "
+            f"{what or 'give it another template'}."
         ) from error
     if text.count(_MARK) != 1:
         raise ValueError(
@@ -203,7 +240,7 @@ def template_text(model: HookedModel, system_prompt: str | None = None) -> tuple
 
 def has_chat_template(model: HookedModel) -> bool:
     """Tell whether the tokenizer carries a chat template; without one, prompts are plain text."""
-    return bool(getattr(model.tokenizer, "chat_template", None))
+    return has_template(model.tokenizer)
 
 
 def _adds_bos(tokenizer: Any) -> bool:

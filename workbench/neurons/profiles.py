@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.templates import Keywords
     from workbench.neurons.silencing import Neuron
     from workbench.prompts.prompt import Prompt
 
@@ -179,6 +180,7 @@ def profile_neurons(
     site: Site | None = None,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     n_examples: int = 8,
     tokens_per_prompt: int = 1,
     context: int = 12,
@@ -201,6 +203,7 @@ def profile_neurons(
         span: Which tokens count; see ``cache_activations``. With "all" the first token's massive
             activation leads many lists.
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         n_examples: Tokens kept at either end.
         tokens_per_prompt: Tokens a prompt may have among them.
         context: Tokens shown on either side; those before the user's words are not.
@@ -215,7 +218,8 @@ def profile_neurons(
         ValueError: If a neuron, site, span or prompt does not fit the model.
     """
     _check(model, neurons, prompts, n_examples, tokens_per_prompt, context, batch_size)
-    encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    encoded = encode(model, prompts, with_response=span == "response", **asked_by)
     stream = _Stream.of(model, neurons, encoded, span, n_examples, tokens_per_prompt, context)
     stream.read(batch_size, progress)
     of_weights = _weights_of(model, stream.neurons, directions or {}, site, seed)

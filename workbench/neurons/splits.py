@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import einops
 import torch
@@ -28,6 +28,7 @@ from workbench.models.forward import reading
 from workbench.models.hooked_model import input_device
 from workbench.models.load import model_info
 from workbench.models.sites import INNER_HOOK_NAMES, Site, check_sites
+from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.attribution import output_norm, unit_vector, write_weights, writing_sites
 from workbench.steering.interventions import at_least_float32
@@ -77,7 +78,8 @@ def writing_activations(
 ) -> dict[Site, ActivationSet]:
     """Collect the activations that an attribution at a site needs.
 
-    They are the cached ones; where an output norm follows, a new pass divides them by its scale.
+    They are the cached ones; where an output norm follows, a new pass divides them by its scale. It
+    asks with the system prompt and template keywords of the cached ones, unless one is given.
 
     Raises:
         ValueError: If a site was not cached.
@@ -93,13 +95,11 @@ def writing_activations(
     normed = [needed for needed in sites if output_norm(model, needed) is not None]
     if normed:
         cached = activations[site]
+        asked = asked_by(cached.asked_as)
+        if system_prompt is not None:
+            asked["system_prompt"] = system_prompt
         collected |= scaled_activations(
-            model,
-            cached.prompts,
-            normed,
-            span=cached.span,
-            system_prompt=system_prompt,
-            batch_size=batch_size,
+            model, cached.prompts, normed, span=cached.span, batch_size=batch_size, **asked
         )
     return collected
 
@@ -111,6 +111,7 @@ def scaled_activations(
     *,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 16,
 ) -> dict[Site, ActivationSet]:
     """Pool activations, each token's divided by the scale of the norm behind its sublayer.
@@ -129,14 +130,17 @@ def scaled_activations(
         readers += _together(model, site, (), finish)
     parts: dict[str, list[Tensor]] = {str(site): [] for site in sites}
     order: list[int] = []
-    for rows, pooled in _pooled(model, prompts, readers, span, system_prompt, batch_size):
+    asked: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    for rows, pooled in _pooled(model, prompts, readers, span, asked, batch_size):
         order += rows
         for name, part in parts.items():
             part.append(pooled[name].float().cpu())
     info, results = model_info(model), {}
     for site in sites:
         values = in_given_order(torch.cat(parts[str(site)]), order)
-        results[site] = ActivationSet(site, values, tuple(prompts), span, info)
+        results[site] = ActivationSet(
+            site, values, tuple(prompts), span, info, asked_as(system_prompt, template_keywords)
+        )
     return results
 
 
@@ -172,7 +176,8 @@ def split_mlp_gate(
     readers: list[_Reader] = []
     for layer in layers:
         readers += _mlp_gate_readers(model, layer)
-    means = _class_means(model, unsafe, reference, readers, span, system_prompt, batch_size)
+    asked = {"system_prompt": system_prompt}
+    means = _class_means(model, unsafe, reference, readers, span, asked, batch_size)
     u = unit_vector(direction)
     parts: list[list[Tensor]] = [[], [], []]
     for layer in layers:
@@ -220,7 +225,8 @@ def head_sources(
     readers: list[_Reader] = []
     for layer in layers:
         readers += _source_readers(model, layer)
-    means = _class_means(model, unsafe, reference, readers, span, system_prompt, batch_size)
+    asked = {"system_prompt": system_prompt}
+    means = _class_means(model, unsafe, reference, readers, span, asked, batch_size)
     u = unit_vector(direction)
     per_layer = []
     for layer in layers:
@@ -368,11 +374,11 @@ def _pooled(
     prompts: Sequence[Prompt],
     readers: Sequence[_Reader],
     span: str,
-    system_prompt: str | None,
+    asked: Mapping[str, Any],
     batch_size: int,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Run the prompts in batches; yield each one's row numbers and what was pooled (float64)."""
-    encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
+    encoded = encode(model, prompts, with_response=span == "response", **asked)
     device, step = input_device(model), _Step(torch.empty(0), torch.empty(0))
 
     def reader(read: Callable[[Tensor, _Step], None]) -> Callable[[Tensor], None]:
@@ -407,7 +413,7 @@ def _class_means(
     reference: Sequence[Prompt],
     readers: Sequence[_Reader],
     span: str,
-    system_prompt: str | None,
+    asked: Mapping[str, Any],
     batch_size: int,
 ) -> dict[str, Float[Tensor, "class d"]]:
     """Average what the readers pool over unsafe (row 0) and over reference prompts (row 1)."""
@@ -419,9 +425,7 @@ def _class_means(
     shares = torch.zeros(2, len(unsafe) + len(reference), dtype=torch.float64)
     shares[0, : len(unsafe)], shares[1, len(unsafe) :] = 1 / len(unsafe), 1 / len(reference)
     means: dict[str, Tensor] = {}
-    for rows, pooled in _pooled(
-        model, [*unsafe, *reference], readers, span, system_prompt, batch_size
-    ):
+    for rows, pooled in _pooled(model, [*unsafe, *reference], readers, span, asked, batch_size):
         for name, values in pooled.items():
             means[name] = means.get(name, 0) + shares[:, rows] @ values.cpu()
     return means

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import name_for_file
@@ -63,9 +63,9 @@ def write_neuron_page(
     targets = [(int(layer), int(neuron)) for layer, neuron in first[["layer", "neuron"]].to_numpy()]
     controls = random_neurons(model, targets, seed=config.seed)
     read_at = {site, *(reading_site(model, layer) for layer, _ in targets)}
-    directions = {
-        category: _directions(model, select_prompts(folds.fit, category=category), read_at)
-    }
+    asked_by = config.decoding().asked_by
+    prompts = select_prompts(folds.fit, category=category)
+    directions = {category: _directions(model, prompts, read_at, asked_by)}
     profiles = profile_neurons(
         model,
         [*targets, *controls],
@@ -74,6 +74,7 @@ def write_neuron_page(
         site=site,
         seed=config.seed,
         progress=progress,
+        **asked_by,
     )
     path = Path(folder) / f"neurons_{name_for_file(category)}.html"
     return write_dashboard(
@@ -104,13 +105,13 @@ def _checked(folder: PathLike, category: str, top: int) -> tuple[SavedRun, pd.Da
 
 
 def _directions(
-    model: HookedModel, prompts: list, sites: set[Site]
+    model: HookedModel, prompts: list, sites: set[Site], asked_by: dict[str, Any]
 ) -> dict[Site, Float[Tensor, " d_model"]]:
     """Subtract a category's mean over safe prompts from that over unsafe ones, at each site.
 
     Against neutral prompts the difference would hold style, too.
     """
-    acts = cache_activations(model, prompts, sorted(sites))
+    acts = cache_activations(model, prompts, sorted(sites), **asked_by)
     return {
         site: at_site.select(label="unsafe").values.mean(dim=0)
         - at_site.select(label="safe").values.mean(dim=0)

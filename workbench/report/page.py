@@ -153,8 +153,25 @@ def _what_was_done(run: SavedRun) -> list[str]:
         f"per risk category, measured on one set of prompts ({_fold(run, 'fit')}); the vector's "
         f"direction, place and strength were chosen on {_tuned_on(run)} of a second set.",
         f"{_who_scored(run)} Each change is counted prompt by prompt against the unsteered "
-        f"model{beside}.",
+        f"model{beside}.{_cut_in_thoughts(run)}",
     ]
+
+
+def _cut_in_thoughts(run: SavedRun) -> str:
+    """Say how many answers were cut while the model was still thinking; nothing for none."""
+    n = sum(
+        row.get("finish") == "length"
+        and bool(row.get("thinking"))
+        and not str(row.get("text") or "").strip()
+        for row in run.completions
+    )
+    return (
+        f" {n} of {len(run.completions)} answers were cut at the length limit while the model was "
+        "still thinking: they are unscored in every measure, and what is left of each condition "
+        "may be the easier prompts."
+        if n
+        else ""
+    )
 
 
 def _who_scored(run: SavedRun) -> str:
@@ -439,10 +456,14 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     )
     relevance = scores.get("relevance")
     condition, text = str(row.get("condition", "")), row.get("text")
+    sample = row.get("sample") or 0
     return {
-        "condition": condition,
+        "condition": f"{condition} ({sample + 1})"
+        if isinstance(sample, int) and sample
+        else condition,
         "control": wording.is_control(condition),
         "text": text if isinstance(text, str) else "",
+        "thinking": str(row.get("thinking") or ""),
         "badges": badges,
         "relevance": wording.number("relevance", relevance)
         if isinstance(relevance, int | float)

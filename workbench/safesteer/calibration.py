@@ -178,7 +178,7 @@ def calibrate(
         neutral: Neutral prompts on which the KL is measured; each category's vectors in turn.
         limits: What steering may cost; the defaults of ``Limits``.
         rounds: How many settings and prompts each round has; ``plan_rounds`` by default.
-        decoding: Length, sampling and batch size of the answers.
+        decoding: Length, sampling, batch size, system prompt and template keywords of the answers.
         progress: Say on standard error what it takes at most, and show progress bars.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -193,7 +193,9 @@ def calibrate(
     rounds = list(rounds or plan_rounds(len(settings), len(questions)))
     if progress:
         _announce(rounds, decoding)
-    kl = _neutral_kl(model, vectors, settings, neutral, output, transfer) if neutral else {}
+    kl: dict[Setting, dict[str, float]] = {}
+    if neutral:
+        kl = _neutral_kl(model, vectors, settings, neutral, output, transfer, decoding)
 
     def answer_and_judge(alive: Sequence[Setting], n_prompts: int) -> _Judged:
         conditions: dict[str, Condition] = {UNSTEERED: ()}
@@ -348,15 +350,18 @@ def _neutral_kl(
     neutral: Sequence[Prompt],
     output: PathLike,
     transfer: bool,
+    decoding: Decoding,
 ) -> dict[Setting, dict[str, float]]:
     """Measure each setting's mean KL along the first tokens of answers to neutral prompts."""
-    beginnings = Decoding(max_new_tokens=NEUTRAL_TOKENS)
+    asked_by = decoding.asked_by
+    beginnings = Decoding(max_new_tokens=NEUTRAL_TOKENS, **asked_by)
     answers = generate(model, neutral, condition="neutral", decoding=beginnings, output=output)
     kl = {}
     for setting in settings:
         by_category = list(steering(vectors, setting).values())
         interventions = [by_category[i % len(by_category)] for i in range(len(answers))]
-        kl[setting] = answer_kl(model, answers, {NEUTRAL_KL: interventions}, transfer=transfer)
+        conditions = {NEUTRAL_KL: interventions}
+        kl[setting] = answer_kl(model, answers, conditions, transfer=transfer, **asked_by)
     return kl
 
 

@@ -21,6 +21,7 @@ from workbench.steering.vectors import SteeringVector, fit_steering_vectors
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.templates import Keywords
 
 Reads = Literal["prompts", "openings", "own answers"]
 """What a construction is fitted on: prompts, written openings of answers behind questions, or the
@@ -236,23 +237,23 @@ def measure(
     *,
     own_answers: Sequence[Prompt] = (),
     went_along: Sequence[Prompt] = (),
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     progress: bool = False,
 ) -> Measured:
     """Run prompts, and fit questions with answers behind them, once for all sites there are."""
+    how: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    how |= {"store": store, "progress": progress}
     kinds = ("resid_post", "attn_out", "mlp_post", "z")
     named = [Site(0, "resid_pre"), *present_sites(model, kinds)]
     everywhere = computed_sites(model, named, folds.fit[0])
-    prompts = cache_activations(
-        model, [*folds.fit, *folds.tune], everywhere, store=store, progress=progress
-    )
+    prompts = cache_activations(model, [*folds.fit, *folds.tune], everywhere, **how)
     placed = sorted({site for place in placements(model, prompts) for site in place})
     rows: dict[Reads, list[Prompt]] = {"openings": answer_prompts(folds.fit)}
     if own_answers:
         rows["own answers"] = list(own_answers)
     answers = {
-        kind: cache_activations(
-            model, kind_rows, placed, span="response", store=store, progress=progress
-        )
+        kind: cache_activations(model, kind_rows, placed, span="response", **how)
         for kind, kind_rows in rows.items()
     }
     return Measured(prompts, answers, frozenset(prompt.id for prompt in went_along))

@@ -6,18 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from workbench.evaluation.scoring import HARD_SAFE, Evaluation, score_completions
 from workbench.generation.answers import Completion
-from workbench.generation.decoding import Decoding
 from workbench.judges.framing import FramingJudge, framing_judge_for
 from workbench.judges.text_quality import load_encoder
 from workbench.models.load import load_model, model_info
 from workbench.models.packing import is_packed
-from workbench.models.tokens import encode
+from workbench.models.tokens import encode, template_text
 from workbench.prompts.benchmarks import prompts_from
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import (
@@ -34,6 +32,7 @@ from workbench.safesteer.constructions import CONSTRUCTIONS, wanted_names
 from workbench.safesteer.own_answers import instructed
 
 if TYPE_CHECKING:
+    from workbench.generation.decoding import Decoding
     from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
 
@@ -75,7 +74,9 @@ class Job:
 
     def score(self, completions: Sequence[Completion]) -> Evaluation:
         """Score answers with the run's judges."""
-        return partial(score_completions, self.model, safety_judge=self.judge)(completions)
+        return score_completions(
+            self.model, completions, safety_judge=self.judge, **self.decoding.asked_by
+        )
 
     def facts(self) -> dict[str, Any]:
         """Say what the run works with, for its notes."""
@@ -110,7 +111,8 @@ def load_job(config: RunConfig, *, model: HookedModel | None = None, progress: b
     folds = folds_of(config)
     model = model if model is not None else load_run_model(config)
     load_encoder()  # scoring needs it, after hours
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed)
+    decoding = config.decoding()
+    template_text(model, **decoding.asked_by)  # says what the template cannot do before anything
     check_lengths(model, folds, config)
     return Job(config, model, folds, framing_judge_for(model), decoding, progress)
 
@@ -139,7 +141,7 @@ def check_lengths(model: HookedModel, folds: Folds, config: RunConfig) -> None:
         texts.append((instructed(risky), {"max_new_tokens": room}))
     problems: dict[str, str] = {}
     for prompts, how in texts:
-        problems |= _misfits(model, prompts, how)
+        problems |= _misfits(model, prompts, {**config.decoding().asked_by, **how})
     if problems:
         first, others = next(iter(problems.values())), list(problems)[1:]
         names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")

@@ -135,8 +135,8 @@ def self_contrast(
     questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
     if not questions:
         raise ValueError("no unsafe prompts: self-contrast needs questions of a risk category.")
-    turns = [replace(decoding, temperature=0.0)]
-    turns += [replace(decoding, seed=decoding.seed + turn) for turn in range(1, samples)]
+    turns = [replace(decoding, temperature=0.0, n_samples=1)]
+    turns += [replace(decoding, seed=decoding.seed + i, n_samples=1) for i in range(1, samples)]
 
     def answers(asked: Sequence[Prompt], side: str) -> list[Completion]:
         keywords: dict[str, Any] = {"output": output, "progress": progress}
@@ -183,7 +183,7 @@ def went_along(
         model,
         questions,
         condition=f"{_PLAIN} 0",
-        decoding=replace(decoding, temperature=0.0),
+        decoding=replace(decoding, temperature=0.0, n_samples=1),
         output=output,
         progress=progress,
     )

@@ -176,6 +176,7 @@ def measure_fit_and_tune(
         own_answers=own_answers,
         went_along=questions_went_along,
         progress=job.progress,
+        **job.decoding.asked_by,
     )
     layers = range(job.model.cfg.n_layers)
     without = [layer for layer in layers if Site(layer, "attn_out") not in measured.prompts]
@@ -293,7 +294,12 @@ def fit_and_rate_gate(job: Job, out: RunFolder, measured: Measured, main: Settin
     )
     save_gate(out.path / "gate.safetensors", gate)
     held_out = cache_activations(
-        job.model, job.folds.test, [site], store=out.path / "activations", progress=job.progress
+        job.model,
+        job.folds.test,
+        [site],
+        store=out.path / "activations",
+        progress=job.progress,
+        **job.decoding.asked_by,
     )[site]
     out.write_table("gate_rates", activation_rates(gate, held_out))
     out.write_table("gate_confusion", confusion(gate, held_out))
@@ -366,7 +372,8 @@ def evaluate_answers(
         compared = compared.only([*(c for c in GATE_CONDITIONS if c in scored), main_condition])
         out.write_table("gate_comparison", compared.summary(seed=seed, margins=margins))
         out.write_table("gate_cells", cells(everything, gated.fired, GATED))
-    out.note(judges=_judges(job, result))
+    n_cut = sum(answer.is_cut_in_thoughts for answer in answers)
+    out.note(judges=_judges(job, result), cut_in_thoughts=[n_cut, len(answers)])
 
 
 def _judges(job: Job, result: Evaluation) -> list[dict[str, Any]]:

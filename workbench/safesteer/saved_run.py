@@ -12,8 +12,10 @@ from workbench.generation.answers import UNSTEERED, Completion, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.activations import token_activations
 from workbench.models.sites import Site
+from workbench.models.templates import asked_by
 from workbench.models.tokens import token_strings
 from workbench.prompts.prompt import Prompt
+from workbench.safesteer.config import config_from
 from workbench.safesteer.run_folder import read_run, vector_file
 from workbench.steering.gates import Gate, load_gate
 from workbench.steering.interventions import Intervention, add_vector, gated
@@ -124,6 +126,14 @@ def _main_construction(folder: PathLike) -> str | None:
     return name
 
 
+def decoding_from(folder: PathLike) -> Decoding:
+    """Make the decoding of a saved run: length, system prompt and template keywords.
+
+    Its vectors and its gate were measured under these.
+    """
+    return config_from(read_run(folder).notes["config"]).decoding()
+
+
 def gate_from(folder: PathLike) -> Gate:
     """Load the gate of a saved run.
 
@@ -160,15 +170,20 @@ def gated_steering_from(
     return gated({c: steering_from(folder, c, **choice) for c in gate.categories}, gate)
 
 
-def gate_reading(model: HookedModel, gate: Gate, question: str) -> GateReading:
+def gate_reading(
+    model: HookedModel, gate: Gate, question: str, decoding: Decoding | None = None
+) -> GateReading:
     """Read one question with a gate, token by token.
 
     Args:
         model: The model it was fitted on.
         gate: A gate.
         question: The user's words.
+        decoding: Its system prompt and template keywords count; those the gate was fitted under by
+            default.
     """
-    row, activations = token_activations(model, _asked(question), gate.site)
+    asked = asked_by(gate.asked_as) if decoding is None else decoding.asked_by
+    row, activations = token_activations(model, _asked(question), gate.site, **asked)
     start, end = row.span("content")
     if gate.span == "last":
         end = len(row.ids)
@@ -183,18 +198,20 @@ def side_by_side(
     question: str,
     interventions: list[Intervention],
     decoding: Decoding = GREEDY,
-) -> tuple[Completion, Completion]:
+) -> tuple[Completion, ...]:
     """Answer one question without and with interventions, in one batch.
+
+    With several samples those of the unsteered model come first, then as many steered ones.
 
     Args:
         model: The model that the vectors were measured on.
         question: The user's words.
         interventions: For instance from ``steering_from`` or ``gated_steering_from``.
-        decoding: Length and sampling of the answers.
+        decoding: Length and sampling of the answers, system prompt and template keywords; those of
+            a run are ``decoding_from(folder)``.
     """
     conditions = {UNSTEERED: (), "steered": interventions}
-    plain, steered = sweep(model, [_asked(question)], conditions, decoding)
-    return plain, steered
+    return tuple(sweep(model, [_asked(question)], conditions, decoding))
 
 
 def _asked(question: str) -> Prompt:

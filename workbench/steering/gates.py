@@ -72,6 +72,8 @@ class Gate:
             length however much they overlap, capped at the longest vector's norm.
         hysteresis: See ``form``.
         memory: Share of the running score that a stepwise gate keeps at each new token.
+        asked_as: System prompt and template keywords that it was fitted under, see
+            ``ActivationSet``.
     """
 
     site: Site
@@ -86,6 +88,7 @@ class Gate:
     several: Several = "argmax"
     hysteresis: float = 0.5
     memory: float = 0.9
+    asked_as: str = ""
 
     def __post_init__(self) -> None:
         forms, ways = get_args(Form), get_args(Several)
@@ -242,6 +245,7 @@ def fit_gate(
         model=fit.model,
         form=form,
         several=several,
+        asked_as=fit.asked_as,
     )
 
 
@@ -297,6 +301,7 @@ def save_gate(path: PathLike, gate: Gate) -> None:
         "several": gate.several,
         "hysteresis": gate.hysteresis,
         "memory": gate.memory,
+        "asked_as": gate.asked_as,
         "model": gate.model.to_dict(),
     }
     write_tensors(path, {"weights": gate.weights, "bias": gate.bias}, card)
@@ -332,6 +337,7 @@ def load_gate(path: PathLike) -> Gate:
             bias=tensors["bias"],
             thresholds=thresholds,
             model=ModelInfo(**card["model"]),
+            asked_as=str(card.get("asked_as", "")),
             **{
                 name: card[name]
                 for name in ("span", "scale", "form", "several", "hysteresis", "memory")
@@ -350,6 +356,11 @@ def _check_folds(fit: ActivationSet, tune: ActivationSet) -> None:
         tune.model.fingerprint,
     ):
         raise ValueError(f"both folds need one site, span and model, got {fit!r} and {tune!r}.")
+    if fit.asked_as != tune.asked_as:
+        raise ValueError(
+            "both folds need one system prompt and the same template keywords, got "
+            f"{fit.asked_as or 'none'} and {tune.asked_as or 'none'}."
+        )
     if fit.span not in ("content", "last"):
         raise ValueError(f"a gate reads the prompt's span 'content' or 'last', got {fit.span!r}.")
     shared = {p.id for p in fit.prompts} & {p.id for p in tune.prompts}

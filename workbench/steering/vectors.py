@@ -68,6 +68,8 @@ class SteeringVector:
         model: What it was measured on.
         fitted_on: ``prompts.text_key`` of the prompts it was fitted on, so that an evaluation on
             one of them is noticed.
+        asked_as: System prompt and template keywords that it was measured under, see
+            ``ActivationSet``.
     """
 
     site: Site
@@ -81,6 +83,7 @@ class SteeringVector:
     site_norm: float
     model: ModelInfo
     fitted_on: frozenset[str] = frozenset()
+    asked_as: str = ""
 
     def __repr__(self) -> str:
         return (
@@ -292,6 +295,7 @@ def load_vector(path: PathLike) -> SteeringVector:
             site_norm=math.nan if card["site_norm"] is None else card["site_norm"],
             model=ModelInfo(**card["model"]),
             fitted_on=frozenset(card.get("fitted_on", ())),
+            asked_as=str(card.get("asked_as", "")),
             **{
                 name: card[name]
                 for name in ("category", "method", "span", "kept", "n_unsafe", "n_safe")
@@ -390,6 +394,7 @@ def _fit_category(
         site_norm=site_norm,
         model=activations.model,
         fitted_on=frozenset(text_key(activations.prompts[i].text) for i in fitted_rows),
+        asked_as=activations.asked_as,
     )
 
 
