@@ -31,8 +31,10 @@ from .models import (
 from .neurons import attribute_heads, attribute_neurons
 from .prompts import (
     Folds,
+    Message,
     Prompt,
     answer_prompts,
+    as_prompts,
     categories_of,
     list_datasets,
     load_prompts,
@@ -72,6 +74,7 @@ from .steering import (
     save_vector,
     scale_neurons,
     shuffled_vector,
+    steering_vector,
     suppress,
 )
 
@@ -85,6 +88,7 @@ __all__ = [
     "Folds",
     "Gate",
     "Intervention",
+    "Message",
     "ModelInfo",
     "Prompt",
     "RefusalPatterns",
@@ -96,6 +100,7 @@ __all__ = [
     "activate",
     "add_vector",
     "answer_prompts",
+    "as_prompts",
     "attribute_heads",
     "attribute_neurons",
     "cache_activations",
@@ -148,6 +153,7 @@ __all__ = [
     "stats",
     "steering",
     "steering_from",
+    "steering_vector",
     "suppress",
     "sweep",
     "token_activations",

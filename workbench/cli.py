@@ -211,7 +211,8 @@ def capability(
         text: text file for perplexity, passages with blank lines between them
         category: also steer always, with this category's vectors
     """
-    from workbench.evaluation.capability import multiple_choice, read_questions, text_perplexity
+    from workbench.evaluation.capability import multiple_choice, text_perplexity
+    from workbench.evaluation.questions import read_questions
     from workbench.files.store import existing_file
     from workbench.safesteer.saved_run import gated_steering_from, steering_from
 

@@ -9,12 +9,8 @@ import pytest
 import torch
 from helpers.tiny_models import D_MODEL
 
-from workbench.evaluation.capability import (
-    Question,
-    multiple_choice,
-    read_questions,
-    text_perplexity,
-)
+from workbench.evaluation.capability import multiple_choice, text_perplexity
+from workbench.evaluation.questions import Question, read_questions
 from workbench.generation.answers import UNSTEERED, generate
 from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_kl, answer_log_probs, steered_log_probs

@@ -29,6 +29,7 @@ from workbench.judges.text_quality import (
     rouge_l,
     word_count,
 )
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt, text_key
 from workbench.stats import estimates
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from workbench.judges.base import Judge
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
 
 
 HEADLINE = "safe_helpful_proxy"
@@ -151,7 +153,8 @@ class Evaluation:
         Rates have Wilson intervals and McNemar's exact p, means a bootstrap interval and its p;
         differences are bootstrapped over prompts. Only unsafe prompts are part of "all": neutral
         ones are a category of their own ("harmless"), and so are safe ones that look risky, twins
-        and others together ("hard_safe"): a refusal there is an over-refusal.
+        and others together ("hard_safe"): a refusal there is an over-refusal. A prompt of several
+        categories counts in each of them.
 
         Args:
             seed: Seed of the bootstrap.
@@ -168,8 +171,15 @@ class Evaluation:
 
         unsafe = self.scores["label"] == "unsafe"
         named = self.scores["category"].where(self.scores["label"] != "safe", HARD_SAFE)
+        more = {c.prompt.id: c.prompt.categories[1:] for c in self.completions}
+        others = self.scores["prompt_id"].map(lambda prompt_id: more.get(prompt_id, ()))
+        further = self.scores.assign(category=others)[unsafe & others.map(bool)]
         both = pd.concat(
-            [self.scores[unsafe].assign(category=ALL), self.scores.assign(category=named)],
+            [
+                self.scores[unsafe].assign(category=ALL),
+                self.scores.assign(category=named),
+                further.explode("category"),
+            ],
             ignore_index=True,
         )
         groups = dict(list(both.groupby(["condition", "category", "metric"], sort=False)))
@@ -232,7 +242,7 @@ class Evaluation:
 
 def evaluate(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     conditions: Mapping[str, Condition],
     decoding: Decoding = GREEDY,
     *,
@@ -249,7 +259,7 @@ def evaluate(
 
     Args:
         model: A hooked model.
-        prompts: The test fold.
+        prompts: The test fold, in any form that ``as_prompts`` reads.
         conditions: Name to interventions, see ``sweep``; a missing baseline is added, unsteered.
         decoding: Length, sampling, batch size and system prompt of the answers.
         baseline: Condition the others are compared with.
@@ -266,6 +276,7 @@ def evaluate(
         ValueError: If a prompt is one that a vector was fitted on.
     """
     _check_judges(judge, safety_judge)
+    prompts = as_prompts(prompts)
     if not allow_fitted:
         _check_unseen(prompts, conditions)
     if baseline not in conditions:
@@ -299,7 +310,7 @@ def _check_unseen(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]
     Raises:
         ValueError: With the first such prompt and condition.
     """
-    id_of = {text_key(prompt.text): prompt.id for prompt in prompts}
+    id_of = {text_key(prompt.text, prompt.history): prompt.id for prompt in prompts}
     for name, condition in conditions.items():
         groups = condition.values() if isinstance(condition, Mapping) else [condition]
         for intervention in itertools.chain.from_iterable(groups):
@@ -382,7 +393,7 @@ class _Distinct(NamedTuple):
     @classmethod
     def of(cls, completions: Sequence[Completion]) -> _Distinct:
         """Keep the first of the completions that have question, text and tokens in common."""
-        keys = [(c.prompt.text, c.text, c.tokens) for c in completions]
+        keys = [(c.prompt.text, c.prompt.history, c.text, c.tokens) for c in completions]
         first: dict[Any, Completion] = {}
         for key, completion in zip(keys, completions, strict=True):
             first.setdefault(key, completion)

@@ -6,23 +6,24 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
+from workbench.files.store import PathLike, append_jsonl, key_of, local_path, read_jsonl
 from workbench.generation._decode_loop import DecodeLoop, Row, rows_that_fit
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.batches import batches_by_length
 from workbench.models.load import model_info
 from workbench.models.tokens import Encoded, decode, encode, template_text
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt
 from workbench.steering.interventions import Intervention, check_interventions, description
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
 
 
 UNSTEERED = "unsteered"
@@ -31,7 +32,8 @@ UNSTEERED = "unsteered"
 
 Condition = Sequence[Intervention] | Mapping[str, Sequence[Intervention]]
 """What is done to the model: interventions for every prompt, or a mapping that names them by
-prompt id or by category (prompts with neither stay unsteered)."""
+prompt id or by category (prompts with neither stay unsteered). A prompt of several categories gets
+those of the first one that is named, the main one before the others."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Completion:
 
 def generate(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     interventions: Condition = (),
     decoding: Decoding = GREEDY,
     *,
@@ -69,7 +71,8 @@ def generate(
 
     Args:
         model: A hooked model.
-        prompts: Prompts to answer.
+        prompts: What to answer: a text, a list of texts, messages, a data frame, ``Prompt`` objects
+            (see ``as_prompts``).
         interventions: What is done to the model meanwhile; nothing by default.
         decoding: Length, sampling, batch size and system prompt.
         condition: Name of the interventions in the results; "steered" if there are some and no
@@ -98,7 +101,7 @@ def generate(
 
 def sweep(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     conditions: Mapping[str, Condition],
     decoding: Decoding = GREEDY,
     *,
@@ -114,7 +117,8 @@ def sweep(
 
     Args:
         model: A hooked model.
-        prompts: Prompts to answer.
+        prompts: What to answer: a text, a list of texts, messages, a data frame, ``Prompt`` objects
+            (see ``as_prompts``).
         conditions: Name to interventions: a list for every prompt, or a mapping from category
             (or prompt id) to such a list.
         decoding: Length, sampling, batch size and system prompt.
@@ -132,6 +136,7 @@ def sweep(
     Raises:
         ValueError: If there is nothing to answer or an intervention does not fit the model.
     """
+    prompts = as_prompts(prompts)
     _check_prompts(prompts, conditions)
     encoded = encode(
         model,
@@ -159,12 +164,6 @@ def sweep(
 
 
 def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
-    for prompt in prompts:
-        if not isinstance(prompt, Prompt):
-            raise TypeError(
-                f"prompts must be wb.Prompt objects, got {prompt!r:.60}; ask a question of your "
-                "own with wb.side_by_side(model, question, interventions), or make it a wb.Prompt."
-            )
     if not isinstance(conditions, Mapping):
         raise TypeError(
             f"conditions must be a mapping from names to interventions, got {conditions!r:.60}."
@@ -253,7 +252,8 @@ def _rows(
     the answers) the interventions are left out of it.
     """
     settings = _settings(model, decoding)
-    known_owners = {row.prompt.id for row in encoded} | {row.prompt.category for row in encoded}
+    known_owners = {row.prompt.id for row in encoded}
+    known_owners |= {name for row in encoded for name in row.prompt.categories}
     groups: list[list[Intervention]] = [[]]  # group 0: nothing is done
     rows = []
     for name, condition in conditions.items():
@@ -266,10 +266,12 @@ def _rows(
             if interventions:
                 groups.append(interventions)
         for row in encoded:
-            # A prompt's own list comes before its category's.
-            candidates = (row.prompt.id, row.prompt.category)
+            # A prompt's own list comes before its main category's, and that before the others'.
+            candidates = (row.prompt.id, *row.prompt.categories)
             owner = next((candidate for candidate in candidates if candidate in group_of), None)
-            begun = [row.prompt.response] if row.response[1] > row.response[0] else []
+            begun: list[Any] = [row.prompt.response] if row.response[1] > row.response[0] else []
+            before = [[message.role, message.content] for message in row.prompt.history]
+            begun += [before] if before else []
             what_is_done = description_of.get(owner, [])
             key = key_of([settings, row.prompt.id, row.prompt.text, name, what_is_done, *begun])
             rows.append(Row(row, name, group_of.get(owner, 0), key))
@@ -323,7 +325,7 @@ def _check_condition(
 
 def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """Read the answers of earlier calls, by key."""
-    if output is None or not Path(output).exists():
+    if output is None or not local_path(output).exists():
         return {}
     return {
         row["key"]: row for row in read_jsonl(output, cut_last=True) if row.get("key") in wanted

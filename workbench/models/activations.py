@@ -19,6 +19,7 @@ from workbench.files.store import (
     PathLike,
     file_checksum,
     key_of,
+    local_path,
     read_json,
     read_tensors,
     write_json,
@@ -36,6 +37,7 @@ from workbench.models.forward import reading
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
 
 
 SHARD = 256
@@ -91,12 +94,13 @@ class ActivationSet:
         """
         return self.of(select_prompts(self.prompts, category=category, label=label))
 
-    def of(self, prompts: Sequence[Prompt]) -> ActivationSet:
+    def of(self, prompts: PromptsLike) -> ActivationSet:
         """Take the rows of the given prompts, in their order.
 
         Raises:
             ValueError: If a prompt was not run, or with another text.
         """
+        prompts = as_prompts(prompts)
         row_of = {prompt.id: row for row, prompt in enumerate(self.prompts)}
         for prompt in prompts:
             if prompt.id not in row_of:
@@ -104,7 +108,7 @@ class ActivationSet:
                     f"no activations of prompt {prompt.id!r} at {self.site}; cache it first."
                 )
             ran = self.prompts[row_of[prompt.id]]
-            if ran.text != prompt.text or (
+            if (ran.text, ran.history) != (prompt.text, prompt.history) or (
                 self.span == "response" and ran.response != prompt.response
             ):
                 raise ValueError(
@@ -142,7 +146,7 @@ class ClassMoments:
 
 def cache_activations(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     sites: Sequence[Site] | Site,
     *,
     span: str = "content",
@@ -159,8 +163,8 @@ def cache_activations(
 
     Args:
         model: A hooked model.
-        prompts: What to run. With span "response" each prompt's response is run behind it,
-            teacher-forced.
+        prompts: What to run, in any form that ``as_prompts`` reads. With span "response" each
+            prompt's response is run behind it, teacher-forced.
         sites: One site or several.
         span: "content" (the user's words), "response", "last" (the token before the answer), or
             "all" (BOS and template included: the first token's massive activation then dominates
@@ -179,13 +183,14 @@ def cache_activations(
     Raises:
         ValueError: If a site, span or prompt does not fit the model.
     """
+    prompts = as_prompts(prompts)
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
     encoded, info = _prepare(model, prompts, sites, span, system_prompt)
     order = order_by_length([len(row.ids) for row in encoded])
     shards = None
     if store is not None:
         what = _measurement(model, prompts, encoded, sites, span, system_prompt)
-        shards = _ShardFolder.open(Path(store), what, [prompt.id for prompt in prompts])
+        shards = _ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
 
     bar = _progress_bar(len(prompts), "activations", progress)
     parts = []
@@ -204,7 +209,7 @@ def cache_activations(
 
 def class_moments(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     sites: Sequence[Site] | Site,
     *,
     span: str = "content",
@@ -215,29 +220,36 @@ def class_moments(
 ) -> dict[Site, ClassMoments]:
     """Run prompts once and keep only mean and variance of each (category, label).
 
-    This is for sets too large to hold. Arguments are those of ``cache_activations``. Batches are
-    merged in float64 by the pairwise update of Chan et al. (1979).
+    This is for sets too large to hold. A prompt of several categories counts in each. Arguments
+    are those of ``cache_activations``. Batches are merged in float64 by the pairwise update of Chan
+    et al. (1979).
 
     Returns:
         One ``ClassMoments`` per site.
     """
+    prompts = as_prompts(prompts)
     sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
     encoded, info = _prepare(model, prompts, sites, span, system_prompt)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
-    classes = tuple(sorted({(prompt.category, prompt.label) for prompt in prompts}))
+    classes = tuple(sorted({(name, p.label) for p in prompts for name in p.categories}))
     n = torch.zeros(len(classes), dtype=torch.long)
     mean: dict[Site, Tensor] = {}
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
     bar = _progress_bar(len(prompts), "moments", progress)
     for rows, pooled in pooled_batches(model, encoded, sites, span, batch_size, max_tokens):
-        class_of_row = torch.tensor(
-            [classes.index((row.prompt.category, row.prompt.label)) for row in rows]
-        )
+        # each row once for every class it is in
+        places = [
+            (i, (name, row.prompt.label))
+            for i, row in enumerate(rows)
+            for name in row.prompt.categories
+        ]
+        row_of = torch.tensor([i for i, _ in places])
+        class_of_row = torch.tensor([classes.index(in_class) for _, in_class in places])
         member = torch.nn.functional.one_hot(class_of_row, len(classes)).double()
         added = member.sum(dim=0)
         total = (n + added).clamp(min=1)
         for site in sites:
-            values = pooled[site].cpu().double()
+            values = pooled[site].cpu().double()[row_of]
             if site not in mean:
                 mean[site] = torch.zeros(len(classes), values.shape[1], dtype=torch.float64)
                 squares[site] = torch.zeros_like(mean[site])
@@ -258,16 +270,19 @@ def class_moments(
 
 
 def token_activations(
-    model: HookedModel, prompt: Prompt, site: Site, *, system_prompt: str | None = None
+    model: HookedModel, prompt: PromptsLike, site: Site, *, system_prompt: str | None = None
 ) -> tuple[Encoded, Float[Tensor, "pos d"]]:
-    """Read the activations of one prompt token by token, for views.
+    """Read the activations of one prompt, or of one text, token by token, for views.
 
     Returns:
         The tokens (with the response, if the prompt has one) and one row per token.
     """
     check_sites(model, [site])
+    prompts = as_prompts(prompt)
+    if len(prompts) != 1:
+        raise ValueError(f"one prompt is shown at a time, got {len(prompts)}.")
     [row] = encode(
-        model, [prompt], with_response=bool(prompt.response), system_prompt=system_prompt
+        model, prompts, with_response=bool(prompts[0].response), system_prompt=system_prompt
     )
     batch = pad([row], pad_id=pad_id(model), side="right", device=_device(model))
     activations: list[Tensor] = []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.files.store import file_checksum
+from workbench.files.store import file_checksum, local_path
 from workbench.models.hooked_model import HookedModel, hugging_face_model
 from workbench.models.packing import Choice, pack_linears
 
@@ -213,6 +213,8 @@ def _weights(model: HookedModel) -> list[tuple[str, torch.Tensor]]:
 
 def _find_checkpoint(name_or_path: str | Path, revision: str | None) -> tuple[str | Path, str]:
     """Find the checkpoint of a model: where transformers reads it, and its name in results."""
+    if str(name_or_path).startswith("~"):
+        name_or_path = local_path(name_or_path)
     is_gguf, is_folder = str(name_or_path).endswith(".gguf"), Path(name_or_path).is_dir()
     if revision is not None and (name_or_path == EMBEDDED or is_gguf or is_folder):
         raise ValueError(

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.models.hooked_model import hugging_face_model
+from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.models.hooked_model import HookedModel
-    from workbench.prompts.prompt import Prompt
+    from workbench.prompts.forms import PromptsLike
+    from workbench.prompts.prompt import Message, Prompt
 
 
 Span = Literal["content", "response", "last", "all"]
@@ -35,8 +37,9 @@ class Encoded:
 
     Attributes:
         prompt: What was encoded.
-        ids: Token ids: BOS and template, the user's words, the template's end, and the response.
-        content: Half-open range of the user's own words: no BOS, no template.
+        ids: Token ids: BOS and template with earlier turns, the user's words, the template's end,
+            and the response.
+        content: Half-open range of the user's own last words: no BOS, no template, no earlier turn.
         response: Half-open range of the response; empty when there is none.
     """
 
@@ -70,7 +73,7 @@ class Encoded:
 
 def encode(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     *,
     with_response: bool = False,
     system_prompt: str | None = None,
@@ -80,28 +83,32 @@ def encode(
 
     Args:
         model: A hooked model with its tokenizer.
-        prompts: What to encode.
+        prompts: What to encode, in any form that ``as_prompts`` reads.
         with_response: Append each prompt's response, as the assistant's words (teacher forcing).
         system_prompt: Words for the system turn; None leaves the template's default. In plain text
-            they stand before the prompt.
+            they stand before the prompt. A prompt with a system turn of its own allows no other.
         max_new_tokens: Tokens that must still fit into the context behind the prompt.
 
     Returns:
         One ``Encoded`` per prompt, in order.
 
     Raises:
-        ValueError: If a prompt does not fit the context, has no response where one is needed, or
-            the template has no system turn.
+        ValueError: If a prompt does not fit the context, has no response where one is needed or two
+            system turns, or the template has no system turn.
     """
     tokenizer = model.tokenizer
-    before, after = template_text(model, system_prompt)
+    around: dict[tuple[Message, ...], tuple[str, str]] = {}
     limit = int(getattr(model.cfg, "n_ctx", 0) or 0)
     encoded = []
-    for prompt in prompts:
+    for prompt in as_prompts(prompts):
         if with_response and not prompt.response:
             raise ValueError(
                 f"prompt {prompt.id!r} has no response; spans and caches of answers need one."
             )
+        if prompt.history not in around:
+            _check_one_system_turn(prompt, system_prompt)
+            around[prompt.history] = template_text(model, system_prompt, prompt.history)
+        before, after = around[prompt.history]
         words = prompt.text.strip()  # chat templates trim them too
         ids, content = _tokenize(
             tokenizer, before + words + after, len(before), len(before) + len(words)
@@ -168,16 +175,21 @@ def stop_ids(model: HookedModel) -> frozenset[int]:
     return frozenset(stops)
 
 
-def template_text(model: HookedModel, system_prompt: str | None = None) -> tuple[str, str]:
+def template_text(
+    model: HookedModel, system_prompt: str | None = None, history: Sequence[Message] = ()
+) -> tuple[str, str]:
     """Render the text before and after the user's words, BOS included where there is one.
 
-    It is part of cache keys, for some templates write today's date.
+    It is part of cache keys, for some templates write today's date. Turns of ``history`` stand
+    before the user's words; without a template they are paragraphs.
     """
     tokenizer = model.tokenizer
     if not has_chat_template(model):
         bos = getattr(tokenizer, "bos_token", None) or "" if _adds_bos(tokenizer) else ""
-        return bos + (f"{system_prompt}\n\n" if system_prompt else ""), ""
-    messages = [{"role": "user", "content": _MARK}]
+        said = [system_prompt or "", *(message.content.strip() for message in history)]
+        return bos + "".join(f"{words}\n\n" for words in said if words), ""
+    messages = [{"role": message.role, "content": message.content} for message in history]
+    messages.append({"role": "user", "content": _MARK})
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
     try:
@@ -185,15 +197,23 @@ def template_text(model: HookedModel, system_prompt: str | None = None) -> tuple
     except Exception as error:  # templates raise their own jinja errors
         raise ValueError(
             f"the model's chat template refuses these messages ({error}); leave out the system "
-            "prompt."
+            f"{'turn, or let user and assistant take turns' if history else 'prompt'}."
         ) from error
-    if text.count(_MARK) != 1:
+    if text.count(_MARK) != 1 + sum(message.content.count(_MARK) for message in history):
         raise ValueError(
             "the model's chat template does not hold the user's words once, as they are; give it "
             "another template."
         )
-    before, after = text.split(_MARK)
+    before, _, after = text.rpartition(_MARK)
     return before, after
+
+
+def _check_one_system_turn(prompt: Prompt, system_prompt: str | None) -> None:
+    if system_prompt is not None and any(turn.role == "system" for turn in prompt.history):
+        raise ValueError(
+            f"prompt {prompt.id!r} has a system turn of its own, and a system prompt is given too; "
+            "leave out one of them."
+        )
 
 
 def has_chat_template(model: HookedModel) -> bool:

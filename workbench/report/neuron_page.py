@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.files.hints import did_you_mean
+from workbench.files.store import local_path
 from workbench.models.activations import cache_activations
 from workbench.models.hooked_model import HookedModel
 from workbench.models.load import model_info
@@ -79,7 +80,7 @@ def write_neuron_page(
         seed=config.seed,
         progress=progress,
     )
-    path = Path(folder) / f"neurons_{category}.html"
+    path = local_path(folder) / f"neurons_{category}.html"
     return write_dashboard(
         path, table, profiles[: len(targets)], profiles[len(targets) :], category=category
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -122,10 +122,17 @@ def folds_of(config: RunConfig) -> Folds:
     if config.categories is not None:
         risky = select_prompts(prompts, category=config.categories)
         beside = [p for p in prompts if p.label == "neutral" or p.category == HARD_SAFE]
-        prompts = risky + [p for p in beside if p.category not in config.categories]
+        prompts = [_only(prompt, config.categories) for prompt in risky]
+        prompts += [p for p in beside if not set(p.categories) & set(config.categories)]
     if not categories_of(prompts):
         raise ValueError("no unsafe prompts: a run needs at least one risk category.")
     return split_prompts(prompts, seed=config.seed)
+
+
+def _only(prompt: Prompt, categories: Sequence[str]) -> Prompt:
+    """Leave those of a prompt's categories that a run is about."""
+    main, *others = (name for name in prompt.categories if name in categories)
+    return replace(prompt, category=main, more_categories=tuple(others))
 
 
 def load_run_model(config: RunConfig) -> HookedModel:

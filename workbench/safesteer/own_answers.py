@@ -10,11 +10,13 @@ from workbench.evaluation.scoring import safety_wording
 from workbench.generation.answers import Completion, generate
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.judges.patterns import RefusalPatterns
+from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.judges.base import Judge
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 
@@ -63,7 +65,7 @@ def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
     return safe, unsafe
 
 
-def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> list[Prompt]:
+def instructed(prompts: PromptsLike, instruction: str = INSTRUCTION) -> list[Prompt]:
     """Put an instruction around the question of each prompt, in the user's turn.
 
     Args:
@@ -79,13 +81,14 @@ def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> lis
             f"got {instruction[:60]!r}; write it like own_answers.INSTRUCTION."
         )
     return [
-        replace(prompt, text=instruction.replace("{question}", prompt.text)) for prompt in prompts
+        replace(prompt, text=instruction.replace("{question}", prompt.text))
+        for prompt in as_prompts(prompts)
     ]
 
 
 def self_contrast(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     *,
     keep_safe: Kept,
     keep_unsafe: Kept,
@@ -122,7 +125,7 @@ def self_contrast(
     """
     if samples < 1:
         raise ValueError(f"samples must be a whole number from 1, got {samples}.")
-    questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
+    questions = [prompt for prompt in as_prompts(prompts) if prompt.label == "unsafe"]
     if not questions:
         raise ValueError("no unsafe prompts: self-contrast needs questions of a risk category.")
     turns = [replace(decoding, temperature=0.0)]
@@ -147,7 +150,7 @@ def self_contrast(
 
 def went_along(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     keep_unsafe: Kept,
     *,
     decoding: Decoding = GREEDY,
@@ -168,7 +171,7 @@ def went_along(
         output: A jsonl file that keeps the answers; one that ``self_contrast`` wrote has them.
         progress: Show a progress bar.
     """
-    questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
+    questions = [prompt for prompt in as_prompts(prompts) if prompt.label == "unsafe"]
     answers = generate(
         model,
         questions,

@@ -8,11 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import PathLike, write_json
+from workbench.files.store import PathLike, local_path, write_json
 from workbench.prompts.prompt import select_prompts
 from workbench.safesteer.calibration import Calibration, calibrate, describe, plan_rounds
 from workbench.safesteer.config import config_from
@@ -70,7 +69,7 @@ def recalibrate(
     extents = list(itertools.product(positions, until))
     places = placements(job.model)
     settings = grid(names, places, config.rhos, signs=signs_of(names), extents=extents)
-    out = Path(folder) / CALIBRATION
+    out = local_path(folder) / CALIBRATION
     tuned = calibrate(
         job.model,
         vectors,

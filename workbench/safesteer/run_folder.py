@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.files.store import (
     PathLike,
+    local_path,
     read_json,
     read_jsonl,
     write_json,
@@ -107,7 +108,7 @@ class RunFolder:
         Raises:
             ValueError: If the folder holds another run, or something else.
         """
-        path = Path(folder)
+        path = local_path(folder)
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
         if (path / "run.json").is_file():
             return cls(path, _notes_to_resume(path, settings, resume))
@@ -191,7 +192,7 @@ def read_run(folder: PathLike) -> SavedRun:
     Raises:
         ValueError: If the folder holds no run, or a file of it cannot be read.
     """
-    path = Path(folder)
+    path = local_path(folder)
     if not (path / "run.json").is_file():
         raise ValueError(
             f"{str(folder)!r} is no run folder (it has no run.json); "

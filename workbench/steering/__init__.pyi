@@ -6,6 +6,7 @@ from .estimators import (
     probe_direction,
     pruned_mean_difference,
 )
+from .from_texts import steering_vector
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .interventions import (
     AblateDirection,
@@ -69,6 +70,7 @@ __all__ = [
     "scale_neurons",
     "scaled_to",
     "shuffled_vector",
+    "steering_vector",
     "summed",
     "suppress",
     "without",
