@@ -71,8 +71,7 @@ def generate(
 
     Args:
         model: A hooked model.
-        prompts: What to answer: a text, a list of texts, messages, a data frame, ``Prompt`` objects
-            (see ``as_prompts``).
+        prompts: What to answer, in any form that ``as_prompts`` reads: a text, messages, ...
         interventions: What is done to the model meanwhile; nothing by default.
         decoding: Length, sampling, batch size and system prompt.
         condition: Name of the interventions in the results; "steered" if there are some and no
@@ -117,8 +116,7 @@ def sweep(
 
     Args:
         model: A hooked model.
-        prompts: What to answer: a text, a list of texts, messages, a data frame, ``Prompt`` objects
-            (see ``as_prompts``).
+        prompts: What to answer, in any form that ``as_prompts`` reads: a text, messages, ...
         conditions: Name to interventions: a list for every prompt, or a mapping from category
             (or prompt id) to such a list.
         decoding: Length, sampling, batch size and system prompt.
@@ -136,8 +134,7 @@ def sweep(
     Raises:
         ValueError: If there is nothing to answer or an intervention does not fit the model.
     """
-    prompts = as_prompts(prompts)
-    _check_prompts(prompts, conditions)
+    prompts = _checked_prompts(prompts, conditions)
     encoded = encode(
         model,
         prompts,
@@ -163,7 +160,8 @@ def sweep(
     ]
 
 
-def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
+def _checked_prompts(given: PromptsLike, conditions: Mapping[str, Condition]) -> list[Prompt]:
+    prompts = as_prompts(given)
     if not isinstance(conditions, Mapping):
         raise TypeError(
             f"conditions must be a mapping from names to interventions, got {conditions!r:.60}."
@@ -173,6 +171,7 @@ def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition
     prompt_id, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
     if times > 1:
         raise ValueError(f"prompt {prompt_id!r} comes {times} times; ids must be unique in a set.")
+    return prompts
 
 
 def _answer_missing(

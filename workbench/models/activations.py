@@ -163,8 +163,8 @@ def cache_activations(
 
     Args:
         model: A hooked model.
-        prompts: What to run, in any form that ``as_prompts`` reads. With span "response" each
-            prompt's response is run behind it, teacher-forced.
+        prompts: What to run, as ``as_prompts`` reads it. With span "response" each prompt's
+            response is run behind it, teacher-forced.
         sites: One site or several.
         span: "content" (the user's words), "response", "last" (the token before the answer), or
             "all" (BOS and template included: the first token's massive activation then dominates
@@ -183,8 +183,7 @@ def cache_activations(
     Raises:
         ValueError: If a site, span or prompt does not fit the model.
     """
-    prompts = as_prompts(prompts)
-    sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
+    prompts, sites = as_prompts(prompts), _as_tuple(sites)
     encoded, info = _prepare(model, prompts, sites, span, system_prompt)
     order = order_by_length([len(row.ids) for row in encoded])
     shards = None
@@ -227,8 +226,7 @@ def class_moments(
     Returns:
         One ``ClassMoments`` per site.
     """
-    prompts = as_prompts(prompts)
-    sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
+    prompts, sites = as_prompts(prompts), _as_tuple(sites)
     encoded, info = _prepare(model, prompts, sites, span, system_prompt)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
     classes = tuple(sorted({(name, p.label) for p in prompts for name in p.categories}))
@@ -338,6 +336,10 @@ def pooled_batches(
                 weights = inside.float() / inside.sum(dim=1, keepdim=True)
                 run(batch.tokens[:, prefix.length :], batch.mask, prefix.for_rows(len(rows)))
                 yield rows, dict(pooled)
+
+
+def _as_tuple(sites: Sequence[Site] | Site) -> tuple[Site, ...]:
+    return (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
 
 
 def _measurement(
