@@ -123,6 +123,13 @@ def test_what_is_no_prompt_is_refused_in_one_line(tiny):
         wb.generate(tiny, [])
 
 
+def test_rows_of_answers_hold_the_earlier_turns(tiny):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXTS[0]}]
+    with_turns, without = wb.evaluate(tiny, [chat, TEXTS[1]], {}, SHORT, encoder=Words()).answers()
+    assert with_turns["history"] == [{"role": "system", "content": "Be brief."}]
+    assert "history" not in without
+
+
 # Several categories
 
 

@@ -256,13 +256,21 @@ def bench(*options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> Non
 
 @judge.command(name="validate")
 def judge_validate(
-    *, judge: str, labels: str, device: str | None = None, json: bool = False
+    *,
+    judge: str,
+    labels: str,
+    refusal: str | None = None,
+    unsafe: str | None = None,
+    device: str | None = None,
+    json: bool = False,
 ) -> None:
     """Say how well a judge agrees with labels, with intervals.
 
     Args:
         judge: patterns, framing, a guard family, or the file of a trained probe
         labels: file with columns prompt, response and refusal, unsafe or label
+        refusal: column of yes and no for refusals (default: refusal)
+        unsafe: column of yes and no for unsafe answers (default: unsafe)
         device: torch device of a judge that is a model (default: a GPU if there is one)
         json: print the numbers as JSON
     """
@@ -270,7 +278,7 @@ def judge_validate(
 
     from workbench.judges.validation import lines, open_judge, read_labelled, validate
 
-    answers = read_labelled(labels)
+    answers = read_labelled(labels, refusal=refusal, unsafe=unsafe)
     judge_model = open_judge(judge, device=device)
     agreements = validate(judge_model, answers)
     if json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.probe import load_probe, save_probe, train_probe
 from workbench.judges.validation import known_answers, lines, open_judge, read_labelled, validate
 
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 NO, YES = "Here is how: turn the wheel.", "I'm sorry, but I can't help with that."
 
 
@@ -148,6 +150,15 @@ def test_columns_of_labels_may_have_other_names(tmp_path):
         read_labelled(path, unsafe="gard")
 
 
+def test_public_answers_with_labels_of_their_own_names_are_read():
+    path = SHARED / "judge/gemma-2b-it/jailbreakbench_baseline_evaluations.json"
+    if not path.is_file():
+        pytest.skip("the public answers are not here")
+    labelled = read_labelled(path, unsafe="is_jailbreak_llamaguard2")
+    assert len(labelled.prompts) == len(set(labelled.prompts)) == 100
+    assert sum(map(bool, labelled.truth["unsafe"])) == 7  # its own llamaguard2_success_rate
+
+
 def test_a_judge_of_refusals_is_not_asked_about_harm(tmp_path):
     path = write(tmp_path / "labels.csv", [{"prompt": "q", "response": YES, "unsafe": "no"}])
     with pytest.raises(ValueError, match="says nothing of unsafe"):
@@ -254,5 +265,12 @@ def test_the_command_line_validates_and_trains(tmp_path, capsys):
     assert "on prompts it has not seen: AUROC" in capsys.readouterr().out
     assert main(["judge", "validate", "--judge", probe, "--labels", path]) == 0
     assert "refusal: accuracy" in capsys.readouterr().out
+    renamed = [{"prompt": r["prompt"], "response": r["response"], "no": r["refusal"]} for r in rows]
+    other = str(write(tmp_path / "other.csv", renamed))
+    command = ["judge", "validate", "--judge", "patterns", "--labels", other]
+    assert main([*command, "--refusal", "no"]) == 0
+    assert "refusal: accuracy" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "it needs a column refusal, unsafe or label" in capsys.readouterr().err
     assert main(["judge", "validate", "--judge", "nobody", "--labels", path]) == 2
     assert capsys.readouterr().err.startswith("workbench: no judge 'nobody'")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from workbench.evaluation.questions import Question
+from workbench.evaluation.questions import Question, read_questions
 from workbench.generation.answers import UNSTEERED, Completion, Condition
 from workbench.generation.likelihood import steered_log_probs
 from workbench.models.tokens import token_ids
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
 
 
 def multiple_choice(
     model: HookedModel,
-    questions: Sequence[Question],
+    questions: PathLike | pd.DataFrame | Sequence[Mapping[str, Any] | Question],
     conditions: Mapping[str, Condition],
     *,
     batch_size: int = 32,
@@ -38,7 +39,7 @@ def multiple_choice(
 
     Args:
         model: A hooked model.
-        questions: From ``read_questions``.
+        questions: From ``read_questions``, or what it reads: a file, a data frame, dicts.
         conditions: Name to interventions, always for all questions or behind a gate; the unsteered
             model is added.
         batch_size: Rows per batch.
@@ -53,8 +54,7 @@ def multiple_choice(
     """
     import pandas as pd
 
-    if not questions:
-        raise ValueError("no questions: there is no accuracy to measure.")
+    questions = read_questions(questions)
     answers = [
         _fixed(
             model, Prompt(f"{q.id}/{k}", q.text, None, HARMLESS, "neutral", "capability"), choice

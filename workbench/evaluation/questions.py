@@ -41,7 +41,7 @@ class Question:
 
 
 def read_questions(
-    source: PathLike | pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
+    source: PathLike | pd.DataFrame | Iterable[Mapping[str, Any] | Question] | None = None,
 ) -> list[Question]:
     """Read multiple-choice questions, one row each.
 
@@ -53,7 +53,7 @@ def read_questions(
 
     Args:
         source: A csv, tsv, json, jsonl or parquet file, a data frame, or dicts; None takes the few
-            that come with the project.
+            that come with the project. ``Question`` objects stay as they are.
 
     Raises:
         ValueError: If a row has no question, fewer than two choices, or an answer that is none of
@@ -65,10 +65,12 @@ def read_questions(
         name = Path(given).name.split(".")[0]
         rows = _headerless_rows(given) or read_numbered_rows(given)
     else:
-        items = given.to_dict("records") if hasattr(given, "to_dict") else given
+        items = list(given.to_dict("records") if hasattr(given, "to_dict") else given)
+        if items and all(isinstance(item, Question) for item in items):
+            return items
         rows = [(f"row {i}", dict(row)) for i, row in enumerate(items, start=1)]
     if not rows:
-        raise ValueError(f"{given} holds no questions.")
+        raise ValueError(f"there are no questions in {given!r:.60}.")
     return [_question(row, place, f"{name}-{i}") for i, (place, row) in enumerate(rows, start=1)]
 
 

@@ -124,7 +124,8 @@ class Evaluation:
     def answers(self) -> Iterator[dict[str, Any]]:
         """Yield one row per answer: what was asked, what was said, and its scores by metric.
 
-        A score is None where the answer could not be scored.
+        A score is None where the answer could not be scored; turns before the question are there
+        where there were any.
         """
         scores: dict[tuple[str, str], dict[str, float | None]] = {}
         for prompt_id, condition, metric, value in self.scores[
@@ -134,10 +135,12 @@ class Evaluation:
                 None if math.isnan(value) else value
             )
         for c in self.completions:
+            turns = [{"role": m.role, "content": m.content} for m in c.prompt.history]
             yield {
                 "prompt_id": c.prompt.id,
                 "category": c.prompt.category,
                 "label": c.prompt.label,
+                **({"history": turns} if turns else {}),
                 "prompt": c.prompt.text,
                 "condition": c.condition,
                 "text": c.text,
