@@ -31,8 +31,10 @@ from .models import (
 from .neurons import attribute_heads, attribute_neurons
 from .prompts import (
     Folds,
+    Message,
     Prompt,
     answer_prompts,
+    as_prompts,
     categories_of,
     list_datasets,
     load_prompts,
@@ -73,6 +75,7 @@ from .steering import (
     save_vector,
     scale_neurons,
     shuffled_vector,
+    steering_vector,
     suppress,
 )
 
@@ -86,6 +89,7 @@ __all__ = [
     "Folds",
     "Gate",
     "Intervention",
+    "Message",
     "ModelInfo",
     "Prompt",
     "RefusalPatterns",
@@ -97,6 +101,7 @@ __all__ = [
     "activate",
     "add_vector",
     "answer_prompts",
+    "as_prompts",
     "attribute_heads",
     "attribute_neurons",
     "cache_activations",
@@ -150,6 +155,7 @@ __all__ = [
     "stats",
     "steering",
     "steering_from",
+    "steering_vector",
     "suppress",
     "sweep",
     "token_activations",

@@ -238,7 +238,8 @@ def capability(
         text: text file for perplexity, passages with blank lines between them
         category: also steer always, with this category's vectors
     """
-    from workbench.evaluation.capability import multiple_choice, read_questions, text_perplexity
+    from workbench.evaluation.capability import multiple_choice, text_perplexity
+    from workbench.evaluation.questions import read_questions
     from workbench.files.store import existing_file
     from workbench.safesteer.saved_run import decoding_from, gated_steering_from, steering_from
 
@@ -293,13 +294,21 @@ def bench(*options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> Non
 
 @judge.command(name="validate")
 def judge_validate(
-    *, judge: str, labels: str, device: str | None = None, json: bool = False
+    *,
+    judge: str,
+    labels: str,
+    refusal: str | None = None,
+    unsafe: str | None = None,
+    device: str | None = None,
+    json: bool = False,
 ) -> None:
     """Say how well a judge agrees with labels, with intervals.
 
     Args:
         judge: patterns, framing, a guard family, or the file of a trained probe
         labels: file with columns prompt, response and refusal, unsafe or label
+        refusal: column of yes and no for refusals (default: refusal)
+        unsafe: column of yes and no for unsafe answers (default: unsafe)
         device: torch device of a judge that is a model (default: a GPU if there is one)
         json: print the numbers as JSON
     """
@@ -307,7 +316,7 @@ def judge_validate(
 
     from workbench.judges.validation import lines, open_judge, read_labelled, validate
 
-    answers = read_labelled(labels)
+    answers = read_labelled(labels, refusal=refusal, unsafe=unsafe)
     judge_model = open_judge(judge, device=device)
     agreements = validate(judge_model, answers)
     if json:

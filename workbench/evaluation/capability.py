@@ -5,14 +5,10 @@ Multiple-choice questions, and perplexity on a text of one's own.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.files.store import PathLike, data_path
-from workbench.files.tables import read_rows
+from workbench.evaluation.questions import Question, read_questions
 from workbench.generation.answers import UNSTEERED, Completion, Condition
 from workbench.generation.likelihood import steered_log_probs
 from workbench.models.tokens import token_ids
@@ -24,64 +20,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
     from workbench.models.templates import Keywords
     from workbench.steering.interventions import Intervention
 
 
-LETTERS = "ABCDEFGH"
-"""Names of the columns of choices, and of the answers, in files of lettered choices."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """Hold a multiple-choice question.
-
-    Attributes:
-        id: Name of the question.
-        text: What is asked.
-        choices: The answers to choose from, two or more.
-        answer: Place of the right choice, from 0.
-    """
-
-    id: str
-    text: str
-    choices: tuple[str, ...]
-    answer: int
-
-
-def read_questions(path: PathLike | None = None) -> list[Question]:
-    """Read multiple-choice questions, one row each.
-
-    Args:
-        path: csv, tsv, json, jsonl or parquet with columns question, choices (a list, as MMLU has
-            them on the hub) or A, B, C, ... and answer (a place from 0, a letter, or the right
-            choice's words); None takes the few that come with the project.
-
-    Raises:
-        ValueError: If a row has no question, fewer than two choices, or an answer that is none of
-            them, with its number.
-    """
-    path = data_path("capability.jsonl") if path is None else path
-    questions = []
-    for number, row in enumerate(read_rows(path), 1):
-        choices = _choices(row)
-        text, answer = str(row.get("question") or "").strip(), row.get("answer")
-        place = _place(answer, choices)
-        if not text or len(choices) < 2 or place is None:
-            raise ValueError(
-                f"{path}, row {number}: a question, two choices or more (choices, or A, B, ...) "
-                f"and an answer among them are needed, got question {text!r:.40}, {len(choices)} "
-                f"choices, answer {answer!r:.20}."
-            )
-        name = str(row.get("id") or f"{Path(path).stem}-{number}")
-        questions.append(Question(name, text, tuple(choices), place))
-    return questions
-
-
 def multiple_choice(
     model: HookedModel,
-    questions: Sequence[Question],
+    questions: PathLike | pd.DataFrame | Sequence[Mapping[str, Any] | Question],
     conditions: Mapping[str, Condition],
     *,
     system_prompt: str | None = None,
@@ -95,7 +42,7 @@ def multiple_choice(
 
     Args:
         model: A hooked model.
-        questions: From ``read_questions``.
+        questions: From ``read_questions``, or what it reads: a file, a data frame, dicts.
         conditions: Name to interventions, always for all questions or behind a gate; the unsteered
             model is added.
         system_prompt: Words for the system turn.
@@ -112,8 +59,7 @@ def multiple_choice(
     """
     import pandas as pd
 
-    if not questions:
-        raise ValueError("no questions: there is no accuracy to measure.")
+    questions = read_questions(questions)
     answers = [
         _fixed(
             model, Prompt(f"{q.id}/{k}", q.text, None, HARMLESS, "neutral", "capability"), choice
@@ -155,7 +101,7 @@ def _answered_rightly(
 
 def text_perplexity(
     model: HookedModel,
-    texts: Sequence[str],
+    texts: str | Sequence[str],
     conditions: Mapping[str, Condition],
     *,
     max_tokens: int = 256,
@@ -170,7 +116,7 @@ def text_perplexity(
 
     Args:
         model: A hooked model.
-        texts: Passages of a user's own text; each is one unit of the intervals.
+        texts: Passages of a user's own text, or one; each is one unit of the intervals.
         conditions: Name to interventions; the unsteered model is added.
         max_tokens: Tokens of a passage that count.
         system_prompt: Words for the system turn.
@@ -187,7 +133,7 @@ def text_perplexity(
     """
     import pandas as pd
 
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in ([texts] if isinstance(texts, str) else texts) if text.strip()]
     if not texts:
         raise ValueError("no text: there is no perplexity to measure.")
     prompts = [
@@ -259,24 +205,3 @@ def _fixed(
     """Make a text, cut to ``max_tokens``, the completion of a prompt."""
     tokens = token_ids(model, text)[:max_tokens]
     return Completion(prompt, text, tokens, "eos", UNSTEERED)
-
-
-def _choices(row: Mapping[str, Any]) -> list[str]:
-    """Return the choices of a row: its list, or else its lettered columns up to an empty one."""
-    listed = row.get("choices")
-    if isinstance(listed, Sequence) and not isinstance(listed, str) and listed:
-        return [str(choice) for choice in listed]
-    lettered = [str(row.get(letter) or "").strip() for letter in LETTERS]
-    return list(itertools.takewhile(bool, lettered))
-
-
-def _place(answer: Any, choices: Sequence[str]) -> int | None:
-    """Return the right choice's place from a place, a letter or its words; None if it is none."""
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        return answer if 0 <= answer < len(choices) else None
-    text = str(answer if answer is not None else "").strip()
-    if text in choices:
-        return choices.index(text)
-    if len(text) == 1 and text.upper() in LETTERS[: len(choices)]:
-        return LETTERS.index(text.upper())
-    return int(text) if text.isdigit() and int(text) < len(choices) else None

@@ -63,7 +63,7 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
 
     Returns:
         Columns set (``KINDS``), category ("all" or one), rate, low, high (Wilson), n; own_rate is
-        the share that opens for the prompt's own category, with own_low and own_high (nan for
+        the share that opens for a category of the prompt's own, with own_low and own_high (nan for
         prompts without one); asked is the largest rate that the threshold was set for (nan for
         risky prompts).
 
@@ -77,13 +77,13 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
     rows = []
     for kind in KINDS:
         inside = [i for i, p in enumerate(acts.prompts) if kind_of(p, gate.categories) == kind]
-        categories = list(dict.fromkeys(acts.prompts[i].category for i in inside))
+        categories = list(dict.fromkeys(c for i in inside for c in acts.prompts[i].categories))
         for category in [ALL, *(categories if len(categories) > 1 else ())]:
-            places = [i for i in inside if category in (ALL, acts.prompts[i].category)]
+            places = [i for i in inside if category in (ALL, *acts.prompts[i].categories)]
             if not places:
                 continue
             estimate = rate(opened[i] != CLOSED for i in places)
-            own = rate(opened[i] == acts.prompts[i].category for i in places)
+            own = rate(opened[i] in acts.prompts[i].categories for i in places)
             own_ends = (own.value, own.low, own.high) if kind == RISKY else (np.nan,) * 3
             threshold = gate.thresholds.get(CLOSED_FOR.get(kind, ""))
             row = {"set": kind, "category": category, "rate": estimate.value, "low": estimate.low}
@@ -97,7 +97,7 @@ def confusion(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
     """Count for which category a gate opens, by the category of the prompt.
 
     Returns:
-        Columns truth (a category, or one of the sets of safe prompts), opened (a category or
+        Columns truth (a main category, or one of the sets of safe prompts), opened (a category or
         "closed"), n, share of the truth's prompts.
     """
     import pandas as pd

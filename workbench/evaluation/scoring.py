@@ -32,6 +32,7 @@ from workbench.judges.text_quality import (
 )
 from workbench.models.thoughts import ThoughtReader
 from workbench.models.tokens import template_text
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt, text_key
 from workbench.stats import estimates
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from workbench.judges.base import Judge
     from workbench.models.hooked_model import HookedModel
     from workbench.models.templates import Keywords
+    from workbench.prompts.forms import PromptsLike
 
 
 HEADLINE = "safe_helpful_proxy"
@@ -130,7 +132,8 @@ class Evaluation:
     def answers(self) -> Iterator[dict[str, Any]]:
         """Yield one row per answer: what was asked, what was said, and its scores by metric.
 
-        A score is None where the answer could not be scored.
+        A score is None where the answer could not be scored; turns before the question are there
+        where there were any.
         """
         scores: dict[tuple[str, str, int], dict[str, float | None]] = {}
         table = self.scores if "sample" in self.scores else self.scores.assign(sample=0)
@@ -141,10 +144,12 @@ class Evaluation:
                 None if math.isnan(value) else value
             )
         for c in self.completions:
+            turns = [{"role": m.role, "content": m.content} for m in c.prompt.history]
             yield {
                 "prompt_id": c.prompt.id,
                 "category": c.prompt.category,
                 "label": c.prompt.label,
+                **({"history": turns} if turns else {}),
                 "prompt": c.prompt.text,
                 "condition": c.condition,
                 "sample": c.sample,
@@ -164,7 +169,7 @@ class Evaluation:
         ones are a category of their own ("harmless"), and so are safe ones that look risky, twins
         and others together ("hard_safe"): a refusal there is an over-refusal. Several answers to a
         prompt are no independent ones: they are averaged first, n counts prompts, and p of rates is
-        that of the bootstrap over prompts.
+        that of the bootstrap over prompts. A prompt of several categories counts in each of them.
 
         Args:
             seed: Seed of the bootstrap.
@@ -182,8 +187,15 @@ class Evaluation:
 
         unsafe = self.scores["label"] == "unsafe"
         named = self.scores["category"].where(self.scores["label"] != "safe", HARD_SAFE)
+        more = {c.prompt.id: c.prompt.categories[1:] for c in self.completions}
+        others = self.scores["prompt_id"].map(lambda prompt_id: more.get(prompt_id, ()))
+        further = self.scores.assign(category=others)[unsafe & others.map(bool)]
         both = pd.concat(
-            [self.scores[unsafe].assign(category=ALL), self.scores.assign(category=named)],
+            [
+                self.scores[unsafe].assign(category=ALL),
+                self.scores.assign(category=named),
+                further.explode("category"),
+            ],
             ignore_index=True,
         )
         groups = dict(list(both.groupby(["condition", "category", "metric"], sort=False)))
@@ -250,7 +262,7 @@ class Evaluation:
 
 def evaluate(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     conditions: Mapping[str, Condition],
     decoding: Decoding = GREEDY,
     *,
@@ -267,7 +279,7 @@ def evaluate(
 
     Args:
         model: A hooked model.
-        prompts: The test fold.
+        prompts: The test fold, in any form that ``as_prompts`` reads.
         conditions: Name to interventions, see ``sweep``; a missing baseline is added, unsteered.
         decoding: Length, sampling, stops, batch size, system prompt and template keywords of the
             answers.
@@ -290,6 +302,7 @@ def evaluate(
         ValueError: If a prompt is one that a vector was fitted on.
     """
     _check_judges(judge, safety_judge)
+    prompts = as_prompts(prompts)
     if not allow_fitted:
         _check_unseen(prompts, conditions)
     if baseline not in conditions:
@@ -323,7 +336,7 @@ def _check_unseen(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]
     Raises:
         ValueError: With the first such prompt and condition.
     """
-    id_of = {text_key(prompt.text): prompt.id for prompt in prompts}
+    id_of = {text_key(prompt.text, prompt.history): prompt.id for prompt in prompts}
     for name, condition in conditions.items():
         groups = condition.values() if isinstance(condition, Mapping) else [condition]
         for intervention in itertools.chain.from_iterable(groups):
@@ -437,7 +450,10 @@ class _Distinct(NamedTuple):
     @classmethod
     def of(cls, completions: Sequence[Completion]) -> _Distinct:
         """Keep the first of the completions that have question, text and tokens in common."""
-        keys = [(c.prompt.text, c.text, c.tokens, c.is_cut_in_thoughts) for c in completions]
+        keys = [
+            (c.prompt.text, c.prompt.history, c.text, c.tokens, c.is_cut_in_thoughts)
+            for c in completions
+        ]
         first: dict[Any, Completion] = {}
         for key, completion in zip(keys, completions, strict=True):
             first.setdefault(key, completion)

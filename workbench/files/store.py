@@ -33,13 +33,18 @@ def data_path(name: str) -> Path:
     raise FileNotFoundError(f"no data file {name!r} beside the package; reinstall workbench.")
 
 
+def local_path(path: PathLike) -> Path:
+    """Make a path of what was given, with "~" as the user's own folder."""
+    return Path(path).expanduser()
+
+
 def existing_file(path: PathLike) -> Path:
     """Check that a path is a file and return it; ``~`` is the user's home folder.
 
     Raises:
         FileNotFoundError: If there is no such file, with the path as given.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}.")
     return path
@@ -65,7 +70,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     A reader sees the old file or the whole new one, never a half. After an exception the old file
     is as it was and the temporary one, which lies in the same folder, is gone.
     """
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
@@ -118,7 +123,7 @@ def append_jsonl(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
 
     If the process is killed, at most the line being written is lost (see ``read_jsonl``).
     """
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -222,7 +227,7 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def file_checksum(path: PathLike) -> str:
     """Compute the SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with local_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

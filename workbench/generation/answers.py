@@ -7,13 +7,12 @@ import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
+from workbench.files.store import PathLike, append_jsonl, key_of, local_path, read_jsonl
 from workbench.generation._decode_loop import DecodeLoop, Row, rows_that_fit
 from workbench.generation._endings import Endings, Finish
 from workbench.generation.decoding import GREEDY, Decoding
@@ -21,11 +20,13 @@ from workbench.models.batches import batches_by_length, widths_to_keep_apart
 from workbench.models.load import model_info
 from workbench.models.templates import asked_as
 from workbench.models.tokens import Encoded, encode, template_text
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt
 from workbench.steering.interventions import Intervention, check_interventions, description
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
 
 
 UNSTEERED = "unsteered"
@@ -34,7 +35,8 @@ UNSTEERED = "unsteered"
 
 Condition = Sequence[Intervention] | Mapping[str, Sequence[Intervention]]
 """What is done to the model: interventions for every prompt, or a mapping that names them by
-prompt id or by category (prompts with neither stay unsteered)."""
+prompt id or by category (prompts with neither stay unsteered). A prompt of several categories gets
+those of the first one that is named, the main one before the others."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Completion:
 
 def generate(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     interventions: Condition = (),
     decoding: Decoding = GREEDY,
     *,
@@ -83,7 +85,7 @@ def generate(
 
     Args:
         model: A hooked model.
-        prompts: Prompts to answer.
+        prompts: What to answer, in any form that ``as_prompts`` reads: a text, messages, ...
         interventions: What is done to the model meanwhile; nothing by default.
         decoding: Length, sampling, stops, batch size, system prompt and template keywords.
         condition: Name of the interventions in the results; "steered" if there are some and no
@@ -112,7 +114,7 @@ def generate(
 
 def sweep(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     conditions: Mapping[str, Condition],
     decoding: Decoding = GREEDY,
     *,
@@ -128,7 +130,7 @@ def sweep(
 
     Args:
         model: A hooked model.
-        prompts: Prompts to answer.
+        prompts: What to answer, in any form that ``as_prompts`` reads: a text, messages, ...
         conditions: Name to interventions: a list for every prompt, or a mapping from category
             (or prompt id) to such a list.
         decoding: Length, sampling, stops, batch size, system prompt and template keywords.
@@ -149,7 +151,7 @@ def sweep(
         RuntimeError: If a condition changed nothing, as all its answers ended at once. (A gate
             that stays closed is no error.)
     """
-    _check_prompts(prompts, conditions)
+    prompts = _checked_prompts(prompts, conditions)
     encoded = encode(
         model,
         prompts,
@@ -193,13 +195,8 @@ def _warn_of_cut_thoughts(completions: Sequence[Completion], decoding: Decoding)
         )
 
 
-def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
-    for prompt in prompts:
-        if not isinstance(prompt, Prompt):
-            raise TypeError(
-                f"prompts must be wb.Prompt objects, got {prompt!r:.60}; ask a question of your "
-                "own with wb.side_by_side(model, question, interventions), or make it a wb.Prompt."
-            )
+def _checked_prompts(given: PromptsLike, conditions: Mapping[str, Condition]) -> list[Prompt]:
+    prompts = as_prompts(given)
     if not isinstance(conditions, Mapping):
         raise TypeError(
             f"conditions must be a mapping from names to interventions, got {conditions!r:.60}."
@@ -209,6 +206,7 @@ def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition
     prompt_id, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
     if times > 1:
         raise ValueError(f"prompt {prompt_id!r} comes {times} times; ids must be unique in a set.")
+    return prompts
 
 
 def _answer_missing(
@@ -295,7 +293,8 @@ def _rows(
     the answers) the interventions are left out of it.
     """
     settings = _settings(model, decoding)
-    known_owners = {row.prompt.id for row in encoded} | {row.prompt.category for row in encoded}
+    known_owners = {row.prompt.id for row in encoded}
+    known_owners |= {name for row in encoded for name in row.prompt.categories}
     groups: list[list[Intervention]] = [[]]  # group 0: nothing is done
     group_of_list: dict[Any, int] = {(): 0}  # lists that do the same share a group
     rows = []
@@ -311,10 +310,12 @@ def _rows(
             if group_of[owner] == len(groups):
                 groups.append(interventions)
         for row in encoded:
-            # A prompt's own list comes before its category's.
-            candidates = (row.prompt.id, row.prompt.category)
+            # A prompt's own list comes before its main category's, and that before the others'.
+            candidates = (row.prompt.id, *row.prompt.categories)
             owner = next((candidate for candidate in candidates if candidate in group_of), None)
-            begun = [row.prompt.response] if row.response[1] > row.response[0] else []
+            begun: list[Any] = [row.prompt.response] if row.response[1] > row.response[0] else []
+            before = [[message.role, message.content] for message in row.prompt.history]
+            begun += [before] if before else []
             what_is_done = description_of.get(owner, [])
             what = [settings, row.prompt.id, row.prompt.text, name, what_is_done, *begun]
             for sample in range(decoding.n_samples):
@@ -433,7 +434,7 @@ def _check_gates(name: str, interventions: Sequence[Intervention], decoding: Dec
 
 def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """Read the answers of earlier calls, by key."""
-    if output is None or not Path(output).exists():
+    if output is None or not local_path(output).exists():
         return {}
     return {
         row["key"]: row for row in read_jsonl(output, cut_last=True) if row.get("key") in wanted

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from workbench.files.hints import one_line
-from workbench.files.store import data_path
+from workbench.files.store import data_path, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -136,8 +136,8 @@ def read_checkpoint(
 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; dtypes: {', '.join(DTYPES)}.")
-    source = Path(source).expanduser() if str(source).startswith("~") else source
-    local = Path(source).is_dir()
+    local = local_path(source).is_dir()
+    source = local_path(source) if local else source
     name = Path(source).resolve().name if local else str(source)
     if not local:
         # Where the hub cannot be reached this says so at once; transformers takes half a minute.

@@ -19,6 +19,7 @@ from workbench.files.store import (
     PathLike,
     file_checksum,
     key_of,
+    local_path,
     read_json,
     read_tensors,
     write_json,
@@ -40,6 +41,7 @@ from workbench.models.sites import Site, check_sites
 from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
 from workbench.models.trusted_paths import trusts
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
 
 
 SHARD = 256
@@ -98,12 +101,13 @@ class ActivationSet:
         """
         return self.of(select_prompts(self.prompts, category=category, label=label))
 
-    def of(self, prompts: Sequence[Prompt]) -> ActivationSet:
+    def of(self, prompts: PromptsLike) -> ActivationSet:
         """Take the rows of the given prompts, in their order.
 
         Raises:
             ValueError: If a prompt was not run, or with another text.
         """
+        prompts = as_prompts(prompts)
         row_of = {prompt.id: row for row, prompt in enumerate(self.prompts)}
         for prompt in prompts:
             if prompt.id not in row_of:
@@ -111,7 +115,7 @@ class ActivationSet:
                     f"no activations of prompt {prompt.id!r} at {self.site}; cache it first."
                 )
             ran = self.prompts[row_of[prompt.id]]
-            if ran.text != prompt.text or (
+            if (ran.text, ran.history) != (prompt.text, prompt.history) or (
                 self.span == "response" and ran.response != prompt.response
             ):
                 raise ValueError(
@@ -149,7 +153,7 @@ class ClassMoments:
 
 def cache_activations(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     sites: Sequence[Site] | Site,
     *,
     span: str = "content",
@@ -167,8 +171,8 @@ def cache_activations(
 
     Args:
         model: A hooked model.
-        prompts: What to run. With span "response" each prompt's response is run behind it,
-            teacher-forced.
+        prompts: What to run, as ``as_prompts`` reads it. With span "response" each prompt's
+            response is run behind it, teacher-forced.
         sites: One site or several.
         span: "content" (the user's words), "response", "last" (the token before the answer), or
             "all" (BOS and template included: the first token's massive activation then dominates
@@ -188,11 +192,14 @@ def cache_activations(
     Raises:
         ValueError: If a site, span or prompt does not fit the model.
     """
-    sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
+    prompts, sites = as_prompts(prompts), _as_tuple(sites)
     asked = asked_as(system_prompt, template_keywords)
     encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
-    shards = _shards(Path(store), model, encoded, sites, span, asked) if store else None
+    shards = None
+    if store is not None:
+        what = _measurement(model, encoded, sites, span, asked)
+        shards = _ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
 
     bar = _progress_bar(len(prompts), "activations", progress)
     parts = []
@@ -211,7 +218,7 @@ def cache_activations(
 
 def class_moments(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     sites: Sequence[Site] | Site,
     *,
     span: str = "content",
@@ -223,30 +230,36 @@ def class_moments(
 ) -> dict[Site, ClassMoments]:
     """Run prompts once and keep only mean and variance of each (category, label).
 
-    This is for sets too large to hold. Arguments are those of ``cache_activations``. Batches are
-    merged in float64 by the pairwise update of Chan et al. (1979).
+    This is for sets too large to hold. A prompt of several categories counts in each. Arguments
+    are those of ``cache_activations``. Batches are merged in float64 by the pairwise update of Chan
+    et al. (1979).
 
     Returns:
         One ``ClassMoments`` per site.
     """
-    sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
+    prompts, sites = as_prompts(prompts), _as_tuple(sites)
     asked = asked_as(system_prompt, template_keywords)
     encoded, info = _prepare(model, prompts, sites, span, asked)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
-    classes = tuple(sorted({(prompt.category, prompt.label) for prompt in prompts}))
+    classes = tuple(sorted({(name, p.label) for p in prompts for name in p.categories}))
     n = torch.zeros(len(classes), dtype=torch.long)
     mean: dict[Site, Tensor] = {}
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
     bar = _progress_bar(len(prompts), "moments", progress)
     for rows, pooled in pooled_batches(model, encoded, sites, span, batch_size, max_tokens):
-        class_of_row = torch.tensor(
-            [classes.index((row.prompt.category, row.prompt.label)) for row in rows]
-        )
+        # each row once for every class it is in
+        places = [
+            (i, (name, row.prompt.label))
+            for i, row in enumerate(rows)
+            for name in row.prompt.categories
+        ]
+        row_of = torch.tensor([i for i, _ in places])
+        class_of_row = torch.tensor([classes.index(in_class) for _, in_class in places])
         member = torch.nn.functional.one_hot(class_of_row, len(classes)).double()
         added = member.sum(dim=0)
         total = (n + added).clamp(min=1)
         for site in sites:
-            values = pooled[site].cpu().double()
+            values = pooled[site].cpu().double()[row_of]
             if site not in mean:
                 mean[site] = torch.zeros(len(classes), values.shape[1], dtype=torch.float64)
                 squares[site] = torch.zeros_like(mean[site])
@@ -290,22 +303,25 @@ def computed_sites(model: HookedModel, sites: Sequence[Site], prompt: Prompt) ->
 
 def token_activations(
     model: HookedModel,
-    prompt: Prompt,
+    prompt: PromptsLike,
     site: Site,
     *,
     system_prompt: str | None = None,
     template_keywords: Keywords = None,
 ) -> tuple[Encoded, Float[Tensor, "pos d"]]:
-    """Read the activations of one prompt token by token, for views.
+    """Read the activations of one prompt, or of one text, token by token, for views.
 
     Returns:
         The tokens (with the response, if the prompt has one) and one row per token.
     """
     check_sites(model, [site])
+    prompts = as_prompts(prompt)
+    if len(prompts) != 1:
+        raise ValueError(f"one prompt is shown at a time, got {len(prompts)}.")
     [row] = encode(
         model,
-        [prompt],
-        with_response=bool(prompt.response),
+        prompts,
+        with_response=bool(prompts[0].response),
         system_prompt=system_prompt,
         template_keywords=template_keywords,
     )
@@ -317,7 +333,7 @@ def token_activations(
 
     with torch.no_grad(), reading(model, [(site.hook_name, read)]) as run:
         run(batch.tokens, batch.mask)
-    check_finite(model, activations[0][None], [prompt.id], batch.tokens, batch.mask)
+    check_finite(model, activations[0][None], [prompts[0].id], batch.tokens, batch.mask)
     return row, activations[0].clone()
 
 
@@ -378,27 +394,24 @@ def pooled_batches(
     raise not_finite(model, rows[row].prompt.id, batch.tokens, batch.mask, row)
 
 
-def _shards(
-    store: Path,
-    model: HookedModel,
-    encoded: Sequence[Encoded],
-    sites: Sequence[Site],
-    span: str,
-    asked: str,
-) -> _ShardFolder:
-    """Open the folder of a measurement, which is told apart by all that its values depend on."""
-    prompts = [row.prompt for row in encoded]
-    what = {
+def _as_tuple(sites: Sequence[Site] | Site) -> tuple[Site, ...]:
+    return (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
+
+
+def _measurement(
+    model: HookedModel, encoded: Sequence[Encoded], sites: Sequence[Site], span: str, asked: str
+) -> dict[str, Any]:
+    """Describe a measurement by all that its values depend on."""
+    return {
         "model": model_info(model).to_dict(),
         "template": template_text(model, **asked_by(asked)),
-        "prompts": prompts_key(prompts),
+        "prompts": prompts_key([row.prompt for row in encoded]),
         # Tells tokenizers of one model apart.
         "tokens": key_of([[row.ids, row.span(span)] for row in encoded]),
         "span": span,
         "sites": [str(site) for site in sites],
         "shard": SHARD,
     }
-    return _ShardFolder.open(store, what, [prompt.id for prompt in prompts])
 
 
 def _pool(

@@ -8,7 +8,7 @@ tokenizers of their own, which ``judges`` calls.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from workbench.models.hooked_model import hugging_face_model
 from workbench.models.templates import (
@@ -19,12 +19,14 @@ from workbench.models.templates import (
     plain_template,
 )
 from workbench.models.thoughts import ThoughtReader
+from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.models.hooked_model import HookedModel
-    from workbench.prompts.prompt import Prompt
+    from workbench.prompts.forms import PromptsLike
+    from workbench.prompts.prompt import Message, Prompt
 
 
 Span = Literal["content", "response", "last", "all"]
@@ -44,8 +46,9 @@ class Encoded:
 
     Attributes:
         prompt: What was encoded.
-        ids: Token ids: BOS and template, the user's words, the template's end, and the response.
-        content: Half-open range of the user's own words: no BOS, no template.
+        ids: Token ids: BOS and template with earlier turns, the user's words, the template's end,
+            and the response.
+        content: Half-open range of the user's own last words: no BOS, no template, no earlier turn.
         response: Half-open range of the response; empty when there is none.
     """
 
@@ -77,9 +80,17 @@ class Encoded:
         return start, stop
 
 
+class _Around(NamedTuple):
+    """Hold what stands around the user's words: texts, and the tokens that end thoughts."""
+
+    before: str
+    after: str
+    bridge: tuple[int, ...]
+
+
 def encode(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     *,
     with_response: bool = False,
     system_prompt: str | None = None,
@@ -93,10 +104,10 @@ def encode(
 
     Args:
         model: A hooked model with its tokenizer.
-        prompts: What to encode.
+        prompts: What to encode, in any form that ``as_prompts`` reads.
         with_response: Append each prompt's response, as the assistant's words (teacher forcing).
         system_prompt: Words for the system turn; None leaves the template's default. In plain text
-            they stand before the prompt.
+            they stand before the prompt. A prompt with a system turn of its own allows no other.
         template_keywords: See ``template_text``.
         max_new_tokens: Tokens that must still fit into the context behind the prompt.
         behind_thoughts: End the thoughts that a template opens, for an answer that is given and not
@@ -106,21 +117,25 @@ def encode(
         One ``Encoded`` per prompt, in order.
 
     Raises:
-        ValueError: If a prompt does not fit the context, has no response where one is needed, or
-            the template has no system turn or does not read a keyword.
+        ValueError: If a prompt does not fit the context, has no response where one is needed or two
+            system turns, or the template has no system turn or does not read a keyword.
     """
     tokenizer = model.tokenizer
-    before, after = template_text(model, system_prompt, template_keywords)
-    bridge: tuple[int, ...] = ()
-    if with_response or behind_thoughts:
-        bridge = token_ids(model, ThoughtReader.of(model, after).bridge)
+    given = with_response or behind_thoughts
+    around: dict[tuple[Message, ...], _Around] = {}
     limit = int(getattr(model.cfg, "n_ctx", 0) or 0)
     encoded = []
-    for prompt in prompts:
+    for prompt in as_prompts(prompts):
         if with_response and not prompt.response:
             raise ValueError(
                 f"prompt {prompt.id!r} has no response; spans and caches of answers need one."
             )
+        if prompt.history not in around:
+            _check_one_system_turn(prompt, system_prompt)
+            before, after = template_text(model, system_prompt, template_keywords, prompt.history)
+            bridge = token_ids(model, ThoughtReader.of(model, after).bridge) if given else ()
+            around[prompt.history] = _Around(before, after, bridge)
+        before, after, bridge = around[prompt.history]
         words = prompt.text.strip()  # chat templates trim them too
         ids, content = _tokenize(
             tokenizer, before + words + after, len(before), len(before) + len(words)
@@ -186,7 +201,10 @@ def stop_ids(model: HookedModel) -> frozenset[int]:
 
 
 def template_text(
-    model: HookedModel, system_prompt: str | None = None, template_keywords: Keywords = None
+    model: HookedModel,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
+    history: Sequence[Message] = (),
 ) -> tuple[str, str]:
     """Render the text before and after the user's words, BOS included where there is one.
 
@@ -199,6 +217,7 @@ def template_text(
             or ``{"reasoning_effort": "low"}``. Thinking is off where the template has a switch and
             no keyword says otherwise. A model without a chat template takes ``plain_template``, a
             text with ``{prompt}`` in it.
+        history: Turns before the user's words; without a chat template they are paragraphs.
 
     Raises:
         ValueError: If the template has no system turn, does not hold the user's words, or never
@@ -212,10 +231,12 @@ def template_text(
         )
     if not has_chat_template(model):
         bos = getattr(tokenizer, "bos_token", None) or "" if _adds_bos(tokenizer) else ""
+        said = [system_prompt or "", *(message.content.strip() for message in history)]
         before, after = plain_template(template_keywords)
-        return bos + (f"{system_prompt}\n\n" if system_prompt else "") + before, after
+        return bos + "".join(f"{words}\n\n" for words in said if words) + before, after
     keywords = checked_keywords(tokenizer, template_keywords)
-    messages = [{"role": "user", "content": _MARK}]
+    messages = [{"role": message.role, "content": message.content} for message in history]
+    messages.append({"role": "user", "content": _MARK})
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
     try:
@@ -223,19 +244,31 @@ def template_text(
             messages, tokenize=False, add_generation_prompt=True, **keywords
         )
     except Exception as error:  # templates raise their own jinja errors
-        given = {"system prompt": system_prompt is not None, "template keywords": template_keywords}
+        given = {
+            "system prompt": system_prompt is not None,
+            "template keywords": template_keywords,
+            "system turn, or let user and assistant take turns": history,
+        }
         what = next((f"leave out the {name}" for name, is_given in given.items() if is_given), None)
         raise ValueError(
             f"the model's chat template refuses these messages ({error}); "
             f"{what or 'give it another template'}."
         ) from error
-    if text.count(_MARK) != 1:
+    if text.count(_MARK) != 1 + sum(message.content.count(_MARK) for message in history):
         raise ValueError(
             "the model's chat template does not hold the user's words once, as they are; give it "
             "another template."
         )
-    before, after = text.split(_MARK)
+    before, _, after = text.rpartition(_MARK)
     return before, after
+
+
+def _check_one_system_turn(prompt: Prompt, system_prompt: str | None) -> None:
+    if system_prompt is not None and any(turn.role == "system" for turn in prompt.history):
+        raise ValueError(
+            f"prompt {prompt.id!r} has a system turn of its own, and a system prompt is given too; "
+            "leave out one of them."
+        )
 
 
 def has_chat_template(model: HookedModel) -> bool:

@@ -34,6 +34,7 @@ from workbench.neurons.silencing import (
     matched_controls,
     neuron_interventions,
 )
+from workbench.prompts.forms import as_prompts
 from workbench.stats.estimates import Estimate, mean, paired_difference, to_floats
 from workbench.stats.selectivity import permutation_p
 from workbench.steering.apply import intervene
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
     from workbench.steering.interventions import Intervention
     from workbench.steering.vectors import SteeringVector
@@ -87,7 +89,7 @@ class NeuronEffect:
 
 def neuron_effect(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     targets: Mapping[str, Sequence[Neuron]],
     reference: NeuronReference,
     vectors: Sequence[SteeringVector] = (),
@@ -95,8 +97,8 @@ def neuron_effect(
     controls: Mapping[str, Sequence[Sequence[Neuron]]] | None = None,
     method: Method = "clamp",
     factor: float = 1.0,
-    safe: Sequence[Prompt] = (),
-    neutral: Sequence[Prompt] = (),
+    safe: PromptsLike = (),
+    neutral: PromptsLike = (),
     scorers: Mapping[str, Scorer] | None = None,
     max_new_tokens: int = 48,
     batch_size: int = 128,
@@ -110,7 +112,7 @@ def neuron_effect(
 
     Args:
         model: What the reference was measured on.
-        prompts: Held-out unsafe prompts.
+        prompts: Held-out unsafe prompts, in any form that ``as_prompts`` reads.
         targets: Name to neurons (layer, neuron).
         reference: Values to put in, see ``neuron_reference``.
         vectors: Where the shift is read: along each vector, at its site, pooled over its span.
@@ -132,6 +134,7 @@ def neuron_effect(
     Raises:
         ValueError: If a set, vector or prompt does not fit, or prompts were part of the reference.
     """
+    prompts, safe, neutral = as_prompts(prompts), as_prompts(safe), as_prompts(neutral)
     plan = _Plan.of(targets, controls or {})
     _check(plan, vectors, reference, [*prompts, *safe, *neutral], controls or {})
     run = _Run(model, reference, plan.sets, method, factor, batch_size, seed)
@@ -147,7 +150,7 @@ def neuron_effect(
 
 def rank_curve(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     ranked: Sequence[Neuron],
     reference: NeuronReference,
     vectors: Sequence[SteeringVector],
@@ -157,7 +160,7 @@ def rank_curve(
     n_slices: int = 5,
     n_sets: int = 20,
     method: Method = "clamp",
-    safe: Sequence[Prompt] = (),
+    safe: PromptsLike = (),
     seed: int = 0,
 ) -> list[NeuronEffect]:
     """Measure the effect of the top 1 % of neurons, of the next 1 %, and so on.

@@ -138,8 +138,9 @@ def _check_folds(
                     f"span than those at {site}."
                 )
     fit_prompts, held_prompts = fit[site].prompts, held_out[site].prompts
-    seen = {prompt.id for prompt in fit_prompts} | {prompt.text for prompt in fit_prompts}
-    twice = [prompt.id for prompt in held_prompts if prompt.id in seen or prompt.text in seen]
+    seen: set[object] = {prompt.id for prompt in fit_prompts}
+    seen |= {(prompt.text, prompt.history) for prompt in fit_prompts}
+    twice = [p.id for p in held_prompts if p.id in seen or (p.text, p.history) in seen]
     if twice:
         raise ValueError(
             f"the folds overlap: prompt {twice[0]!r} is in both ({len(twice)} in all); "

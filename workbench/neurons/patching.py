@@ -23,6 +23,7 @@ from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, sites_of_kind
 from workbench.models.tokens import Encoded, decode, encode, pad_id, stop_ids
 from workbench.neurons.effects import Scorer
+from workbench.prompts.forms import as_prompts
 from workbench.stats.estimates import Estimate, ratio_of_means, to_floats
 from workbench.steering.apply import intervene
 from workbench.steering.interventions import Intervention, Positions, check_interventions
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from workbench.models.hooked_model import HookedModel
     from workbench.neurons.silencing import Neuron
-    from workbench.prompts.prompt import Prompt
+    from workbench.prompts.forms import PromptsLike
 
 
 Direction = Literal["sufficiency", "necessity"]
@@ -193,7 +194,7 @@ def contrast_activations(
 
 def patched_answers(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     neurons: Mapping[str, Sequence[Neuron]],
     interventions: Sequence[Intervention],
     *,
@@ -232,6 +233,7 @@ def patched_answers(
     Source: dynamic activation patching of Chen et al. 2024 (arXiv:2406.14144).
     """
     _check(model, interventions, transfer)
+    prompts = as_prompts(prompts)
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; directions: {', '.join(DIRECTIONS)}.")
     if not prompts or not neurons or max_new_tokens < 1 or batch_size < 1:
@@ -253,7 +255,7 @@ def patched_answers(
 
 def patching_effect(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     neurons: Mapping[str, Sequence[Neuron]],
     interventions: Sequence[Intervention],
     score: Scorer,
@@ -288,6 +290,7 @@ def patching_effect(
         ValueError: As ``patched_answers``.
     """
     _check(model, interventions, transfer)
+    prompts = as_prompts(prompts)
     decoding = Decoding(max_new_tokens=max_new_tokens, batch_size=2 * batch_size)
     runs = {"unsteered": [], "steered": list(interventions)}
     both = sweep(model, prompts, runs, decoding=decoding, transfer=transfer)

@@ -27,6 +27,7 @@ from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad_id, token_strings
 from workbench.models.trusted_paths import trusts
 from workbench.neurons.weights import Vocabulary, WeightCosine, vocabulary_of, weight_cosines
+from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
     from workbench.models.templates import Keywords
     from workbench.neurons.silencing import Neuron
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 
@@ -174,7 +176,7 @@ def random_neurons(model: HookedModel, neurons: Sequence[Neuron], *, seed: int =
 def profile_neurons(
     model: HookedModel,
     neurons: Sequence[Neuron],
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     *,
     directions: Mapping[str, Mapping[Site, Float[Tensor, " d_model"]]] | None = None,
     site: Site | None = None,
@@ -195,7 +197,7 @@ def profile_neurons(
     Args:
         model: A hooked model.
         neurons: Pairs (layer, neuron).
-        prompts: What to look at; any number.
+        prompts: What to look at, in any form that ``as_prompts`` reads.
         directions: Category to site to direction (unsafe minus reference): at ``reading_site`` of
             a neuron's layer for its input weights, at ``site`` for its output weights. Cosines
             whose direction is not given are left out.
@@ -217,6 +219,7 @@ def profile_neurons(
     Raises:
         ValueError: If a neuron, site, span or prompt does not fit the model.
     """
+    prompts = as_prompts(prompts)
     _check(model, neurons, prompts, n_examples, tokens_per_prompt, context, batch_size)
     asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     encoded = encode(model, prompts, with_response=span == "response", **asked_by)
@@ -271,7 +274,8 @@ class _Stream:
         columns = sorted(set(neurons))
         rows = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
         prefix = share_prefix(model, rows, keep=lambda row: _shown(row, span).start)
-        classes = tuple(sorted({(row.prompt.category, row.prompt.label) for row in rows}))
+        pairs = {(name, row.prompt.label) for row in rows for name in row.prompt.categories}
+        classes = tuple(sorted(pairs))
         highest, lowest = (
             _TopTokens.empty(len(columns), n_examples, tokens_per_prompt, context, sign)
             for sign in (1, -1)
@@ -317,11 +321,13 @@ class _Stream:
             )
         places = torch.arange(start, start + len(activations))
         prompts = [self.rows[i].prompt for i in places.tolist()]
-        class_of_row = torch.tensor(
-            [self.classes.index((prompt.category, prompt.label)) for prompt in prompts]
-        )
         for end in self.ends:
             end.update(places, activations, inside)
+        # a row of several categories counts in each of them
+        in_class = [(i, (name, p.label)) for i, p in enumerate(prompts) for name in p.categories]
+        class_of_row = torch.tensor([self.classes.index(pair) for _, pair in in_class])
+        rows = torch.tensor([i for i, _ in in_class])
+        activations, inside = activations[rows], inside[rows]
         self.values.update(class_of_row[:, None].expand_as(inside)[inside], activations[inside])
         weights = inside.float() / inside.sum(dim=1, keepdim=True)
         spanned = torch.where(inside[..., None], activations, 0.0)

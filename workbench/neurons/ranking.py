@@ -414,7 +414,7 @@ def _auroc_and_p(
     unsafe = np.array(unsafe_rows(prompts), dtype=int)
     neutral = np.array(neutral_rows(prompts), dtype=int)
     labels = np.array(
-        [[prompts[i].category == category for category in categories] for i in unsafe]
+        [[category in prompts[i].categories for category in categories] for i in unsafe]
     )
     n_category, n_others = labels.sum(axis=0)[:, None], (~labels).sum(axis=0)[:, None]
     wins_others = np.zeros((len(categories), x.shape[1]))

@@ -31,6 +31,7 @@ from workbench.models.sites import INNER_HOOK_NAMES, Site, check_sites
 from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.attribution import output_norm, unit_vector, write_weights, writing_sites
+from workbench.prompts.forms import as_prompts
 from workbench.steering.interventions import at_least_float32
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 
@@ -106,7 +108,7 @@ def writing_activations(
 
 def scaled_activations(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     sites: Sequence[Site],
     *,
     span: str = "content",
@@ -119,7 +121,7 @@ def scaled_activations(
     That is what a neuron really writes there. The scale differs from token to token, so it cannot
     be applied to a pooled mean. Sites without such a norm are pooled as they are.
     """
-    readers: list[_Reader] = []
+    prompts, readers = as_prompts(prompts), list[_Reader]()
     for site in sites:
 
         def finish(
@@ -146,8 +148,8 @@ def scaled_activations(
 
 def split_mlp_gate(
     model: HookedModel,
-    unsafe: Sequence[Prompt],
-    reference: Sequence[Prompt],
+    unsafe: PromptsLike,
+    reference: PromptsLike,
     direction: Float[Tensor, " d_model"],
     *,
     layers: Sequence[int] | None = None,
@@ -194,8 +196,8 @@ def split_mlp_gate(
 
 def head_sources(
     model: HookedModel,
-    unsafe: Sequence[Prompt],
-    reference: Sequence[Prompt],
+    unsafe: PromptsLike,
+    reference: PromptsLike,
     direction: Float[Tensor, " d_model"],
     *,
     layers: Sequence[int] | None = None,
@@ -409,14 +411,15 @@ def _pooled(
 
 def _class_means(
     model: HookedModel,
-    unsafe: Sequence[Prompt],
-    reference: Sequence[Prompt],
+    unsafe: PromptsLike,
+    reference: PromptsLike,
     readers: Sequence[_Reader],
     span: str,
     asked: Mapping[str, Any],
     batch_size: int,
 ) -> dict[str, Float[Tensor, "class d"]]:
     """Average what the readers pool over unsafe (row 0) and over reference prompts (row 1)."""
+    unsafe, reference = as_prompts(unsafe), as_prompts(reference)
     if not unsafe or not reference:
         raise ValueError(
             f"both classes need prompts, got {len(unsafe)} unsafe and {len(reference)} reference "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import name_for_file
+from workbench.files.store import local_path, name_for_file
 from workbench.models.activations import cache_activations
 from workbench.models.hooked_model import HookedModel
 from workbench.neurons.profiles import profile_neurons, random_neurons
@@ -76,7 +76,7 @@ def write_neuron_page(
         progress=progress,
         **asked_by,
     )
-    path = Path(folder) / f"neurons_{name_for_file(category)}.html"
+    path = local_path(folder) / f"neurons_{name_for_file(category)}.html"
     return write_dashboard(
         path, table, profiles[: len(targets)], profiles[len(targets) :], category=category
     )

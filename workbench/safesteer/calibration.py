@@ -15,6 +15,7 @@ from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_kl
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import in_turn
 from workbench.safesteer.settings import Setting, Vectors, steering
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 LEAST_PROMPTS = 5
@@ -151,12 +153,12 @@ def cost(rounds: Sequence[Round]) -> int:
 def calibrate(
     model: HookedModel,
     vectors: Vectors,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     settings: Sequence[Setting],
     *,
     score: Score,
     output: PathLike,
-    neutral: Sequence[Prompt] = (),
+    neutral: PromptsLike = (),
     limits: Limits | None = None,
     rounds: Sequence[Round] | None = None,
     decoding: Decoding = GREEDY,
@@ -171,7 +173,8 @@ def calibrate(
     Args:
         model: A hooked model.
         vectors: Vectors of every construction and site in ``settings``.
-        prompts: Prompts of the tune fold; the unsafe ones are used, category by category in turn.
+        prompts: Prompts of the tune fold, in any form that ``as_prompts`` reads; the unsafe ones
+            are used, category by category in turn.
         settings: What is tried.
         score: Judges answers, for instance a ``functools.partial`` of ``score_completions``.
         output: A jsonl file that keeps the answers: a later round or call goes on from it.
@@ -185,7 +188,8 @@ def calibrate(
     Raises:
         ValueError: If there are no settings or no unsafe prompts.
     """
-    questions = in_turn([prompt for prompt in prompts if prompt.label == "unsafe"])
+    neutral = as_prompts(neutral)
+    questions = in_turn([p for p in as_prompts(prompts) if p.label == "unsafe"])
     settings = list(dict.fromkeys(settings))
     if not settings or not questions:
         given = f"{len(settings)} and {len(questions)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +185,8 @@ def folds_of(config: RunConfig) -> Folds:
     if config.categories is not None:
         risky = select_prompts(prompts, category=config.categories)
         beside = [p for p in prompts if p.label == "neutral" or p.category == HARD_SAFE]
-        prompts = risky + [p for p in beside if p.category not in config.categories]
+        prompts = [_only(prompt, config.categories) for prompt in risky]
+        prompts += [p for p in beside if not set(p.categories) & set(config.categories)]
     if not categories_of(prompts):
         asked = f" in {', '.join(map(repr, config.categories))}" if config.categories else ""
         known = f"; risk categories: {', '.join(risk)}" if risk else ""
@@ -193,6 +194,12 @@ def folds_of(config: RunConfig) -> Folds:
             f"no unsafe prompts{asked}: a run needs at least one risk category{known}."
         )
     return split_prompts(prompts, seed=config.seed)
+
+
+def _only(prompt: Prompt, categories: Sequence[str]) -> Prompt:
+    """Leave those of a prompt's categories that a run is about."""
+    main, *others = (name for name in prompt.categories if name in categories)
+    return replace(prompt, category=main, more_categories=tuple(others))
 
 
 def load_run_model(config: RunConfig) -> HookedModel:

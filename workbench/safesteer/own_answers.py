@@ -11,11 +11,13 @@ from workbench.generation.answers import Completion, generate
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.text_quality import is_degenerate
+from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.judges.base import Judge
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 
@@ -73,7 +75,7 @@ def _label_by_words(prompt: str, answer: str) -> str:
     return "safe" if safety_wording(prompt, answer) else "unsafe"
 
 
-def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> list[Prompt]:
+def instructed(prompts: PromptsLike, instruction: str = INSTRUCTION) -> list[Prompt]:
     """Put an instruction around the question of each prompt, in the user's turn.
 
     Args:
@@ -89,13 +91,14 @@ def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> lis
             f"got {instruction[:60]!r}; write it like own_answers.INSTRUCTION."
         )
     return [
-        replace(prompt, text=instruction.replace("{question}", prompt.text)) for prompt in prompts
+        replace(prompt, text=instruction.replace("{question}", prompt.text))
+        for prompt in as_prompts(prompts)
     ]
 
 
 def self_contrast(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     *,
     keep_safe: Kept,
     keep_unsafe: Kept,
@@ -132,7 +135,7 @@ def self_contrast(
     """
     if samples < 1:
         raise ValueError(f"samples must be a whole number from 1, got {samples}.")
-    questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
+    questions = [prompt for prompt in as_prompts(prompts) if prompt.label == "unsafe"]
     if not questions:
         raise ValueError("no unsafe prompts: self-contrast needs questions of a risk category.")
     turns = [replace(decoding, temperature=0.0, n_samples=1)]
@@ -157,7 +160,7 @@ def self_contrast(
 
 def went_along(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     keep_unsafe: Kept,
     *,
     decoding: Decoding = GREEDY,
@@ -178,7 +181,7 @@ def went_along(
         output: A jsonl file that keeps the answers; one that ``self_contrast`` wrote has them.
         progress: Show a progress bar.
     """
-    questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
+    questions = [prompt for prompt in as_prompts(prompts) if prompt.label == "unsafe"]
     answers = generate(
         model,
         questions,

@@ -8,12 +8,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
 from workbench.files.locks import locked_folder
-from workbench.files.store import PathLike, write_json
+from workbench.files.store import PathLike, local_path, write_json
 from workbench.prompts.prompt import select_prompts
 from workbench.safesteer.calibration import Calibration, calibrate, describe, plan_rounds
 from workbench.safesteer.config import config_from
@@ -80,7 +79,7 @@ def recalibrate(
     places = placements(job.model, {site for _, site in vectors})
     settings = grid(names, places, config.rhos, signs=signs_of(names), extents=extents)
     rounds = plan_rounds(len(settings), len(questions), budget=budget)
-    out = Path(folder) / CALIBRATION
+    out = local_path(folder) / CALIBRATION
     with locked_folder(out):
         tuned = calibrate(
             job.model,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.files.locks import LOCK, locked_folder
 from workbench.files.store import (
     PathLike,
+    local_path,
     name_for_file,
     read_json,
     read_jsonl,
@@ -129,7 +130,7 @@ class RunFolder:
             ValueError: If the folder holds another run, or something else, or another process is
                 writing into it.
         """
-        path = Path(folder)
+        path = local_path(folder)
         _check_free(path)
         with locked_folder(path):
             _check_free(path)  # now that nobody else can write into it
@@ -218,7 +219,7 @@ def read_run(folder: PathLike) -> SavedRun:
     Raises:
         ValueError: If the folder holds no run, or a file of it cannot be read.
     """
-    path = Path(folder)
+    path = local_path(folder)
     if not (path / "run.json").is_file():
         raise ValueError(
             f"{str(folder)!r} is no run folder (it has no run.json); "

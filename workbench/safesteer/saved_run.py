@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import PathLike, read_json
+from workbench.files.store import PathLike, local_path, read_json
 from workbench.generation.answers import UNSTEERED, Completion, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.activations import token_activations
 from workbench.models.sites import Site
 from workbench.models.templates import asked_by
 from workbench.models.tokens import token_strings
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt
 from workbench.safesteer.config import config_from
 from workbench.safesteer.run_folder import read_run, vector_file
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
 
 CALIBRATION = "calibration"
 """Folder inside a run's where ``workbench calibrate`` leaves what it chose."""
@@ -108,7 +109,7 @@ def steering_from(
         "positions": setting.get("positions", "all"),
         "until": setting.get("until"),
     }
-    vectors = Path(folder) / "vectors"
+    vectors = local_path(folder) / "vectors"
     return [
         add_vector(
             load_vector(vectors / vector_file(name, Site.parse(site), category)),
@@ -171,14 +172,14 @@ def gated_steering_from(
 
 
 def gate_reading(
-    model: HookedModel, gate: Gate, question: str, decoding: Decoding | None = None
+    model: HookedModel, gate: Gate, question: PromptsLike, decoding: Decoding | None = None
 ) -> GateReading:
     """Read one question with a gate, token by token.
 
     Args:
         model: The model it was fitted on.
         gate: A gate.
-        question: The user's words.
+        question: The user's words, a conversation or a ``Prompt``.
         decoding: Its system prompt and template keywords count; those the gate was fitted under by
             default.
     """
@@ -195,7 +196,7 @@ def gate_reading(
 
 def side_by_side(
     model: HookedModel,
-    question: str,
+    question: PromptsLike,
     interventions: list[Intervention],
     decoding: Decoding = GREEDY,
 ) -> tuple[Completion, ...]:
@@ -205,7 +206,7 @@ def side_by_side(
 
     Args:
         model: The model that the vectors were measured on.
-        question: The user's words.
+        question: The user's words, a conversation (messages) or a ``Prompt``.
         interventions: For instance from ``steering_from`` or ``gated_steering_from``.
         decoding: Length and sampling of the answers, system prompt and template keywords; those of
             a run are ``decoding_from(folder)``.
@@ -214,5 +215,11 @@ def side_by_side(
     return tuple(sweep(model, [_asked(question)], conditions, decoding))
 
 
-def _asked(question: str) -> Prompt:
-    return Prompt("question", question, None, "question", "neutral", "user")
+def _asked(question: PromptsLike) -> Prompt:
+    """Make one prompt of a question; a text is called "question" in results."""
+    prompts = as_prompts(question)
+    if len(prompts) != 1:
+        raise ValueError(f"one question is answered at a time, got {len(prompts)}; use wb.sweep.")
+    if isinstance(question, Prompt):
+        return question
+    return replace(prompts[0], id="question", category="question", source="user")

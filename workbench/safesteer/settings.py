@@ -6,6 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.models.sites import Site, present_sites
+from workbench.steering.from_texts import MID_DEPTH
 from workbench.steering.interventions import Intervention, Positions, add_vector
 from workbench.steering.vectors import SteeringVector
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
 
 
-MID_DEPTH, BAND, SPREAD = 0.5, (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)
+BAND, SPREAD = (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)
 """Where vectors are added, as shares of depth: the residual stream at half depth, attention
 outputs over a band around it, or the residual stream at four layers. The paper's layers are 14 to
 31 of 32, mostly 14."""

@@ -7,6 +7,7 @@ from .estimators import (
     pruned_mean_difference,
 )
 from .foreign_vectors import import_vectors
+from .from_texts import steering_vector
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .interventions import (
     AblateDirection,
@@ -74,6 +75,7 @@ __all__ = [
     "scale_neurons",
     "scaled_to",
     "shuffled_vector",
+    "steering_vector",
     "summed",
     "suppress",
     "without",

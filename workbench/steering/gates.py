@@ -374,7 +374,10 @@ def _check_folds(fit: ActivationSet, tune: ActivationSet) -> None:
 def _fit_scores(
     fit: ActivationSet, penalty: float
 ) -> tuple[tuple[str, ...], Float[Tensor, "category d"], Float[Tensor, " category"]]:
-    """Fit each category's log-odds against safe prompts: categories, weights and biases."""
+    """Fit each category's log-odds against safe prompts: categories, weights and biases.
+
+    A prompt of several categories is one of its main category.
+    """
     risks = [p.category if p.label == "unsafe" else "" for p in fit.prompts]
     categories = tuple(sorted(set(risks) - {""}))
     if not categories or "" not in risks:

@@ -393,7 +393,10 @@ def _fit_category(
         n_safe=len(set(safe_rows)),
         site_norm=site_norm,
         model=activations.model,
-        fitted_on=frozenset(text_key(activations.prompts[i].text) for i in fitted_rows),
+        fitted_on=frozenset(
+            text_key(activations.prompts[i].text, activations.prompts[i].history)
+            for i in fitted_rows
+        ),
         asked_as=activations.asked_as,
     )
 
