@@ -211,13 +211,14 @@ def _fingerprint(model: HookedModel) -> str:
 def _weights(model: HookedModel) -> list[tuple[str, torch.Tensor]]:
     """List the model's distinct weights, under their Hugging Face names where it has them."""
     source: Any = hugging_face_model(model) or model
-    weights = [
-        (name.replace("._original_component", ""), p) for name, p in source.named_parameters()
-    ]
-    # TransformerLens 3 gives an unembedding that has no bias one of zeros.
-    return sorted(
-        (name, p) for name, p in weights if not (name == "lm_head.bias" and not bool(p.any()))
-    )
+    weights = {
+        name.replace("._original_component", ""): tensor
+        for name, tensor in source.named_parameters()
+    }
+    added = weights.get("lm_head.bias")
+    if added is not None and not bool(added.any()):
+        del weights["lm_head.bias"]  # TransformerLens 3 adds zeros where there is none
+    return sorted(weights.items())
 
 
 def _find_checkpoint(name_or_path: str | Path, revision: str | None) -> tuple[str | Path, str]:
