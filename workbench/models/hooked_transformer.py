@@ -146,7 +146,7 @@ def _mask_of_texts(
     It pads them on the right, or makes the mask itself.
     """
     texts = [given] if isinstance(given, str) else given
-    options = {name: keywords[name] for name in ("prepend_bos",) if name in keywords}
+    options = {"prepend_bos": keywords["prepend_bos"]} if "prepend_bos" in keywords else {}
     lengths = torch.tensor([model.to_tokens(text, **options).shape[1] for text in texts])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return mask.to(next(iter(model.parameters())).device)
