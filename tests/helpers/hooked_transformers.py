@@ -22,6 +22,27 @@ def exists() -> bool:
 REASON = "TransformerLens 4 has no HookedTransformer; make test-tl3 runs this with 3.x"
 
 
+_BY_NAME: dict[str, dict[str, Any]] = {
+    "Olmo2ForCausalLM": {},
+    "Gemma2ForCausalLM": {
+        "act_fn": "gelu_pytorch_tanh",
+        "use_attn_scale": True,
+        "attn_scale": 4.0,
+        "use_local_attn": True,
+        "attn_types": ["local", "global"] * 2,
+        "window_size": 32,
+        "attn_scores_soft_cap": 50.0,
+        "output_logits_soft_cap": 30.0,
+        "use_normalization_before_and_after": True,
+        "rotary_base": 10000.0,
+        "d_head": 16,
+        "rotary_dim": 16,
+    },
+}
+"""Settings of families whose sizes TransformerLens 3 knows by their published names only; other
+settings are those of a Llama."""
+
+
 def hooked_transformer(folder: str | Path, *, processed: bool = False, **config: Any) -> Any:
     """Load a checkpoint as a HookedTransformer.
 
@@ -44,6 +65,11 @@ def hooked_transformer(folder: str | Path, *, processed: bool = False, **config:
         written = json.loads((Path(folder) / "config.json").read_text())
         # Published GPT-2 checkpoints have the older name of their context too.
         written.setdefault("n_ctx", written.get("n_positions"))
+        [architecture] = written["architectures"]
+        if architecture in _BY_NAME:
+            config = {"original_architecture": architecture, **_BY_NAME[architecture], **config}
+            written |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+            written |= {"hidden_act": "silu"}
         (path / "config.json").write_text(json.dumps(written))
         cfg = loading.get_pretrained_model_config(
             str(path), hf_cfg=hf_model.config.to_dict(), device="cpu", fold_ln=processed

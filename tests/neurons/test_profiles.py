@@ -269,7 +269,7 @@ def test_the_vocabulary_is_what_the_models_own_norms_and_unembedding_make_of_the
     model = load_model(tiny_model(family, tmp_path))
     with torch.no_grad():
         out = model.blocks[2].mlp.W_out[PLANTED][None, None] * 100
-        if family in ("gemma2", "olmo2"):
+        if family in ("gemma2", "gemma3", "olmo2"):
             out = model.original_model.model.layers[2].post_feedforward_layernorm(out)
         effects = (model.unembed(model.ln_final(out)) - model.unembed(model.ln_final(0 * out)))[
             0, 0

@@ -1,6 +1,6 @@
 """Say what this project uses of a hooked model, so that any model that has it will do.
 
-``TransformerBridge`` (TransformerLens 3.6 to 4.x) and ``HookedTransformer`` (3.x) both fit.
+``TransformerBridge`` (TransformerLens 3.8 to 4.x) and ``HookedTransformer`` (3.x) both fit.
 """
 
 from __future__ import annotations

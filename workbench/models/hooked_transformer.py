@@ -153,15 +153,15 @@ def watch_passes(
 def _mask_of_texts(
     model: Any, given: str | list[str], keywords: Mapping[str, Any]
 ) -> Bool[Tensor, "batch pos"]:
-    """Mark what is no padding in the tokens that HookedTransformer makes of texts."""
+    """Mask what is no padding in the tokens that HookedTransformer makes of texts.
+
+    It pads them on the right, or makes the mask itself.
+    """
     texts = [given] if isinstance(given, str) else given
-    options = {name: keywords[name] for name in ("prepend_bos", "padding_side") if name in keywords}
+    options = {"prepend_bos": keywords["prepend_bos"]} if "prepend_bos" in keywords else {}
     lengths = torch.tensor([model.to_tokens(text, **options).shape[1] for text in texts])
-    columns = torch.arange(int(lengths.max()))
-    tokenizer = model.tokenizer
-    if options.get("padding_side", tokenizer.padding_side) == "left":
-        columns = columns.flip(0)
-    return (columns < lengths[:, None]).to(next(iter(model.parameters())).device)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return mask.to(next(iter(model.parameters())).device)
 
 
 @dataclass(frozen=True)
