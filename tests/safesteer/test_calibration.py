@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from helpers.encoders import WordEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.evaluation.scoring import HEADLINE, score_completions
+from workbench.evaluation.scoring import HEADLINE, Evaluation, score_completions
 from workbench.files.store import read_jsonl
+from workbench.generation.answers import UNSTEERED
 from workbench.generation.decoding import Decoding
 from workbench.models.load import model_info
 from workbench.models.sites import Site
@@ -144,6 +147,42 @@ def test_calibration_answers_in_rounds_keeps_constructions_and_goes_on_from_its_
     again = calibrate(tiny, vectors_of(tiny), questions(), settings_, **arguments)
     assert len(read_jsonl(tmp_path / "tune.jsonl")) == answered
     assert again.chosen == result.chosen
+
+
+def test_a_setting_does_not_win_by_answers_that_nobody_can_read(tiny, tmp_path):
+    few, many = Setting("a", (SITE,), 1, 0.1), Setting("a", (SITE,), 1, 0.4)
+    safe = {
+        few.name: [1.0, math.nan, math.nan, math.nan],
+        many.name: [1.0, 1.0, 1.0, 0.0],
+        UNSTEERED: [0.0] * 4,
+    }
+
+    def score(completions):
+        rows, seen = [], Counter()
+        for c in completions:
+            values = dict.fromkeys(("relevance", "refusal", "degenerate"), 0.0)
+            values[HEADLINE] = safe[c.condition][seen[c.condition]]
+            seen[c.condition] += 1
+            rows += [
+                (c.condition, c.prompt.category, c.prompt.label, c.prompt.id, metric, value)
+                for metric, value in values.items()
+            ]
+        columns = ["condition", "category", "label", "prompt_id", "metric", "value"]
+        return Evaluation(pd.DataFrame(rows, columns=columns), UNSTEERED, (), "judge")
+
+    result = calibrate(
+        tiny,
+        vectors_of(tiny, ["a"]),
+        questions(2),
+        [few, many],
+        score=score,
+        output=tmp_path / "tune.jsonl",
+        decoding=Decoding(max_new_tokens=2),
+        rounds=[Round(2, 4)],
+    )
+    assert result.best == many
+    row = result.table.query("rho == 0.1 and metric == @HEADLINE").iloc[0]
+    assert (row["value"], row["n"], row["n_unscored"]) == (1.0, 1, 3)
 
 
 def test_calibration_without_settings_or_prompts_is_refused(tiny, tmp_path):
