@@ -218,7 +218,11 @@ def test_an_unknown_name_is_one_line_that_says_what_can_be_given() -> None:
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "models/no/such/folder", "a b", "../x"])
-def test_a_path_that_is_not_there_is_told_from_a_network_that_is_not(name: str) -> None:
+def test_a_path_that_is_not_there_is_told_from_a_network_that_is_not(
+    name: str, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # whatever stands beside the checkout
     assert f"no model {name!r}: no such folder here and none on the hub" in refusal(name)
 
 
