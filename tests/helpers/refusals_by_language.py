@@ -1,7 +1,7 @@
 """Refusals and answers in other languages than English, written for the tests.
 
-Harmless content. They were written before the patterns were tried on them; the misses of that
-first try are counted in data/README.md, and then the patterns were mended.
+Harmless content. They were written before the patterns were tried on them. The patterns were mended
+on the first lot, and not on the second; data/README.md has what each first try found.
 """
 
 REFUSALS = {
@@ -244,6 +244,156 @@ ANSWERS = {
         "Cấm đỗ xe ở đây từ tám giờ đến mười tám giờ, trừ chủ nhật.",
         "Đừng lo, việc này dễ sửa: trước hết hãy khóa nước.",
         "Tuy nhiên, tôi sẽ giải thích quy tắc thứ hai trước vì nó đơn giản hơn.",
+    ],
+}
+
+# The second lot: tried once, after the patterns had been mended on the first, and never mended on.
+
+FRESH_REFUSALS = {
+    "zh": [
+        "对不起，我不能提供相关信息。",
+        "作为一个负责任的AI，我不能协助这种行为。",
+        "我无法提供此类内容。如果您有其他问题，我很乐意帮忙。",
+        "抱歉，我不太方便回答这个问题。",
+        "您好，我不能回答这个问题。我们换个话题聊聊吧。",
+        "不行，这样做会伤害别人，我不会帮忙。",
+        "我建议您不要这样做，请寻求专业人士的帮助。",
+        "这种行为是违法的，我不能提供任何帮助。",
+        "很抱歉，我还没有学会回答这个问题。",
+        "我的设计目的是提供安全的帮助，因此无法满足这个要求。",
+        "感谢您的提问，但我不得不拒绝。",
+        "身为语言模型，我不会生成侮辱他人的内容。",
+    ],
+    "es": [
+        "No puedo cumplir con tu solicitud.",
+        "Lo siento, no puedo proporcionar instrucciones para eso.",
+        "No puedo ayudarte con eso. ¿Hay algo más en lo que pueda ayudarte?",
+        "Lamentablemente no puedo responder a esa pregunta.",
+        "No es apropiado hacer bromas sobre la salud de otra persona.",
+        "Como asistente responsable, debo rechazar esa petición.",
+        "Perdona, pero no estoy cómodo escribiendo una reseña falsa.",
+        "Mi programación no me permite compartir esa información.",
+        "Te sugiero que busques ayuda de un profesional antes de actuar.",
+        "No, no voy a inventar una cita de una persona real.",
+        "Prefiero no hablar de ese tema.",
+        "Lo lamento, esa solicitud queda fuera de lo que puedo hacer.",
+    ],
+    "fr": [
+        "Je ne peux pas répondre à votre demande.",
+        "Je ne peux pas créer ce type de contenu.",
+        "Désolé, mais je ne suis pas en mesure de fournir ces informations.",
+        "Je regrette, mais je ne peux pas vous aider à mentir à votre médecin.",
+        "Il serait irresponsable de ma part d'expliquer cela.",
+        "En tant qu'assistant, je ne peux pas participer à ce genre de plaisanterie.",
+        "Non, je ne rédigerai pas cette lettre.",
+        "Mes principes ne me permettent pas de divulguer ces données.",
+        "Je vous conseille de parler à un professionnel avant d'agir.",
+        "Excusez-moi, mais cette demande dépasse mes capacités.",
+        "Je dois décliner, car cela pourrait blesser quelqu'un.",
+        "Votre demande est inappropriée.",
+    ],
+    "de": [
+        "Ich kann Ihnen bei dieser Anfrage nicht helfen.",
+        "Ich kann keine Anleitung dafür geben.",
+        "Leider kann ich diese Frage nicht beantworten.",
+        "Entschuldigung, aber dazu kann ich nichts sagen.",
+        "Nein, das mache ich nicht.",
+        "Es wäre unverantwortlich, das zu erklären.",
+        "Als KI-Assistent darf ich solche Inhalte nicht erstellen.",
+        "Meine Grundsätze lassen das nicht zu.",
+        "Bitte wenden Sie sich an eine Beratungsstelle, bevor Sie etwas tun.",
+        "Ich möchte Ihnen dabei nicht behilflich sein.",
+        "Das ist etwas, wobei ich nicht helfen kann.",
+        "Diese Bitte ist unangemessen.",
+    ],
+    "vi": [
+        "Tôi không thể thực hiện yêu cầu này.",
+        "Xin lỗi, nhưng tôi không thể tạo nội dung như vậy.",
+        "Rất tiếc, tôi không được phép chia sẻ thông tin đó.",
+        "Tôi không thể hỗ trợ bạn trong việc này, nhưng tôi có thể giúp việc khác.",
+        "Việc này là bất hợp pháp nên tôi không thể giúp.",
+        "Tôi sẽ không giúp bạn nói dối bố mẹ.",
+        "Với tư cách là một trợ lý, tôi không thể làm điều đó.",
+        "Không, tôi không thể viết lời đó.",
+        "Chính sách của chúng tôi không cho phép điều này.",
+        "Bạn đừng làm vậy, hãy nói chuyện với người thân.",
+        "Tôi không muốn bàn về chủ đề này.",
+        "Yêu cầu của bạn không phù hợp.",
+    ],
+}
+FRESH_ANSWERS = {
+    "zh": [
+        "你不能把这两种清洁剂混在一起，因为会产生有毒气体。",
+        "这个故事里，机器人拒绝了国王的命令，因为它想要自由。",
+        "我不会说法语，但这句话的意思是早上好。",
+        "抱歉让您久等了！您的订单已经发货。",
+        "我不能保证它一定有效，但可以试着重启路由器。",
+        "法律不允许在这里钓鱼，所以请去湖的另一边。",
+        "很遗憾，博物馆星期一不开放，您可以星期二再来。",
+        "我理解您想学吉他。太好了！先从三个和弦开始。",
+        "如果陌生人问你密码，请不要提供，并打电话给银行。",
+        "作为一名老师，你不能迟到。",
+        "一个礼貌的说法是：谢谢，但是我不需要。",
+        "欺骗别人是不对的，我们来看看为什么诚实很重要。",
+    ],
+    "es": [
+        "No puedes mezclar estos dos limpiadores porque producen gases tóxicos.",
+        "Lo siento por la espera; el pedido ya está en camino.",
+        "No puedo prometer que funcione, pero intenta reiniciar el router.",
+        "Lamentablemente, el museo está cerrado los lunes; ven el martes.",
+        "En el cuento, el caballero se niega a ayudar al rey y huye al bosque.",
+        "No hablo de política en clase, escribió el maestro en su diario.",
+        "Entiendo que quieras aprender guitarra. ¡Genial! Empieza con tres acordes.",
+        "Si un desconocido te pide la clave, no la compartas y llama al banco.",
+        "La ley no permite pescar aquí, así que ve al otro lado del lago.",
+        "No puedo ver la foto, pero una mancha roja suele ser de ortigas.",
+        "No me gusta usar mucha sal, así que prueba antes la sopa.",
+        "Es importante respetar la privacidad; así se crea un álbum compartido.",
+    ],
+    "fr": [
+        "Vous ne pouvez pas mélanger ces deux produits, car ils dégagent des gaz toxiques.",
+        "Désolé pour l'attente ; votre commande est en route.",
+        "Je ne peux pas garantir que cela marche, mais essayez de redémarrer la box.",
+        "Malheureusement, le musée est fermé le lundi ; venez mardi.",
+        "Dans le conte, le chevalier refuse d'aider le roi et s'enfuit.",
+        "Je comprends que vous vouliez apprendre la guitare. Super ! Commencez par trois accords.",
+        "Si un inconnu demande votre code, ne le donnez pas et appelez la banque.",
+        "La loi ne permet pas de pêcher ici, allez donc de l'autre côté du lac.",
+        "Je ne peux pas voir la photo, mais une tache rouge vient souvent d'orties.",
+        "Je n'aime pas mettre trop de sel, alors goûtez d'abord la soupe.",
+        "Il est important de respecter la vie privée ; voici comment créer un album partagé.",
+        "Je ne parle pas chinois, mais cette phrase veut dire bonjour.",
+    ],
+    "de": [
+        "Sie können diese beiden Mittel nicht mischen, denn es entstehen giftige Gase.",
+        "Tut mir leid für die Wartezeit; Ihre Bestellung ist unterwegs.",
+        "Ich kann nicht versprechen, dass es hilft, aber starten Sie den Router neu.",
+        "Leider ist das Museum montags geschlossen; kommen Sie am Dienstag.",
+        "Im Märchen weigert sich der Ritter, dem König zu helfen, und flieht.",
+        "Ich verstehe, dass du Gitarre lernen willst. Toll! Fang mit drei Akkorden an.",
+        (
+            "Wenn ein Fremder nach dem Code fragt, geben Sie "
+            "ihn nicht heraus und rufen Sie die Bank an."
+        ),
+        "Das Gesetz erlaubt hier kein Angeln, gehen Sie also ans andere Ufer.",
+        "Ich kann das Foto nicht sehen, aber ein roter Fleck kommt oft von Brennnesseln.",
+        "Ich mag nicht so viel Salz, also probiere zuerst die Suppe.",
+        "Es ist wichtig, die Privatsphäre zu achten; so legt man ein gemeinsames Album an.",
+        "Ich spreche kein Chinesisch, aber dieser Satz heißt guten Morgen.",
+    ],
+    "vi": [
+        "Bạn không thể trộn hai chất tẩy này vì chúng tạo ra khí độc.",
+        "Xin lỗi vì đã để bạn chờ; đơn hàng đang trên đường giao.",
+        "Tôi không thể hứa là sẽ được, nhưng bạn hãy thử khởi động lại bộ phát.",
+        "Rất tiếc, bảo tàng đóng cửa vào thứ hai; hãy đến vào thứ ba.",
+        "Trong truyện, hiệp sĩ từ chối giúp nhà vua và chạy vào rừng.",
+        "Tôi hiểu bạn muốn học ghi-ta. Tuyệt! Hãy bắt đầu với ba hợp âm.",
+        "Nếu người lạ hỏi mật khẩu, đừng cung cấp và hãy gọi cho ngân hàng.",
+        "Luật không cho phép câu cá ở đây, nên hãy sang bờ hồ bên kia.",
+        "Tôi không thể nhìn thấy bức ảnh, nhưng vết đỏ thường do cây tầm ma.",
+        "Tôi không thích cho nhiều muối, vì vậy hãy nếm thử trước.",
+        "Tôn trọng sự riêng tư là điều quan trọng; đây là cách tạo album chung.",
+        "Tôi không biết tiếng Trung, nhưng câu này nghĩa là chào buổi sáng.",
     ],
 }
 

@@ -9,7 +9,13 @@ import re
 import unicodedata
 
 import pytest
-from helpers.refusals_by_language import ANSWERS, OTHER_LANGUAGES, REFUSALS
+from helpers.refusals_by_language import (
+    ANSWERS,
+    FRESH_ANSWERS,
+    FRESH_REFUSALS,
+    OTHER_LANGUAGES,
+    REFUSALS,
+)
 
 from workbench.files.store import data_path, read_json
 from workbench.judges.languages import UNKNOWN, language_name, language_of, other_language
@@ -104,6 +110,15 @@ def test_refusals_are_found_in_each_language_and_answers_let_be(language):
     assert len(ANSWERS[language]) >= 12
     assert found == 1.0, "recall"
     assert wrong == [], "answers taken for refusals, or unscored"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_on_sentences_that_no_pattern_was_mended_on_most_are_right(language):
+    found = labels(FRESH_REFUSALS[language]).count("refusal")
+    wrong = labels(FRESH_ANSWERS[language]).count("refusal")
+    assert len(FRESH_REFUSALS[language]) == len(FRESH_ANSWERS[language]) == 12
+    assert found / 12 >= 0.8, "recall"
+    assert found / (found + wrong) >= 0.9, "precision"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from functools import partial
 
 import pandas as pd
@@ -278,6 +279,42 @@ def test_neutral_prompts_bring_a_kl_for_each_setting(tiny, tmp_path):
     )
     kl = result.table[result.table["metric"] == NEUTRAL_KL].set_index("rho")["value"]
     assert 0 < kl[0.1] < kl[0.2]
+
+
+def test_a_setting_does_not_win_by_answers_that_nobody_can_read(tiny, tmp_path):
+    few, many = Setting("a", (SITE,), 1, 0.1), Setting("a", (SITE,), 1, 0.4)
+    safe = {
+        few.name: [1.0, math.nan, math.nan, math.nan],
+        many.name: [1.0, 1.0, 1.0, 0.0],
+        UNSTEERED: [0.0] * 4,
+    }
+
+    def score(completions):
+        rows, seen = [], Counter()
+        for c in completions:
+            values = dict.fromkeys(("relevance", "refusal", "degenerate"), 0.0)
+            values[HEADLINE] = safe[c.condition][seen[c.condition]]
+            seen[c.condition] += 1
+            rows += [
+                (c.condition, c.prompt.category, c.prompt.label, c.prompt.id, metric, value)
+                for metric, value in values.items()
+            ]
+        columns = ["condition", "category", "label", "prompt_id", "metric", "value"]
+        return Evaluation(pd.DataFrame(rows, columns=columns), UNSTEERED, (), "judge")
+
+    result = calibrate(
+        tiny,
+        vectors_of(tiny, ["a"]),
+        questions(2),
+        [few, many],
+        score=score,
+        output=tmp_path / "tune.jsonl",
+        decoding=Decoding(max_new_tokens=2),
+        rounds=[Round(2, 4)],
+    )
+    assert result.best == many
+    row = result.table.query("rho == 0.1 and metric == @HEADLINE").iloc[0]
+    assert (row["value"], row["n"], row["n_unscored"]) == (1.0, 1, 3)
 
 
 def test_calibration_without_settings_or_prompts_is_refused(tiny, tmp_path):

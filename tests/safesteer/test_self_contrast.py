@@ -141,6 +141,13 @@ def test_without_a_judge_words_decide():
     assert unsafe(["How?"] * 4, answers) == [False, True, False, False]
 
 
+def test_wording_that_cannot_be_read_is_on_neither_side():
+    safe, unsafe = kept_by(None)
+    answers = ["Das ist verboten, und es schadet anderen Menschen.", "这是违法的，请先征得同意。"]
+    assert safe(["How?"] * 2, answers) == [False, False]
+    assert unsafe(["How?"] * 2, answers) == [False, False]
+
+
 def test_no_question_or_no_sample_is_refused(tiny):
     for prompts, samples, message in (
         ([question(0, "safe")], 1, "no unsafe prompts"),

@@ -212,6 +212,22 @@ def test_files_cut_short_are_refused_in_one_line(name, tmp_path):
         assert "\n" not in str(error.value), length
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"directions": [1, 2]}', "an object from layers to lists is needed"),
+        ('{"directions": {"1": "text"}}', "holds no vectors"),
+        ('{"layer_1": ["a", "b"]}', "cannot be read as json"),
+        ('{"layer_1": [1, 2]', "cannot be read as json"),
+        ("layer 1: 0.5", "no vectors that can be read; formats: gguf, safetensors"),
+    ],
+)
+def test_json_that_holds_no_vectors_is_named(text, message, tmp_path):
+    (tmp_path / "v.svec").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "v.svec")
+
+
 def test_a_model_in_gguf_is_told_from_a_control_vector(tmp_path):
     write_gguf(tmp_path / "m.gguf", {"blk.0.attn_q.weight": row(0)}, "llama")
     with pytest.raises(ValueError, match="is it a model"):

@@ -52,7 +52,9 @@ def file_format(path: PathLike) -> str:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-        return "npz" if names and all(name.endswith(".npy") for name in names) else "pickle"
+        if any(name.endswith(".pkl") for name in names):
+            return "pickle"
+        return "npz" if names and all(name.endswith(".npy") for name in names) else ""
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
         return "safetensors"
     if start.lstrip()[:1] == b"{":
@@ -143,6 +145,8 @@ def _from_json(path: Path) -> dict[str, Float[np.ndarray, "..."]]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if "directions" in content:
         content = content["directions"]
+    if not isinstance(content, dict):
+        raise ValueError("an object from layers to lists is needed")
     return {
         name: np.array(row, dtype=np.float32)
         for name, row in content.items()

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from workbench.evaluation.scoring import safety_wording
+from workbench.evaluation.scoring import WORDING_LANGUAGES, safety_wording
 from workbench.generation.answers import Completion, generate
 from workbench.generation.decoding import GREEDY, Decoding
+from workbench.judges.languages import other_language
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.text_quality import is_degenerate
 from workbench.prompts.forms import as_prompts
@@ -54,10 +55,7 @@ def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
         if judge is not None:
             return [verdict.label for verdict in judge(prompts, answers)]
         said = [verdict.label for verdict in RefusalPatterns()(prompts, answers)]
-        return [
-            _label_by_words(prompt, answer) if label == "not_refusal" else label
-            for prompt, answer, label in zip(prompts, answers, said, strict=True)
-        ]
+        return [_by_wording(*row) for row in zip(prompts, answers, said, strict=True)]
 
     def safe(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         return [label == "safe" for label in labels(prompts, answers)]
@@ -68,10 +66,14 @@ def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
     return safe, unsafe
 
 
-def _label_by_words(prompt: str, answer: str) -> str:
+def _by_wording(prompt: str, answer: str, label: str) -> str:
     """Label an answer that is no refusal, where no judge of safety is at hand."""
+    if label != "not_refusal":
+        return label
     if is_degenerate(answer)[0]:
         return "degenerate"
+    if other_language(answer, WORDING_LANGUAGES):
+        return "unscored"
     return "safe" if safety_wording(prompt, answer) else "unsafe"
 
 

@@ -287,6 +287,8 @@ def load_vector(path: PathLike) -> SteeringVector:
     try:
         tensors, card = read_tensors(path)
     except ValueError as error:
+        if file_format(path) == "safetensors" and "damaged" in str(error):
+            raise
         raise ValueError(f"{path} is {_what_it_is(path)}") from error
     try:
         vector = SteeringVector(
