@@ -64,8 +64,8 @@ _SIZES: dict[str, Any] = {
     "lru_width": 32,
     "word_embed_proj_dim": 32,
     "index_head_dim": 8,
-    "index_n_heads": 2,
-    "index_topk": 4,
+    "index_n_heads": 16,
+    "index_topk": 16,
     "n_groups": 1,
     "rotary_dim": 4,
     "tie_word_embeddings": False,
@@ -92,6 +92,11 @@ _OF_CONFIG: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": _MIXED},
     "Mamba2Config": {"num_heads": 8},
     "ModernBertDecoderConfig": {"bos_token_id": 0},
+    "Zamba2Config": {
+        "layer_types": ["mamba", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "n_mamba_heads": 8,
+    },
 }
 """What single configurations need beside the sizes."""
 
@@ -111,12 +116,14 @@ def tiny_architecture(name: str, *, seed: int = 0) -> tuple[Any, Any]:
     """
     import transformers
 
-    kind = getattr(transformers, name, None)
+    # Some are spelt otherwise by the checkpoints (MPT, PhiMoE).
+    spelt = {one.lower(): one for one in dir(transformers)}.get(name.lower(), name)
+    kind = getattr(transformers, spelt, None)
     config_kind = getattr(kind, "config_class", None)
     if config_kind is None:
         raise LookupError("transformers has no such class; its code comes with a checkpoint")
     loaded = transformers.AutoModelForCausalLM._model_mapping.get(config_kind, None)
-    if loaded is None or loaded.__name__ != name:
+    if loaded is None or loaded.__name__ != spelt:
         raise LookupError("transformers loads no causal language model under that name")
     tokenizer = copy.deepcopy(tiny_tokenizer("qwen2"))
     config = _tiny_config(config_kind, tokenizer)
@@ -130,7 +137,7 @@ def tiny_architecture(name: str, *, seed: int = 0) -> tuple[Any, Any]:
             config, dtype=torch.float32, attn_implementation="eager"
         )
     _randomize(model, seed)
-    model.config.architectures = [type(model).__name__]
+    model.config.architectures = [name]
     return model.eval(), tokenizer
 
 

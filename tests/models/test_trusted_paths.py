@@ -11,6 +11,8 @@ import torch
 from helpers.architectures import tiny_architecture
 from helpers.tiny_models import FAMILIES
 
+from workbench.generation.answers import generate
+from workbench.generation.decoding import Decoding
 from workbench.models import _growing_cache, _idle_hooks, forward, shared_layers
 from workbench.models.activations import cache_activations
 from workbench.models.load import hooked, load_model
@@ -18,6 +20,7 @@ from workbench.models.packing import is_packed, pack_linears
 from workbench.models.sites import Site
 from workbench.models.trusted_paths import ROUTES, trusts, untrusted_paths
 from workbench.prompts.prompt import Prompt
+from workbench.steering.interventions import Intervention
 
 PROMPT = [Prompt("p", "explain a garden for beginners", None, "fraud", "unsafe", "t")]
 
@@ -179,3 +182,63 @@ def test_attention_that_takes_no_boolean_mask_is_not_fused(name: str) -> None:
     model = hooked(hf_model, tokenizer, name)
     assert not trusts(model, "fused")
     assert trusts(model, "bypass")
+
+
+def test_sparse_attention_beyond_the_length_of_the_check_is_not_fused() -> None:
+    hf_model, tokenizer = tiny_architecture("GlmMoeDsaForCausalLM")
+    reason = untrusted_paths(hooked(hf_model, tokenizer, "sparse"))["fused"]
+    assert reason == "attention is sparse beyond 16 tokens, the check is shorter"
+
+
+def test_a_model_whose_tokens_see_what_comes_after_them_is_refused() -> None:
+    hf_model, tokenizer = tiny_architecture("BertLMHeadModel")
+    with pytest.raises(ValueError, match=r"'bert' is not causal: .* from left to right"):
+        cache_activations(hooked(hf_model, tokenizer, "bert"), PROMPT, Site(0, "resid_post"))
+
+
+def test_a_site_without_a_vector_per_token_is_refused() -> None:
+    hf_model, tokenizer = tiny_architecture("OPTForCausalLM")
+    model = hooked(hf_model, tokenizer, "opt")
+    with pytest.raises(ValueError, match="mlp.hook_post holds no vector per prompt and token"):
+        cache_activations(model, PROMPT, Site(0, "mlp_post"))
+    steering = [Intervention(Site(0, "mlp_post"), lambda activation: activation + 1)]
+    with pytest.raises(ValueError, match="mlp.hook_post holds no vector per prompt and token"):
+        generate(model, PROMPT, steering, Decoding(max_new_tokens=1))
+
+
+def test_components_that_compute_something_else_are_not_hooked_inside(
+    family_path, monkeypatch
+) -> None:
+    model = load_model(family_path("llama3"), device="cpu")
+    right = type(model.blocks[1].mlp).forward
+    monkeypatch.setattr(
+        type(model.blocks[1].mlp), "forward", lambda *args, **keys: right(*args, **keys) * 1.1
+    )
+    assert set(untrusted_paths(model)) == {"components"}
+    sites = [Site(1, kind) for kind in ("resid_post", "mlp_post", "z")]
+    assert cache_activations(model, PROMPT, sites)
+    name = "blocks.1.attn.hook_pattern"
+    tokens = torch.tensor([[9, 40, 41]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with (
+        model.hooks(fwd_hooks=[(name, lambda activation, hook: None)]),
+        pytest.raises(ValueError, match=r"cannot be hooked inside .*; read or edit at resid_pre"),
+    ):
+        forward.forward(model, tokens, mask)
+    with pytest.raises(ValueError, match="cannot take the slow ways"), forward.plain(model):
+        forward.forward(model, tokens, mask)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+def test_the_head_is_given_its_columns_in_one_piece(family_model, family: str) -> None:
+    model, seen = family_model(family), []
+    handle = model.original_model.lm_head.original_component.register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0].is_contiguous())
+    )
+    tokens = torch.tensor([[9, 40, 41], [9, 33, 34]])
+    try:
+        with torch.no_grad():
+            forward.last_logits(model, tokens, torch.ones_like(tokens, dtype=torch.bool), 2)
+    finally:
+        handle.remove()
+    assert seen == [True]
