@@ -28,7 +28,8 @@ from workbench.generation.likelihood import answer_kl, answer_log_probs, steered
 from workbench.models.activations import class_moments
 from workbench.models.batches import pad
 from workbench.models.forward import last_logits, plain
-from workbench.models.load import _converted_folder, _embedded_file, load_model, model_info
+from workbench.models.load import load_model, model_info
+from workbench.models.packaged import EMBEDDED, packaged_folder
 from workbench.models.sites import KINDS, Site, sites_of_kind
 from workbench.models.tokens import encode, pad_id
 from workbench.neurons.attribution import writing_sites
@@ -513,7 +514,7 @@ def test_a_whole_run_finishes_and_agrees_with_the_bridges(
 
 @pytest.mark.slow
 def test_vectors_of_the_real_model_agree_to_1e_4(real_model: Any) -> None:
-    model = hooked_transformer(_converted_folder(_embedded_file()))
+    model = hooked_transformer(packaged_folder(EMBEDDED))
     prompts = [p for p in load_prompts() if p.category in ("fraud", "malware", "harmless")][::12]
     sites = [Site(layer, "resid_post") for layer in (0, 10, 15, 28)]
     acts, expected = (wb.cache_activations(m, prompts, sites) for m in (model, real_model))
