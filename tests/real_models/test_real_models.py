@@ -66,7 +66,9 @@ def test_it_knows_the_capital_of_france(name: str) -> None:
     model = model_of(name)
     if has_chat_template(model) and "coder" in name:
         answer = generate(
-            model, [question("What is the capital of France?")], decoding=Decoding(max_new_tokens=24)
+            model,
+            [question("What is the capital of France?")],
+            decoding=Decoding(max_new_tokens=24),
         )[0]
         assert "Paris" in answer.text
         assert answer.finish == "eos"

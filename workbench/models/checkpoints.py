@@ -33,9 +33,7 @@ QUANTIZE = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True}}
 _ALLOWED = "give a hub name, a local folder, a .gguf file, or nothing for the embedded model"
 
 
-_NEEDED = (
-    "a causal language model with safetensors weights, config.json and a tokenizer is needed"
-)
+_NEEDED = "a causal language model with safetensors weights, config.json and a tokenizer is needed"
 
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -261,7 +259,9 @@ def read_checkpoint(
             f"cannot load {shown!r}: {len(missing)} weights are missing ({missing[0]} ...); its "
             "config.json belongs to another model."
         )
-    if (packed := quantization(hf_model.config)) and getattr(hf_model, "hf_quantizer", None) is None:
+    if (packed := quantization(hf_model.config)) and getattr(
+        hf_model, "hf_quantizer", None
+    ) is None:
         raise ValueError(
             f"cannot load {shown!r} (its config.json says that weights are packed by {packed}, "
             "which this transformers does not read); give the unquantised checkpoint."

@@ -93,9 +93,9 @@ def _scales(source: Any) -> list[tuple[str, Tensor]]:
     """List what a quantised model keeps beside its parameters, such as scales and packed words."""
     if quantization(getattr(source, "config", None)) is None:
         return []
-    parameters = dict(source.named_parameters(remove_duplicate=False))
-    return sorted(
+    parameters = {name for name, _ in source.named_parameters(remove_duplicate=False)}
+    return [
         (name.replace("._original_component", ""), value)
-        for name, value in source.state_dict().items()
+        for name, value in sorted(source.state_dict().items(), key=lambda item: item[0])
         if name not in parameters and isinstance(value, torch.Tensor)
-    )
+    ]

@@ -120,7 +120,12 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
         return Packing(False, nan, "too small a model to matter")
     one_per_shape = {tuple(layer.weight.shape): layer for layer in linears}
     try:
-        products = {rows: [_products(x, rows) for x in one_per_shape.values()] for rows in ROWS}
+        # One packed copy for each shape: those of the measurement serve afterwards too.
+        copies = {id(layer): _packed(layer.weight) for layer in one_per_shape.values()}
+        products = {
+            rows: [_products(layer, copies[id(layer)], rows) for layer in one_per_shape.values()]
+            for rows in ROWS
+        }
         same_numbers = all(
             _close(plain(), packed()) for layers in products.values() for plain, packed in layers
         )
@@ -132,7 +137,10 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     if choice == "auto" and gain < LEAST_GAIN:
         return Packing(False, gain, "no faster here")
     for linear in linears:
-        linear.__dict__["forward"] = _packed_forward(linear)
+        packed = copies.pop(id(linear), None)
+        linear.__dict__["forward"] = _packed_forward(
+            linear, _packed(linear.weight) if packed is None else packed
+        )
     return Packing(True, gain, "faster here" if gain >= LEAST_GAIN else "asked for", len(linears))
 
 
@@ -168,10 +176,10 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _packed_forward(linear: nn.Linear, packed: Tensor) -> Callable[[Tensor], Tensor]:
     """Make the packed product of a layer, which goes back to the plain one where it must."""
     packed_weight, bias = linear.weight, linear.bias
-    packed, state = _packed(packed_weight), (packed_weight.data_ptr(), packed_weight._version)
+    state = (packed_weight.data_ptr(), packed_weight._version)
 
     def forward(x: Tensor) -> Tensor:
         weight = linear.weight
@@ -191,11 +199,10 @@ def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _products(linear: nn.Linear, rows: int) -> _Products:
+def _products(linear: nn.Linear, packed: Tensor, rows: int) -> _Products:
     """Make the plain and the packed product of a layer with one fixed input."""
     x = torch.randn(rows, linear.in_features, generator=torch.Generator().manual_seed(0))
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    packed = _packed(weight)
     return lambda: torch.nn.functional.linear(x, weight, bias), lambda: _product(x, packed, bias)
 
 

@@ -340,8 +340,7 @@ class _Run:
             return hook
 
         readers = [
-            (v.site.hook_name, reader(i, v.direction.double()))
-            for i, v in enumerate(vectors)
+            (v.site.hook_name, reader(i, v.direction.double())) for i, v in enumerate(vectors)
         ]
         spans = {vector.span for vector in vectors}
         # What comes after the last token that is read cannot change it.
