@@ -65,10 +65,9 @@ def recalibrate(
         ValueError: If the folder holds no run with vectors or one of another model, a construction
             is unknown, the budget is too small, or another process calibrates it.
     """
-    changed: dict[str, Any] = {} if rhos is None else {"rhos": tuple(rhos)}
-    if tune_prompts is not None:
-        changed["tune_prompts"] = tune_prompts
     run = read_run(folder)
+    given = {"rhos": None if rhos is None else tuple(rhos), "tune_prompts": tune_prompts}
+    changed: Any = {name: value for name, value in given.items() if value is not None}
     config = replace(config_from(run.notes["config"]), **changed)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
@@ -81,19 +80,16 @@ def recalibrate(
     settings = grid(names, places, config.rhos, signs=signs_of(names), extents=extents)
     rounds = plan_rounds(len(settings), len(questions), budget=budget)
     out = Path(folder) / CALIBRATION
+    how: dict[str, Any] = {
+        "score": job.score,
+        "output": out / "tune.jsonl",
+        "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
+        "limits": limits_of(config),
+        "rounds": rounds,
+        **job.how,
+    }
     with locked_folder(out):
-        tuned = calibrate(
-            job.model,
-            vectors,
-            questions,
-            settings,
-            score=job.score,
-            output=out / "tune.jsonl",
-            neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
-            limits=limits_of(config),
-            rounds=rounds,
-            **job.how,
-        )
+        tuned = calibrate(job.model, vectors, questions, settings, **how)
         write_table(out / "tuning.csv", tuned.table)
         chosen = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
         write_json(out / "chosen.json", chosen)
