@@ -62,8 +62,8 @@ def recalibrate(
         model: A loaded model, instead of loading the run's.
 
     Raises:
-        ValueError: If the folder holds no run with vectors or one of another model, a construction
-            is unknown, the budget is too small, or another process calibrates it.
+        ValueError: If the folder holds no run with vectors of this model, a construction is
+            unknown, the budget is too small, or another process calibrates it.
     """
     run = read_run(folder)
     given = {"rhos": None if rhos is None else tuple(rhos), "tune_prompts": tune_prompts}
@@ -78,14 +78,13 @@ def recalibrate(
     extents = list(itertools.product(positions, until))
     places = placements(job.model, {site for _, site in vectors})
     settings = grid(names, places, config.rhos, signs=signs_of(names), extents=extents)
-    rounds = plan_rounds(len(settings), len(questions), budget=budget)
     out = Path(folder) / CALIBRATION
     how: dict[str, Any] = {
         "score": job.score,
         "output": out / "tune.jsonl",
         "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
         "limits": limits_of(config),
-        "rounds": rounds,
+        "rounds": plan_rounds(len(settings), len(questions), budget=budget),
         **job.how,
     }
     with locked_folder(out):
