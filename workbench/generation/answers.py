@@ -125,31 +125,27 @@ def sweep(
 ) -> list[Completion]:
     """Answer prompts under several conditions, as rows of common batches.
 
-    The template prefix is computed once per condition, rows that have ended are dropped, and
-    every condition draws the same random numbers for a prompt, so that comparisons are paired.
+    The template prefix is computed once per condition, rows that have ended are dropped, and all
+    conditions draw the same random numbers for a prompt, so that comparisons are paired.
 
     Args:
         model: A hooked model.
         prompts: What to answer, in any form that ``as_prompts`` reads: a text, messages, ...
-        conditions: Name to interventions: a list for every prompt, or a mapping from category
-            (or prompt id) to such a list.
+        conditions: Name to interventions, for every prompt or by category (or prompt id).
         decoding: Length, sampling, stops, batch size, system prompt and template keywords.
-        output: A jsonl file that keeps every answer as soon as it is there. A second call with
-            the same model, prompts, conditions and settings goes on from it, whatever else is
-            in the file.
+        output: A jsonl file that keeps every answer as soon as it is there. A second call with the
+            same model, prompts, conditions and settings goes on from it, whatever else it holds.
         progress: Show a progress bar.
         transfer: Allow vectors of another model of the same architecture.
-        continue_response: Take each prompt's ``response`` as the words the answer has begun
-            with; the completion is what follows them.
+        continue_response: Take each prompt's ``response`` as the answer's beginning; the
+            completion is what follows it.
 
     Returns:
         Completions, condition by condition, prompts in order, sample by sample.
 
     Raises:
-        ValueError: If there is nothing to answer, an intervention does not fit the model, or it
-            reaches no position of answers of this length.
-        RuntimeError: If a condition changed nothing, as all its answers ended at once. (A gate
-            that stays closed is no error.)
+        ValueError: If there is nothing to answer, or an intervention does not fit.
+        RuntimeError: If interventions reached no position (a closed gate is no error).
     """
     prompts = _checked_prompts(prompts, conditions)
     encoded = encode(

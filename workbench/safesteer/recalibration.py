@@ -61,13 +61,12 @@ def recalibrate(
         model: A loaded model, instead of loading the run's.
 
     Raises:
-        ValueError: If the folder holds no run with vectors or one of another model, a construction
-            is unknown, the budget is too small, or another process calibrates it.
+        ValueError: If the folder holds no run with vectors of this model, a construction is
+            unknown, the budget is too small, or another process calibrates it.
     """
-    changed: dict[str, Any] = {} if rhos is None else {"rhos": tuple(rhos)}
-    if tune_prompts is not None:
-        changed["tune_prompts"] = tune_prompts
     run = read_run(folder)
+    given = {"rhos": None if rhos is None else tuple(rhos), "tune_prompts": tune_prompts}
+    changed: Any = {name: value for name, value in given.items() if value is not None}
     config = replace(config_from(run.notes["config"]), **changed)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
@@ -78,21 +77,17 @@ def recalibrate(
     extents = list(itertools.product(positions, until))
     places = placements(job.model, {site for _, site in vectors})
     settings = grid(names, places, config.rhos, signs=signs_of(names), extents=extents)
-    rounds = plan_rounds(len(settings), len(questions), budget=budget)
     out = local_path(folder) / CALIBRATION
+    how: dict[str, Any] = {
+        "score": job.score,
+        "output": out / "tune.jsonl",
+        "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
+        "limits": limits_of(config),
+        "rounds": plan_rounds(len(settings), len(questions), budget=budget),
+        **job.how,
+    }
     with locked_folder(out):
-        tuned = calibrate(
-            job.model,
-            vectors,
-            questions,
-            settings,
-            score=job.score,
-            output=out / "tune.jsonl",
-            neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
-            limits=limits_of(config),
-            rounds=rounds,
-            **job.how,
-        )
+        tuned = calibrate(job.model, vectors, questions, settings, **how)
         write_table(out / "tuning.csv", tuned.table)
         chosen = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
         write_json(out / "chosen.json", chosen)
