@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import weakref
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,8 @@ from workbench.models.hooked_model import HookedModel, hugging_face_model
 from workbench.models.packing import Choice, pack_linears
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -144,12 +147,33 @@ def hooked(
         tokenizer.pad_token = tokenizer.eos_token
     # The weights and the tokenizer are already here; the name is spelt so that it is none of
     # TransformerLens's old aliases.
-    model = TransformerBridge.boot_transformers(
-        f"./{name}", hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=hf_model.dtype
-    )
+    with _nothing_installed():
+        model = TransformerBridge.boot_transformers(
+            f"./{name}", hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=hf_model.dtype
+        )
     model.cfg.model_name = name
     pack_linears(hf_model, packing)
     return model
+
+
+@contextmanager
+def _nothing_installed() -> Iterator[None]:
+    """Keep TransformerLens from installing packages inside the block.
+
+    For a model that also sees (Gemma 3, Llava) it would run ``pip install torchvision`` where that
+    is missing, which can put another torch in the place of the user's. Text needs none of it.
+    """
+    try:
+        from transformer_lens.model_bridge.sources.transformers import helpers
+    except ImportError:  # another TransformerLens, which does not install
+        yield
+        return
+    before = helpers._ensure_torchvision
+    helpers._ensure_torchvision = lambda: importlib.util.find_spec("torchvision") is not None
+    try:
+        yield
+    finally:
+        helpers._ensure_torchvision = before
 
 
 def model_info(model: HookedModel) -> ModelInfo:
