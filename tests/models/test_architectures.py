@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -16,7 +19,9 @@ from helpers.architectures import (
     tiny_architecture,
 )
 
-from workbench.models.load import hooked
+from transformer_lens.model_bridge.sources.transformers import helpers
+
+from workbench.models.load import _nothing_installed, hooked
 
 ATTENTION = ["FalconForCausalLM", "BloomForCausalLM", "OPTForCausalLM", "GPTNeoForCausalLM"]
 EXPERTS = ["MixtralForCausalLM", "GptOssForCausalLM", "GlmMoeDsaForCausalLM"]
@@ -57,3 +62,16 @@ def test_steering_acts_as_a_hook_on_hugging_faces_block(name: str) -> None:
 
 def test_every_architecture_tried_here_is_listed_by_transformerlens() -> None:
     assert {*ATTENTION, *EXPERTS, *STATES} <= set(listed_architectures())
+
+
+def test_loading_a_model_that_also_sees_installs_nothing(monkeypatch) -> None:
+    def install(*_: Any, **__: Any) -> None:
+        raise AssertionError("pip was run")
+
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    monkeypatch.setattr(subprocess, "check_call", install)
+    before = helpers._ensure_torchvision
+    with _nothing_installed():
+        assert helpers._ensure_torchvision() is False
+    assert helpers._ensure_torchvision is before

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.generation.answers import Completion
-    from workbench.models.batches import Batch
+    from workbench.models.batches import Batch, SharedPrefix
     from workbench.models.hooked_model import HookedModel
     from workbench.models.templates import Keywords
     from workbench.steering.interventions import Intervention
@@ -97,32 +97,43 @@ def answer_log_probs(
                 side="left",
                 device=device,
             )
-            mask = torch.cat([batch.mask.new_ones(len(places), prefix.length), batch.mask], dim=1)
             longest = max(len(completions[i].tokens) for i in places)
-            logits_of = _some_or_all_logits(
-                model, batch.tokens, mask, longest, prefix.for_rows(len(places))
+            log_probs = _last_log_probs(
+                model, batch, prefix, longest, [completions[i] for i in places]
             )
-            targets, parts = batch.tokens[:, -longest:, None], []
-            for columns in _columns_at_a_time(model, len(places), longest):
-                logits = logits_of(columns).float()
-                chosen = logits.gather(2, targets[:, columns])[..., 0]
-                parts.append(chosen - logits.logsumexp(dim=-1))
-            log_probs = torch.cat(parts, dim=1)
-            is_answer = torch.arange(longest, device=device) >= torch.tensor(
-                [[longest - len(completions[i].tokens)] for i in places], device=device
-            )
-            check_finite(
-                model,
-                log_probs.masked_fill(~is_answer, 0.0),
-                [completions[i].prompt.id for i in places],
-                batch.tokens,
-                mask,
-                cache=partial(prefix.for_rows, len(places)),
-            )
-            log_probs = log_probs.cpu()
             for row, i in enumerate(places):
                 scored[i] = log_probs[row, longest - len(completions[i].tokens) :].clone()
     return scored
+
+
+def _last_log_probs(
+    model: HookedModel,
+    batch: Batch,
+    prefix: SharedPrefix,
+    n: int,
+    completions: Sequence[Completion],
+) -> Float[Tensor, "row n"]:
+    """Return the log-probabilities of a batch's last tokens, on the CPU."""
+    n_rows, tokens = len(completions), batch.tokens
+    mask = torch.cat([batch.mask.new_ones(n_rows, prefix.length), batch.mask], dim=1)
+    logits_of = _some_or_all_logits(model, tokens, mask, n, prefix.for_rows(n_rows))
+    targets, parts = tokens[:, -n:, None], []
+    for columns in _columns_at_a_time(model, n_rows, n):
+        logits = logits_of(columns).float()
+        chosen = logits.gather(2, targets[:, columns])[..., 0]
+        parts.append(chosen - logits.logsumexp(dim=-1))
+    log_probs = torch.cat(parts, dim=1)
+    starts = torch.tensor([[n - len(one.tokens)] for one in completions], device=tokens.device)
+    is_before = torch.arange(n, device=tokens.device) < starts
+    check_finite(
+        model,
+        log_probs.masked_fill(is_before, 0.0),
+        [one.prompt.id for one in completions],
+        tokens,
+        mask,
+        cache=partial(prefix.for_rows, n_rows),
+    )
+    return log_probs.cpu()
 
 
 def _columns_at_a_time(model: HookedModel, n_rows: int, n_columns: int) -> Iterator[slice]:

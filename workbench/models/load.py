@@ -6,7 +6,9 @@ stays fast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +36,8 @@ from workbench.models.packaged import EMBEDDED
 from workbench.models.packing import Choice, pack_linears
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -167,9 +171,14 @@ def hooked(
     # The weights and the tokenizer are already here; the name is spelt so that it is none of
     # TransformerLens's old aliases. Where layers are spread, it finds the devices itself.
     try:
-        model = TransformerBridge.boot_transformers(
-            f"./{name}", hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=hf_model.dtype
-        )
+        with _nothing_installed():
+            model = TransformerBridge.boot_transformers(
+                f"./{name}",
+                hf_model=hf_model,
+                tokenizer=tokenizer,
+                device=device,
+                dtype=hf_model.dtype,
+            )
     except Exception as error:  # an adapter that does not fit raises whatever it comes upon
         kind = type(hf_model).__name__
         raise ValueError(
@@ -210,6 +219,26 @@ def _is_placed(hf_model: PreTrainedModel) -> bool:
     return quantization(hf_model.config) is not None or bool(
         getattr(hf_model, "hf_device_map", None)
     )
+
+
+@contextmanager
+def _nothing_installed() -> Iterator[None]:
+    """Keep TransformerLens from installing packages inside the block.
+
+    For a model that also sees (Gemma 3, Llava) it would run ``pip install torchvision`` where that
+    is missing, which can put another torch in the place of the user's. Text needs none of it.
+    """
+    try:
+        from transformer_lens.model_bridge.sources.transformers import helpers
+    except ImportError:  # another TransformerLens, which does not install
+        yield
+        return
+    before = helpers._ensure_torchvision
+    helpers._ensure_torchvision = lambda: importlib.util.find_spec("torchvision") is not None
+    try:
+        yield
+    finally:
+        helpers._ensure_torchvision = before
 
 
 def model_info(model: HookedModel) -> ModelInfo:
