@@ -60,7 +60,7 @@ def test_choices_and_answers_are_read_as_they_are_meant(tmp_path, row, choices, 
 )
 def test_an_answer_that_is_not_clear_is_refused_with_its_place(tmp_path, row, message):
     fine = {"question": "Fine?", "A": "x", "B": "y", "answer": "A"}
-    with pytest.raises(ValueError, match=r"q\.jsonl, line 2: ") as caught:
+    with pytest.raises(ValueError, match=r"q\.jsonl, row 2: ") as caught:
         read(tmp_path, [fine, {"question": "Which?", **row}])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -63,7 +63,8 @@ def read_questions(
     name = "question"
     if isinstance(given, str | os.PathLike):
         name = Path(given).name.split(".")[0]
-        rows = _headerless_rows(given) or read_numbered_rows(given)
+        found = _headerless_rows(given) or [row for _, row in read_numbered_rows(given)]
+        rows = [(f"{given}, row {i}", row) for i, row in enumerate(found, start=1)]
     else:
         items = list(given.to_dict("records") if hasattr(given, "to_dict") else given)
         if items and all(isinstance(item, Question) for item in items):
@@ -74,19 +75,20 @@ def read_questions(
     return [_question(row, place, f"{name}-{i}") for i, (place, row) in enumerate(rows, start=1)]
 
 
-def _headerless_rows(path: PathLike) -> list[tuple[str, dict[str, Any]]]:
+def _headerless_rows(path: PathLike) -> list[dict[str, Any]]:
     """Read a file whose first line is a question already; nothing where it is a header."""
     lines = read_cells(path) if is_csv(path) else []
     if not lines or not _is_lettered(lines[0]) or "question" in (c.lower() for c in lines[0]):
         return []
     rows = []
     for number, cells in enumerate(lines, start=1):
-        place = f"{path}, row {number}"
         if not _is_lettered(cells):
-            raise ValueError(f"{place}: a question, choices and a letter are needed, got {cells}.")
+            raise ValueError(
+                f"{path}, row {number}: a question, choices and a letter are needed, got {cells}."
+            )
         question, *choices, answer = cells
         lettered = dict(zip(LETTERS, choices, strict=False))
-        rows.append((place, {"question": question, **lettered, "answer": answer}))
+        rows.append({"question": question, **lettered, "answer": answer})
     return rows
 
 
