@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(not hooked_transformers.exists(), reason=hooked_transformers.REASON)
+if not hooked_transformers.exists():
+    pytest.skip(hooked_transformers.REASON, allow_module_level=True)
 
 FIT, HELD_OUT = planted_prompts(5), planted_prompts(4, start=20)
 END, STEERED = Site(3, "resid_post"), Site(1, "resid_post")
