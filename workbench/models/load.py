@@ -177,6 +177,8 @@ def hooked(
             "an architecture that it supports."
         ) from error
     model.cfg.model_name = name
+    if quantization(hf_model.config) is not None:
+        fingerprint(model)  # before a pass lays out the packed weights anew
     if not is_placed:
         pack_linears(hf_model, packing)
     elif str(model.cfg.device) == "meta":  # of weights that wait on disk
