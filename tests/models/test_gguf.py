@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,55 @@ def test_the_embedded_model_is_the_chat_model_it_says_it_is(real_model) -> None:
     with torch.no_grad():
         best = int(real_model(ids)[0, -1].argmax())
     assert real_model.tokenizer.decode([best]) == " Paris"
+
+
+@pytest.fixture
+def cut_model(tiny_gguf, tmp_path: Path, monkeypatch) -> Path:
+    """A packaged model "tiny-cut" whose file lies in two packages that cannot be imported."""
+    whole = tiny_gguf.read_bytes()
+    for number, part in enumerate((whole[:1000], whole[1000:]), start=1):
+        folder = tmp_path / "site" / f"tiny_cut_part{number}"
+        (folder / "data").mkdir(parents=True)
+        (folder / "__init__.py").write_text("raise RuntimeError('it was imported')")
+        (folder / "data" / f"part0{number}.bin").write_bytes(part)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    checksum = hashlib.sha256(whole).hexdigest()
+    cut = packaged._cut("Tiny", "tiny-cut-part{}", 2, "1.0", checksum, "org/tiny")
+    monkeypatch.setitem(packaged.PACKAGED, "tiny-cut", cut)
+    return tmp_path / "site"
+
+
+def test_a_model_that_was_cut_into_packages_is_joined_and_converted_once(
+    cut_model, cache_folder, family_model, monkeypatch
+) -> None:
+    model = load_model("tiny-cut", device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), family_model("llama2")(IDS), rtol=0, atol=1e-4)
+    assert model_info(model).name == "Tiny (Q4_K_M, dequantised)"
+    assert [path.name[:8] for path in cache_folder.iterdir()] == ["tiny-cut"]
+    monkeypatch.setattr(packaged, "convert", None)  # a second time fails
+    assert model_info(load_model("tiny-cut", device="cpu")) == model_info(model)
+
+
+def test_parts_that_do_not_make_the_known_file_are_refused(cut_model, cache_folder) -> None:
+    part = cut_model / "tiny_cut_part2" / "data" / "part02.bin"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    message = refusal("tiny-cut")
+    assert message.startswith("the parts of 'tiny-cut' do not make the file that they should")
+    assert list(cache_folder.iterdir()) == []
+
+
+def test_a_part_that_is_missing_is_named_with_what_helps(cut_model) -> None:
+    shutil.rmtree(cut_model / "tiny_cut_part2")
+    assert refusal("tiny-cut") == (
+        "no model 'Tiny (Q4_K_M, dequantised)': the package tiny_cut_part2 is not installed; run "
+        "'make models', or load 'org/tiny' where a hub can be reached."
+    )
+
+
+def test_a_folder_of_the_name_of_a_packaged_model_comes_first(
+    cut_model, tiny_path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_path, tmp_path / "tiny-cut")
+    assert model_info(load_model("tiny-cut", device="cpu")).name == "tiny-cut"

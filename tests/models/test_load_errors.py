@@ -144,11 +144,13 @@ def test_damage_beside_the_weights_is_one_line_or_none(
 ) -> None:
     folder = shutil.copytree(tiny_path, tmp_path / "odd")
     (folder / file).write_text(content)
+    problem = ""
     try:
         load_model(folder, device="cpu")
     except ValueError as error:
-        assert str(error).startswith("cannot load 'odd'")
-        assert "\n" not in str(error)
+        problem = str(error)
+    assert problem == "" or problem.startswith("cannot load 'odd'")
+    assert "\n" not in problem
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 100, -1000, -1])

@@ -17,7 +17,7 @@ import torch
 from workbench.files.hints import did_you_mean, one_line
 from workbench.models.gguf import converted_folder
 from workbench.models.hooked_model import quantization
-from workbench.models.packaged import PACKAGED, packaged_folder
+from workbench.models.packaged import EMBEDDED, PACKAGED, packaged_folder
 from workbench.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None) -> tuple[str
         raise ValueError(f"no model {str(name_or_path)!r}; {_ALLOWED}.")
     path = _expanded(name_or_path)
     is_gguf, is_folder = path.suffix.lower() == ".gguf", path.is_dir()
-    packaged = None if is_gguf or is_folder else PACKAGED.get(str(name_or_path))
+    packaged = PACKAGED.get(str(name_or_path))
+    if is_folder and name_or_path != EMBEDDED:  # a folder of the same name is what was meant
+        packaged = None
     if revision is not None and (packaged or is_gguf or is_folder):
         raise ValueError(
             f"revision {revision!r} of a model that is not on the hub ({str(name_or_path)!r}); "

@@ -51,7 +51,10 @@ def _fingerprint(model: HookedModel) -> str:
         if not (path == "lm_head.bias" and tensor.device.type != "meta" and not bool(tensor.any()))
     )
     template = str(getattr(model.tokenizer, "chat_template", None))
-    state = (tuple((tensor.data_ptr(), tensor._version) for *_, tensor in weights), template)
+    # Packed weights are laid out anew at the first pass on some processors, not quite exactly: of
+    # these the hash is that of the time of loading.
+    places = (t.data_ptr() if t.is_floating_point() else id(t) for *_, t in weights)
+    state = (tuple(places), tuple(tensor._version for *_, tensor in weights), template)
     known = _KNOWN.get(model)
     if known is not None and known[0] == state:
         return known[1]

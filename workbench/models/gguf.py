@@ -108,7 +108,8 @@ def _read_once() -> Iterator[None]:
     """
     import gguf
 
-    reader_class, readers = gguf.GGUFReader, {}
+    library: Any = gguf
+    reader_class, readers = library.GGUFReader, {}
 
     def shared(path: str, *mode: Any) -> Any:
         key = (os.path.realpath(path), *mode)
@@ -116,11 +117,11 @@ def _read_once() -> Iterator[None]:
             readers[key] = reader_class(path, *mode)
         return readers[key]
 
-    gguf.GGUFReader = shared
+    library.GGUFReader = shared
     try:
         yield
     finally:
-        gguf.GGUFReader = reader_class
+        library.GGUFReader = reader_class
 
 
 def _as_transformers_reads(gguf_file: Path) -> dict[str, Any]:
@@ -222,9 +223,10 @@ def _convert_at_once(gguf_file: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):  # where packed weights could be kept as they are
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with redirect_stderr(StringIO()):  # its progress bar cannot be switched off
-        hf_model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, output_loading_info=True
         )
+    hf_model, loading = loaded
     if loading["missing_keys"]:  # they would be random numbers
         missing = sorted(loading["missing_keys"])
         raise ValueError(f"{len(missing)} weights are missing ({missing[0]} ...)")

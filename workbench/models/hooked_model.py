@@ -96,8 +96,8 @@ def input_device(model: HookedModel) -> torch.device:
         return torch.device(weight.device)
     # Weights that wait on disk are brought to the device on which their module runs.
     hooks = (getattr(part, "_hf_hook", None) for part in (embedding or model).modules())
-    places = [hook.execution_device for hook in hooks if hasattr(hook, "execution_device")]
-    return torch.device(places[0] if places and places[0] is not None else "cpu")
+    places = [getattr(hook, "execution_device", None) for hook in hooks]
+    return torch.device(next((place for place in places if place is not None), "cpu"))
 
 
 def quantization(config: Any) -> str | None:

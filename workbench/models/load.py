@@ -187,6 +187,8 @@ def hooked(
         ) from error
     model.requires_grad_(False)  # with what TransformerLens has made of some weights
     model.cfg.model_name = name
+    if quantization(hf_model.config) is not None:
+        fingerprint(model)  # before a pass lays out the packed weights anew
     if not is_placed:
         pack_linears(hf_model, packing)
     elif str(model.cfg.device) == "meta":  # of weights that wait on disk
