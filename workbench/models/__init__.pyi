@@ -15,6 +15,7 @@ from .templates import asked_as, asked_by
 from .thoughts import ThoughtReader, answer_of
 from .tokens import (
     Encoded,
+    answer_ids,
     decode,
     encode,
     has_chat_template,
@@ -35,6 +36,7 @@ __all__ = [
     "Packing",
     "Site",
     "ThoughtReader",
+    "answer_ids",
     "answer_of",
     "asked_as",
     "asked_by",
