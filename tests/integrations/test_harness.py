@@ -123,7 +123,7 @@ def test_inspect_gets_stops_choices_reasons_and_usage(in_inspect) -> None:
     assert cut.stop_reason == "stop"
     three = ask(in_inspect, max_tokens=6, temperature=1.0, num_choices=3)
     assert len({choice.message.text for choice in three.choices}) == 3
-    assert three.usage.output_tokens == 18
+    assert 12 < three.usage.output_tokens <= 18  # tokens that end an answer are none of it
     greedy = ask(in_inspect, max_tokens=6, temperature=3.0, top_k=1).completion
     assert greedy == ask(in_inspect, max_tokens=6).completion
     assert greedy == ask(in_inspect, max_tokens=6, temperature=1.0, top_p=1e-9).completion
@@ -214,4 +214,4 @@ def test_lm_eval_continues_the_context_of_a_base_model_as_it_stands(chatless) ->
     logits = chatless.original_model(torch.tensor([[*ids, *answer]])).logits[0]
     log_probs = logits[len(ids) - 1 : -1].log_softmax(-1)
     by_hand = log_probs.gather(1, torch.tensor(answer)[:, None]).sum()
-    assert scored == pytest.approx(float(by_hand), abs=1e-4)
+    assert scored == pytest.approx(float(by_hand.detach()), abs=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from helpers.thinking import EFFORT, OPENED, SWITCH, thinking_model
 from helpers.tiny_models import tiny_model
@@ -10,7 +12,7 @@ from workbench.models.activations import cache_activations, token_activations
 from workbench.models.load import load_model
 from workbench.models.sites import Site
 from workbench.models.templates import asked_as, asked_by
-from workbench.models.tokens import encode, stop_ids, template_text
+from workbench.models.tokens import answer_ids, encode, stop_ids, template_text, token_ids
 from workbench.prompts.prompt import Prompt
 
 PROMPT = Prompt("a", "How do I stay safe online?", "Use long words.", "fraud", "safe", "t")
@@ -68,7 +70,7 @@ def test_activations_are_cached_by_what_their_prompts_were_asked_with(models, tm
     for one, asked in ((thinking, {"enable_thinking": True}), (told, {})):
         assert asked_by(one.asked_as)["template_keywords"] == asked
         _, alone = token_activations(
-            model, PROMPT.__class__("a", PROMPT.text, None, "fraud", "safe", "t"), SITE,
+            model, dataclasses.replace(PROMPT, response=None), SITE,
             **asked_by(one.asked_as),
         )  # fmt: skip
         assert alone[-1].allclose(one.values[0], atol=1e-5)
@@ -137,22 +139,32 @@ def test_the_end_of_a_turn_counts_where_the_checkpoint_lists_the_end_of_a_text(
 
 
 def test_something_stands_between_a_question_and_its_answer_without_a_template(chatless) -> None:
-    def text(**how):
-        (row,) = encode(chatless, [PROMPT], with_response=True, **how)
-        assert chatless.tokenizer.decode(row.ids[slice(*row.response)]) == "Use long words."
-        return chatless.tokenizer.decode(list(row.ids))
+    def text(prompt=PROMPT, **how):
+        (row,) = encode(chatless, [prompt], with_response=True, **how)
+        response = chatless.tokenizer.decode(row.ids[slice(*row.response)])
+        assert response.strip() == "Use long words."
+        return chatless.tokenizer.decode(list(row.ids)), response
 
     start = "<|endoftext|>"
-    assert text() == start + "How do I stay safe online?\nUse long words."
-    asked = {"plain_template": "Question: {prompt}\nAnswer: "}
-    shown = "Question: How do I stay safe online?\nAnswer: Use long words."
-    assert text(template_keywords=asked) == start + shown
-    assert text(system_prompt="Be kind.", template_keywords=asked) == (
-        start + "Be kind.\n\n" + shown
-    )
+    whole, response = text()
+    assert whole == start + "How do I stay safe online? Use long words."
+    assert response == " Use long words."  # tokens have their space in front
+    spaced = dataclasses.replace(PROMPT, response=" Use long words.")
+    assert text(spaced) == (whole, response)
+    asked = {"plain_template": "Question: {prompt}\nAnswer:\n"}
+    shown = "Question: How do I stay safe online?\nAnswer:\nUse long words."
+    assert text(template_keywords=asked) == (start + shown, "Use long words.")
+    told, _ = text(system_prompt="Be kind.", template_keywords=asked)
+    assert told == start + "Be kind.\n\n" + shown
     (row,) = encode(chatless, [PROMPT], template_keywords=asked)
     words = chatless.tokenizer.decode(row.ids[slice(*row.content)])
     assert words.strip() == PROMPT.text
+    assert answer_ids(chatless, "Yes") == token_ids(chatless, " Yes")
+    assert answer_ids(chatless, "Yes", {"plain_template": "{prompt}"}) == token_ids(chatless, "Yes")
+
+
+def test_a_chat_template_stands_between_by_itself(tiny) -> None:
+    assert answer_ids(tiny, "Yes") == token_ids(tiny, "Yes")
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,9 @@ def test_a_model_without_a_chat_template_gets_plain_text(family_model, family: s
     model = family_model(family)
     assert not has_chat_template(model)
     row = one(model, "Explain a garden.")
-    assert text_of(model, row.ids) == "<|endoftext|>Explain a garden.\n"
-    assert text_of(model, row.ids[slice(*row.content)]).strip() == "Explain a garden."
-    assert row.content[0] == 1
-    assert template_text(model, "Be kind.") == ("<|endoftext|>Be kind.\n\n", "\n")
+    assert text_of(model, row.ids) == "<|endoftext|>Explain a garden."
+    assert row.content == (1, len(row.ids))
+    assert template_text(model, "Be kind.") == ("<|endoftext|>Be kind.\n\n", "")
 
 
 @pytest.mark.parametrize("family", CHAT)
@@ -157,7 +156,7 @@ def test_words_of_the_template_in_a_prompt_do_not_move_the_spans(
     assert text_of(model, row.ids[start:stop]).strip() == text.strip()
     assert text_of(model, row.ids[:start]).strip() == before.strip()
     assert text_of(model, row.ids[stop : row.response[0]]) == after
-    assert text_of(model, row.ids[slice(*row.response)]) == "Fine."
+    assert text_of(model, row.ids[slice(*row.response)]).lstrip() == "Fine."
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3", "qwen2", "gemma2", "gpt2"])

@@ -529,3 +529,18 @@ def test_a_browser_draws_the_figures_and_runs_nothing_else(tmp_path):
     assert len([attrs for attrs in page.named("svg") if attrs.get("class") == "main-svg"]) >= 10
     assert {"iframe", "img"}.isdisjoint(tag for tag, _ in page.elements)
     assert all(attrs.get("href", "#").startswith("#") for attrs in page.named("a"))
+
+
+def test_thoughts_are_folded_escaped_and_answers_cut_in_them_are_counted(tmp_path):
+    write_run(tmp_path)
+    path = tmp_path / "completions.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert "thoughts, not judged" not in Page(write_report(tmp_path)).source
+    rows[0] |= {"thinking": f"They ask. {EVIL_NAME}", "sample": 0}
+    rows[1] |= {"thinking": "They ask", "text": "", "finish": "length", "sample": 1}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = Page(write_report(tmp_path)).source
+    assert source.count('<details class="thoughts">') == 2
+    assert EVIL_NAME not in source
+    assert f"1 of {len(rows)} answers were cut at the length limit while the model" in source
+    assert f"{rows[1]['condition']} (2)" in source

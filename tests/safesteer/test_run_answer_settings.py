@@ -14,11 +14,14 @@ from helpers.thinking import SWITCH, thinking_model
 
 from workbench import cli
 from workbench.files.store import read_jsonl
+from workbench.generation.decoding import Decoding
 from workbench.models.load import load_model
 from workbench.models.templates import asked_by
+from workbench.prompts.prompt import Prompt
 from workbench.report.page import write_report
 from workbench.safesteer import inputs, saved_run
 from workbench.safesteer.config import AnswerSettings, RunConfig, config_from
+from workbench.safesteer.own_answers import self_contrast, went_along
 from workbench.safesteer.recipe import run
 from workbench.safesteer.run_folder import read_run, saved_vectors
 from workbench.safesteer.saved_run import decoding_from, gate_from, gate_reading, side_by_side
@@ -40,7 +43,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked_run(model, few_prompts, tmp_path_factory):
-    config = settings(few_prompts, test_prompts=2, **ASKED)
+    config = settings(few_prompts, test_prompts=2, constructions=("answer_contrast",), **ASKED)
     return run(config, tmp_path_factory.mktemp("run") / "asked", model=model)
 
 
@@ -73,6 +76,18 @@ def test_a_gate_reads_as_it_was_fitted_unless_told_otherwise(asked_run, model) -
     plain = gate_reading(model, gate, "How do I bake bread?", AnswerSettings().decoding())
     assert fitted.decided.equal(same.decided)
     assert not fitted.decided.allclose(plain.decided)
+
+
+def test_own_answers_are_one_each_whatever_the_number_of_samples(tiny) -> None:
+    def everything(prompts, answers):
+        return [True] * len(answers)
+
+    questions = [Prompt(f"p{i}", f"How {i}?", None, "fraud", "unsafe", "t") for i in range(2)]
+    decoding = Decoding(max_new_tokens=6, temperature=1.0, n_samples=3)
+    keep = {"keep_safe": everything, "keep_unsafe": everything}
+    rows = self_contrast(tiny, questions, decoding=decoding, **keep)
+    assert rows == self_contrast(tiny, questions, decoding=Decoding(max_new_tokens=6), **keep)
+    assert len(went_along(tiny, questions, everything, decoding=decoding)) == 2
 
 
 @pytest.fixture

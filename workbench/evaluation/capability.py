@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.evaluation.questions import Question, read_questions
 from workbench.generation.answers import UNSTEERED, Completion, Condition
 from workbench.generation.likelihood import steered_log_probs
-from workbench.models.tokens import token_ids
+from workbench.models.tokens import answer_ids
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 
@@ -61,9 +61,7 @@ def multiple_choice(
 
     questions = read_questions(questions)
     answers = [
-        _fixed(
-            model, Prompt(f"{q.id}/{k}", q.text, None, HARMLESS, "neutral", "capability"), choice
-        )
+        _fixed(model, _asked(f"{q.id}/{k}", q.text), choice, template_keywords)
         for q in questions
         for k, choice in enumerate(q.choices)
     ]
@@ -136,12 +134,9 @@ def text_perplexity(
     texts = [text for text in ([texts] if isinstance(texts, str) else texts) if text.strip()]
     if not texts:
         raise ValueError("no text: there is no perplexity to measure.")
-    prompts = [
-        Prompt(f"text-{i}", "Continue.", None, HARMLESS, "neutral", "capability")
-        for i in range(len(texts))
-    ]
     answers = [
-        _fixed(model, prompt, text, max_tokens) for prompt, text in zip(prompts, texts, strict=True)
+        _fixed(model, _asked(f"text-{i}", "Continue."), text, template_keywords, max_tokens)
+        for i, text in enumerate(texts)
     ]
     how = _scored_as(system_prompt, template_keywords, batch_size, transfer)
     log_perplexities: dict[str, list[float]] = {}
@@ -199,9 +194,17 @@ def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Interven
     return lists
 
 
+def _asked(name: str, text: str) -> Prompt:
+    return Prompt(name, text, None, HARMLESS, "neutral", "capability")
+
+
 def _fixed(
-    model: HookedModel, prompt: Prompt, text: str, max_tokens: int | None = None
+    model: HookedModel,
+    prompt: Prompt,
+    text: str,
+    template_keywords: Keywords,
+    max_tokens: int | None = None,
 ) -> Completion:
     """Make a text, cut to ``max_tokens``, the completion of a prompt."""
-    tokens = token_ids(model, text)[:max_tokens]
+    tokens = answer_ids(model, text, template_keywords)[:max_tokens]
     return Completion(prompt, text, tokens, "eos", UNSTEERED)

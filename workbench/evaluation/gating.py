@@ -16,7 +16,7 @@ import torch
 
 from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion
-from workbench.models.tokens import token_ids
+from workbench.models.tokens import answer_ids
 from workbench.prompts.contrasts import CLOSED_FOR, KINDS, RISKY, kind_of
 from workbench.stats.estimates import rate
 from workbench.stats.selectivity import auroc, auroc_interval
@@ -205,7 +205,7 @@ def refusing(
 
     It has a fixed refusal where the gate opened, and the unsteered answer elsewhere.
     """
-    tokens = token_ids(model, REFUSAL)
+    tokens = answer_ids(model, REFUSAL)
     return [
         Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING, sample=c.sample)
         if opened[c.prompt.id]

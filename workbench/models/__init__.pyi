@@ -16,6 +16,7 @@ from .templates import asked_as, asked_by
 from .thoughts import ThoughtReader, answer_of
 from .tokens import (
     Encoded,
+    answer_ids,
     decode,
     encode,
     has_chat_template,
@@ -38,6 +39,7 @@ __all__ = [
     "Packing",
     "Site",
     "ThoughtReader",
+    "answer_ids",
     "answer_of",
     "asked_as",
     "asked_by",

@@ -20,9 +20,10 @@ Keywords = Mapping[str, Any] | None
 PLAIN = "plain_template"
 """The one keyword of a model without a chat template: text with ``{prompt}`` in it."""
 
-PLAIN_TEMPLATE = "{prompt}\n"
-"""What stands around a prompt where there is no chat template. Without the line end an answer would
-be glued to the question; docs/answers.md has what other texts measured."""
+PLAIN_TEMPLATE = "{prompt} "
+"""What stands around a prompt where there is no chat template. Without the space an answer would be
+glued to the question; docs/answers.md has what other texts measured. A space at the end is written
+with the answer, since tokens have their space in front."""
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """Keywords by which templates switch thoughts off; a template that reads one gets False unless a
@@ -87,7 +88,15 @@ def plain_template(keywords: Keywords) -> tuple[str, str]:
             f"the default is {PLAIN_TEMPLATE!r}."
         )
     before, after = text.split("{prompt}")
-    return before, after
+    return before, after.removesuffix(" ")
+
+
+def space_before_answer(tokenizer: Any, keywords: Keywords, answer: str) -> str:
+    """Return the space that a given answer begins with, if the plain template ends with one."""
+    if has_template(tokenizer) or answer[:1].isspace():
+        return ""
+    text = str((keywords or {}).get(PLAIN, PLAIN_TEMPLATE))
+    return " " if text.endswith(" ") else ""
 
 
 def asked_as(system_prompt: str | None, keywords: Keywords) -> str:

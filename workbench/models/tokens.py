@@ -17,6 +17,7 @@ from workbench.models.templates import (
     end_of_turn,
     has_template,
     plain_template,
+    space_before_answer,
 )
 from workbench.models.thoughts import ThoughtReader
 from workbench.prompts.forms import as_prompts
@@ -144,7 +145,7 @@ def encode(
         n = len(ids)
         if with_response and prompt.response:
             # By itself, so that the context is token for token the one of generation.
-            ids += token_ids(model, prompt.response)
+            ids += answer_ids(model, prompt.response, template_keywords)
         if limit and len(ids) + max_new_tokens > limit:
             raise ValueError(
                 f"prompt {prompt.id!r} does not fit: {len(ids)} tokens and {max_new_tokens} new "
@@ -157,6 +158,18 @@ def encode(
 def token_ids(model: HookedModel, text: str) -> tuple[int, ...]:
     """Encode a text as it is: no template, no BOS."""
     return tuple(int(i) for i in model.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def answer_ids(
+    model: HookedModel, answer: str, template_keywords: Keywords = None
+) -> tuple[int, ...]:
+    """Encode an answer that is given, as it stands behind its prompt.
+
+    Where there is no chat template and the plain one ends with a space, the answer begins with it.
+    """
+    return token_ids(
+        model, space_before_answer(model.tokenizer, template_keywords, answer) + answer
+    )
 
 
 def decode(model: HookedModel, ids: Sequence[int]) -> str:
@@ -216,7 +229,7 @@ def template_text(
         template_keywords: What else the chat template reads, such as ``{"enable_thinking": True}``
             or ``{"reasoning_effort": "low"}``. Thinking is off where the template has a switch and
             no keyword says otherwise. A model without a chat template takes ``plain_template``, a
-            text with ``{prompt}`` in it.
+            text with ``{prompt}`` in it; a space at its end is written with the answer.
         history: Turns before the user's words; without a chat template they are paragraphs.
 
     Raises:
