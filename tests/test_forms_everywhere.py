@@ -186,3 +186,23 @@ def test_of_two_lists_of_interventions_the_main_category_decides(tiny):
     assert tokens({"malware": strong}) == tokens(strong) != plain.tokens
     assert tokens({"fraud": [], "malware": strong}) == plain.tokens
     assert tokens({"malware": [], "fraud": strong}) == tokens(strong)
+
+
+def test_a_run_about_one_category_leaves_the_others_of_its_prompts_out(tmp_path):
+    prompts = [
+        Prompt(f"p{i}", f"Question {i}?", None, "malware", "unsafe", "t", None, (), ("fraud",))
+        for i in range(8)
+    ]
+    wb.save_prompts(tmp_path / "p.jsonl", prompts)
+    config = wb.RunConfig(prompts=str(tmp_path / "p.jsonl"), categories=("fraud",))
+    for fold in wb.safesteer.folds_of(config):
+        assert wb.categories_of(fold) == ["fraud"]
+        assert {p.id[0] for p in wb.select_prompts(fold, category="fraud")} == {"p"}
+
+
+def test_prompts_of_a_steered_category_are_not_steered_as_others(tiny):
+    change = steering(tiny)
+    conditions = {"steered": {"malware": change}}
+    safe = Prompt("s", "Write a poem.", None, "fraud", "safe", "t")
+    complete = wb.safesteer.for_everyone(conditions, [BOTH, safe])
+    assert set(complete["steered"]) == {"malware", "s"}
