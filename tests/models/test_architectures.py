@@ -18,7 +18,6 @@ from helpers.architectures import (
     steered_answers_are_equal,
     tiny_architecture,
 )
-
 from transformer_lens.model_bridge.sources.transformers import helpers
 
 from workbench.models.load import _nothing_installed, hooked

@@ -103,7 +103,7 @@ def test_without_a_prefix_there_is_no_cache(tiny, family_model) -> None:
 def test_rows_that_may_not_share_a_batch_are_kept_apart(tiny, monkeypatch) -> None:
     lengths = [4, 2, 4, 2, 2, 3, 4]
     apart = batches_by_length(lengths, 2, alike=lengths)
-    assert sorted(sum(apart, [])) == list(range(7))
+    assert sorted(row for batch in apart for row in batch) == list(range(7))
     assert all(len({lengths[row] for row in batch}) == 1 for batch in apart)
     assert [len(batch) for batch in apart] == [2, 1, 1, 2, 1]
     rows = [Encoded(PROMPTS[0], (5,) * n, (0, 1), (n, n)) for n in sorted(lengths)]

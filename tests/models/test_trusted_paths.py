@@ -154,7 +154,7 @@ def test_the_check_is_made_once_and_is_short(family_path, monkeypatch) -> None:
 
     monkeypatch.setattr(_route_checks, "_hooks_out_of_action", lambda _: torch.no_grad())
     untrusted_paths(model)
-    assert sum(columns) <= 130
+    assert sum(columns) <= 100
     columns.clear()
     untrusted_paths(model)
     handle.remove()
@@ -199,10 +199,10 @@ def test_a_model_whose_tokens_see_what_comes_after_them_is_refused() -> None:
 def test_a_site_without_a_vector_per_token_is_refused() -> None:
     hf_model, tokenizer = tiny_architecture("OPTForCausalLM")
     model = hooked(hf_model, tokenizer, "opt")
-    with pytest.raises(ValueError, match="mlp.hook_post holds no vector per prompt and token"):
+    with pytest.raises(ValueError, match=r"mlp\.hook_post holds no vector per prompt and token"):
         cache_activations(model, PROMPT, Site(0, "mlp_post"))
     steering = [Intervention(Site(0, "mlp_post"), lambda activation: activation + 1)]
-    with pytest.raises(ValueError, match="mlp.hook_post holds no vector per prompt and token"):
+    with pytest.raises(ValueError, match=r"mlp\.hook_post holds no vector per prompt and token"):
         generate(model, PROMPT, steering, Decoding(max_new_tokens=1))
 
 

@@ -190,13 +190,14 @@ class _Trial:
 
     def all_at_once(self, routes: frozenset[Route]) -> _Pairs:
         """Take all trusted routes together, and TransformerLens's own components beside them."""
-        yield from self.alone(routes)
         if "components" in routes:
             with assumed(frozenset({"components"})):
-                yield from self.alone(routes)
+                yield next(self.alone(routes))
         if "prefix" in routes:
             yield from self.behind_a_prefix(routes)
-        elif "cache" in routes:
+        else:
+            yield from self.alone(routes)
+        if "cache" in routes and "prefix" not in routes:
             yield from self.decoded(routes)
         yield from self.in_parts(routes)
 
