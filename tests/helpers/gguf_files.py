@@ -23,28 +23,8 @@ def write_gguf(source: Path, path: Path, *, quantized: bool = False, skip: str =
 
     model: Any = AutoModelForCausalLM.from_pretrained(source)
     tokenizer = tiny_tokenizer("llama2")
-    config = model.config
-    own = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    words = sorted(own["vocab"], key=own["vocab"].__getitem__)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_types(
-        [3 if i < 2 else 1 for i in range(len(words))]
-    )  # the first two are <s> and </s>
-    writer.add_token_merges([" ".join(merge) for merge in own["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(tokenizer.chat_template)
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    _write_header(writer, config, tokenizer)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
     parts |= {
@@ -74,3 +54,27 @@ def write_gguf(source: Path, path: Path, *, quantized: bool = False, skip: str =
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _write_header(writer: Any, config: Any, tokenizer: Any) -> None:
+    """Write sizes, vocabulary and chat template."""
+    own = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    words = sorted(own["vocab"], key=own["vocab"].__getitem__)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types(
+        [3 if i < 2 else 1 for i in range(len(words))]
+    )  # the first two are <s> and </s>
+    writer.add_token_merges([" ".join(merge) for merge in own["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(tokenizer.chat_template)

@@ -208,7 +208,7 @@ def _check_architecture(config: Any, name: str) -> None:
     try:
         architecture = determine_architecture_from_hf_config(config)
     except ValueError:
-        architecture = config.model_type
+        architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ValueError(
             f"cannot load {name!r}: TransformerLens does not support its architecture "

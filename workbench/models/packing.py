@@ -101,19 +101,12 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     if choice not in CHOICES:
         raise ValueError(f"unknown choice of packing {choice!r}; choices: {', '.join(CHOICES)}.")
     linears = [layer for layer in module.modules() if type(layer) is nn.Linear]
-    for linear in linears:
-        if _is_packed_layer(linear):
-            del linear.__dict__["forward"]
+    for linear in filter(_is_packed_layer, linears):
+        del linear.__dict__["forward"]
     nan = float("nan")
     if choice == "off":
         return Packing(False, nan, "switched off")
-    linears = [
-        layer
-        for layer in linears
-        if layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.float32
-        and "forward" not in layer.__dict__  # accelerate's, of a layer that waits elsewhere
-    ]
+    linears = list(filter(_can_be_packed, linears))
     if not linears:
         return Packing(False, nan, "only float32 layers on the processor can be packed")
     if choice == "auto" and sum(layer.weight.numel() for layer in linears) < LEAST_WEIGHTS:
@@ -137,16 +130,19 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     if choice == "auto" and gain < LEAST_GAIN:
         return Packing(False, gain, "no faster here")
     for linear in linears:
-        packed = copies.pop(id(linear), None)
-        linear.__dict__["forward"] = _packed_forward(
-            linear, _packed(linear.weight) if packed is None else packed
-        )
+        copy = copies.pop(id(linear)) if id(linear) in copies else _packed(linear.weight)
+        linear.__dict__["forward"] = _packed_forward(linear, copy)
     return Packing(True, gain, "faster here" if gain >= LEAST_GAIN else "asked for", len(linears))
 
 
 def is_packed(module: nn.Module | HookedModel) -> bool:
     """Tell whether any layer of a model is packed."""
     return any(map(_is_packed_layer, module.modules()))
+
+
+def _can_be_packed(linear: nn.Linear) -> bool:
+    is_plain = "forward" not in linear.__dict__  # accelerate puts one there, to bring weights here
+    return is_plain and linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32
 
 
 def _is_packed_layer(layer: nn.Module) -> bool:
