@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint types contract bench pictures notebooks clean
+.PHONY: setup demo test test-harness lint types contract bench pictures notebooks clean
 
 setup: $(READY)
 
@@ -25,6 +25,13 @@ demo: setup
 
 test: setup lint types contract
 	$(BIN)/python -m pytest
+
+# In an environment of its own: the two harnesses bring 52 packages and 266 MB.
+test-harness:
+	$(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt torch
+	.venv-harness/bin/python -m pip install -qq --editable '.[dev,harness]'
+	.venv-harness/bin/python -m pytest tests/integrations
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,4 +53,4 @@ notebooks: setup
 	PLOTLY_RENDERER=png $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-harness runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
