@@ -12,8 +12,8 @@ READY := .venv/.ready
 BIN_TL3 := .venv-tl3/bin
 READY_TL3 := .venv-tl3/.ready
 
-.PHONY: setup setup-tl3 demo test test-tl3 test-models lint types contract bench architectures models \
-	pictures notebooks clean
+.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness lint types contract bench \
+	architectures models pictures notebooks clean
 
 setup: $(READY)
 
@@ -47,6 +47,13 @@ test-tl3: setup-tl3
 	$(BIN_TL3)/python -m pytest -m "not slow" tests/models tests/steering tests/generation tests/neurons
 	$(BIN_TL3)/python -m pytest -m slow tests/models/test_hooked_transformer.py
 
+# In an environment of its own: the two harnesses bring 52 packages and 266 MB.
+test-harness:
+	$(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt torch
+	.venv-harness/bin/python -m pip install -qq --editable '.[dev,harness]'
+	.venv-harness/bin/python -m pytest tests/integrations
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,4 +83,5 @@ notebooks: setup
 	PLOTLY_RENDERER=png $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-tl3 runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-tl3 .venv-harness runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache

