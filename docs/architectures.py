@@ -72,9 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
 def table(rows: list[tuple[str, ...]], left_out: dict[str, list[str]]) -> str:
     """Lay out the rows, and what could not be built."""
     lines = [f"| {' | '.join(cells)} |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
+    lines += ["", "| not tried, because | architectures |", "| --- | --- |"]
     for reason, names in left_out.items():
-        listed = ", ".join(f"`{name}`" for name in names)
-        lines += ["", f"Not tried ({reason}):", "", f"[{len(names)}] {listed}"]
+        lines.append(f"| {reason} | {', '.join(f'`{name}`' for name in names)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -257,11 +257,22 @@ def steered_answers_are_equal(model: Any, alone: Any, prompts: list[Prompt]) -> 
 
 
 def _blocks(model: Any, alone: Any) -> nn.ModuleList:
-    return next(
+    """Find the list of blocks that text runs through; what sees or hears has one too."""
+    lists = [
         module
         for module in alone.modules()
         if isinstance(module, nn.ModuleList) and len(module) == model.cfg.n_layers
-    )
+    ]
+    ran: list[nn.ModuleList] = []
+    handles = [
+        blocks[0].register_forward_hook(lambda *_, blocks=blocks: ran.append(blocks))
+        for blocks in lists
+    ]
+    with torch.no_grad():
+        alone(torch.tensor([[7, 8, 9]]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return ran[0]
 
 
 def attribution_error(model: Any, prompts: list[Prompt]) -> float:
