@@ -239,6 +239,11 @@ def test_rows_that_do_not_fit_are_named(options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_column_is_named_for_rows_alone():
+    with pytest.raises(ValueError, match="'frage' names a column, but what is given has no"):
+        as_prompts(["A?"], text="frage")
+
+
 def test_a_column_that_comes_twice_is_refused():
     with pytest.raises(ValueError, match="column 'question' comes twice"):
         as_prompts(pd.DataFrame([["A?", "B?"]], columns=["question", "question"]))

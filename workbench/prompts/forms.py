@@ -69,12 +69,13 @@ def as_prompts(
             number.
     """
     items = _items_of(given, text)
-    if text is response is category is label is None and all(
-        isinstance(item, Prompt) for item in items
-    ):
+    nothing_named = (text, response, category, label) == (None, None, None, None)
+    if nothing_named and all(isinstance(item, Prompt) for item in items):
         return items
     rows = [item for item in items if isinstance(item, Mapping) and not is_message(item)]
     columns = _Columns.of(rows, text, response, category, label) if rows else None
+    if columns is None and (column := text or response) is not None:
+        raise ValueError(f"{column!r} names a column, but what is given has no columns.")
     for_all: dict[str, Any] = {}
     if category is not None and (columns is None or columns.category is None):
         for_all["category"] = category
