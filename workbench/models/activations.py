@@ -286,7 +286,7 @@ def computed_sites(model: HookedModel, sites: Sequence[Site], prompt: Prompt) ->
     in all of them.
     """
     [row] = encode(model, [prompt])
-    batch = pad([row], pad_id=pad_id(model), side="right", device=_device(model))
+    batch = pad([row], pad_id=pad_id(model), side="right", device=input_device(model))
     seen: set[Site] = set()
 
     def hook_of(site: Site) -> Callable[..., None]:
