@@ -246,24 +246,18 @@ def test_edits_masks_and_gates_follow_the_activation_to_its_device(
 
 
 def test_rows_of_a_cache_are_taken_on_the_device_of_each_layer() -> None:
-    from transformers.cache_utils import DynamicLayer
+    from transformers import DynamicCache
 
     from workbench.models.forward import rows_of_cache
 
-    asked = []
-
-    class Layer(DynamicLayer):
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            asked.append((str(self.device), str(indices.device)))
-
-    class Cache:
-        layers = [Layer(), Layer()]
-
+    cache = DynamicCache()
     with FakeTensorMode():  # tensors of devices that are not here
-        for place, layer in enumerate(Cache.layers):
-            layer.device = torch.device("cuda", place)
-        rows_of_cache(Cache(), torch.zeros(5, dtype=torch.long, device="cuda:0"))
-    assert asked == [("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")]
+        for layer in range(2):
+            held = torch.zeros(3, 2, 4, 8, device=f"cuda:{layer}")
+            cache.update(held, held, layer)
+        rows = rows_of_cache(cache, torch.zeros(5, dtype=torch.long, device="cuda:0"))
+    assert [len(layer.keys) for layer in rows.layers] == [5, 5]
+    assert [str(layer.values.device) for layer in rows.layers] == ["cuda:0", "cuda:1"]
 
 
 # Quantised weights

@@ -392,8 +392,7 @@ def score_completions(
     # Measures of an answer by itself are taken once for answers that come several times.
     perplexities = _perplexities(model, distinct.completions, system_prompt, template_keywords)
     columns = _text_columns(distinct.completions, perplexities)
-    verdicts = judge(*distinct.pairs)
-    columns["refusal"] = [_REFUSED.get(verdict.label) for verdict in verdicts]
+    columns["refusal"] = [_REFUSED.get(verdict.label) for verdict in judge(*distinct.pairs)]
     columns["relevance"] = list(relevance(*distinct.pairs, encoder))
     columns["relevant_answer"] = _relevant_answers(columns)
     # A judge of safety takes the place of safety wording in the headline.

@@ -175,15 +175,13 @@ def cache_activations(
             response is run behind it, teacher-forced.
         sites: One site or several.
         span: "content" (the user's words), "response", "last" (the token before the answer), or
-            "all" (BOS and template included: the first token's massive activation then dominates
-            many means).
+            "all" (BOS and template too: the first token's massive activation dominates many means).
         system_prompt: Words for the system turn.
         template_keywords: What else the chat template reads, see ``template_text``.
         batch_size: Largest number of rows per batch.
         max_tokens: Largest number of tokens per batch, padding included.
         store: Folder for shards on disk. The same call reads them back; an interrupted one goes on
-            where it was; other prompts, sites, spans or models get a folder of their own in it; a
-            damaged shard is computed again.
+            where it was; another measurement gets a folder of its own; a damaged shard is redone.
         progress: Show a progress bar.
 
     Returns:
@@ -200,7 +198,6 @@ def cache_activations(
     if store is not None:
         what = _measurement(model, encoded, sites, span, asked)
         shards = _ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
-
     bar = _progress_bar(len(prompts), "activations", progress)
     parts = []
     for number, start in enumerate(range(0, len(order), SHARD)):
@@ -247,14 +244,7 @@ def class_moments(
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
     bar = _progress_bar(len(prompts), "moments", progress)
     for rows, pooled in pooled_batches(model, encoded, sites, span, batch_size, max_tokens):
-        # each row once for every class it is in
-        places = [
-            (i, (name, row.prompt.label))
-            for i, row in enumerate(rows)
-            for name in row.prompt.categories
-        ]
-        row_of = torch.tensor([i for i, _ in places])
-        class_of_row = torch.tensor([classes.index(in_class) for _, in_class in places])
+        row_of, class_of_row = _members([row.prompt for row in rows], classes)
         member = torch.nn.functional.one_hot(class_of_row, len(classes)).double()
         added = member.sum(dim=0)
         total = (n + added).clamp(min=1)
@@ -277,6 +267,15 @@ def class_moments(
         )
         for site in sites
     }
+
+
+def _members(
+    prompts: Sequence[Prompt], classes: Sequence[tuple[str, str]]
+) -> tuple[Int[Tensor, " member"], Int[Tensor, " member"]]:
+    """Pair each prompt's row with every class that it is in: rows, and classes."""
+    places = [(i, (name, p.label)) for i, p in enumerate(prompts) for name in p.categories]
+    rows = torch.tensor([i for i, _ in places])
+    return rows, torch.tensor([classes.index(in_class) for _, in_class in places])
 
 
 def computed_sites(model: HookedModel, sites: Sequence[Site], prompt: Prompt) -> list[Site]:

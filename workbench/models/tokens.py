@@ -121,7 +121,6 @@ def encode(
         ValueError: If a prompt does not fit the context, has no response where one is needed or two
             system turns, or the template has no system turn or does not read a keyword.
     """
-    tokenizer = model.tokenizer
     given = with_response or behind_thoughts
     around: dict[tuple[Message, ...], _Around] = {}
     limit = int(getattr(model.cfg, "n_ctx", 0) or 0)
@@ -138,21 +137,24 @@ def encode(
             around[prompt.history] = _Around(before, after, bridge)
         before, after, bridge = around[prompt.history]
         words = prompt.text.strip()  # chat templates trim them too
-        ids, content = _tokenize(
-            tokenizer, before + words + after, len(before), len(before) + len(words)
-        )
+        ends = len(before), len(before) + len(words)
+        ids, content = _tokenize(model.tokenizer, before + words + after, *ends)
         ids += bridge
         n = len(ids)
         if with_response and prompt.response:
             # By itself, so that the context is token for token the one of generation.
             ids += answer_ids(model, prompt.response, template_keywords)
-        if limit and len(ids) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {prompt.id!r} does not fit: {len(ids)} tokens and {max_new_tokens} new "
-                f"ones, context {limit}; shorten it or leave it out."
-            )
+        _check_fits(prompt, len(ids), max_new_tokens, limit)
         encoded.append(Encoded(prompt, tuple(ids), content, (n, len(ids))))
     return encoded
+
+
+def _check_fits(prompt: Prompt, n_tokens: int, max_new_tokens: int, limit: int) -> None:
+    if limit and n_tokens + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt {prompt.id!r} does not fit: {n_tokens} tokens and {max_new_tokens} new "
+            f"ones, context {limit}; shorten it or leave it out."
+        )
 
 
 def token_ids(model: HookedModel, text: str) -> tuple[int, ...]:
@@ -224,7 +226,7 @@ def template_text(
     It is part of cache keys, for some templates write today's date.
 
     Args:
-        model: A hooked model with its tokenizer.
+        model: A hooked model and tokenizer.
         system_prompt: Words for the system turn; None leaves the template's default.
         template_keywords: What else the chat template reads, such as ``{"enable_thinking": True}``
             or ``{"reasoning_effort": "low"}``. Thinking is off where the template has a switch and
@@ -233,8 +235,7 @@ def template_text(
         history: Turns before the user's words; without a chat template they are paragraphs.
 
     Raises:
-        ValueError: If the template has no system turn, does not hold the user's words, or never
-            reads a keyword.
+        ValueError: If the template has no system turn, no place for the words, or ignores keywords.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
