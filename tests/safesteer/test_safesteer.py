@@ -71,10 +71,11 @@ def test_stages_are_named_where_progress_is_shown(
     tmp_path: Path, few_prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for progress in (True, False):
-        folder = run_folder.RunFolder.open(
-            tmp_path / str(progress), settings(few_prompts), progress=progress
-        )
-        with folder.stage("own answers"):
+        out = tmp_path / str(progress)
+        with (
+            run_folder.RunFolder.open(out, settings(few_prompts), progress=progress) as folder,
+            folder.stage("own answers"),
+        ):
             pass
     assert capsys.readouterr().err == "stage: own answers\n"
 
