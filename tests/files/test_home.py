@@ -71,7 +71,8 @@ def test_runs_stores_and_answers_are_kept_there(home, tiny):
     for _ in range(2):
         generate(tiny, "A poem?", decoding=Decoding(max_new_tokens=2), output="~/answers.jsonl")
     assert len(read_jsonl(home / "answers.jsonl")) == 1
-    RunFolder.open("~/runs/one", RunConfig()).finish()
+    with RunFolder.open("~/runs/one", RunConfig()) as run:
+        run.finish()
     assert read_run("~/runs/one").path == home / "runs" / "one"
 
 
