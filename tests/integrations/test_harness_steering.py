@@ -50,7 +50,7 @@ def test_capability_steers_always_with_the_construction_of_the_gate(
 ) -> None:
     asked: list[Any] = []
 
-    def multiple_choice(_: Any, __: Any, conditions: Any) -> None:
+    def multiple_choice(_: Any, __: Any, conditions: Any, **___: Any) -> None:
         asked.append(conditions)
         raise RuntimeError("seen")
 
