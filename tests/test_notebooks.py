@@ -24,7 +24,8 @@ def printed(cell: Any) -> str:
             parts.append(output.text)
         elif "data" in output and "application/vnd.plotly.v1+json" not in output.data:
             parts.append(str(output.data.get("text/plain", "")))
-    return re.sub(r"0x[0-9a-f]+", "", "\n".join(parts))  # addresses in memory
+    # Addresses in memory, and how large a picture is: the renderer decides that.
+    return re.sub(r"0x[0-9a-f]+|(?:Picture|Html)\([^)]*\)", "", "\n".join(parts))
 
 
 NUMBER = re.compile(r"[-+−]?\d*\.?\d+(?:e[-+]?\d+)?")

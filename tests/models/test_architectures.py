@@ -18,7 +18,6 @@ from helpers.architectures import (
     steered_answers_are_equal,
     tiny_architecture,
 )
-from transformer_lens.model_bridge.sources.transformers import helpers
 
 from workbench.models.load import _nothing_installed, hooked
 
@@ -70,6 +69,7 @@ def test_loading_a_model_that_also_sees_installs_nothing(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     monkeypatch.setattr(subprocess, "check_call", install)
+    helpers = pytest.importorskip("transformer_lens.model_bridge.sources.transformers.helpers")
     before = helpers._ensure_torchvision
     with _nothing_installed():
         assert helpers._ensure_torchvision() is False
