@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from helpers.interventions import EDITABLE, EXAMPLES, padded, run, state, steering_vector
@@ -365,3 +366,10 @@ def test_an_end_before_the_start_is_refused():
 def test_a_strength_that_is_no_finite_number_is_refused(tiny, strength):
     with pytest.raises(ValueError, match="must be a finite number"):
         add_vector(steering_vector(tiny, Site(1, "resid_post")), **strength)
+
+
+def test_a_strength_may_be_a_number_of_numpy(tiny):
+    vector = steering_vector(tiny, Site(1, "resid_post"))
+    strength = np.linspace(0.5, 1.5, 3, dtype=np.float32)[1]
+    assert add_vector(vector, strength).edit.multiplier == 1.0
+    assert add_vector(vector, rho=strength).edit.multiplier == vector.multiplier_for(1.0)
