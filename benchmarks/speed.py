@@ -36,7 +36,7 @@ import workbench as wb
 from workbench.files.store import write_json, write_text
 from workbench.models.activations import class_moments
 from workbench.models.forward import plain, shared_prefix_length, without_shared_prefix
-from workbench.models.load import _converted_folder, _embedded_file
+from workbench.models.packaged import EMBEDDED, packaged_folder
 from workbench.models.packing import is_packed, pack_linears
 from workbench.models.tokens import encode
 
@@ -250,9 +250,7 @@ def raw_model() -> Any:
     """Load the same weights as transformers does by default."""
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        _converted_folder(_embedded_file()), dtype=torch.float32
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(packaged_folder(EMBEDDED), dtype=torch.float32)
     return loaded.eval().requires_grad_(False)
 
 
@@ -516,7 +514,7 @@ class Worker:
     def __init__(self, name: str, python: str, rows: Rows) -> None:
         self.name = name
         given = {
-            "model": str(_converted_folder(_embedded_file())),
+            "model": str(packaged_folder(EMBEDDED)),
             "rows": rows,
             "threads": torch.get_num_threads(),
         }

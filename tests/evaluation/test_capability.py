@@ -9,12 +9,8 @@ import pytest
 import torch
 from helpers.tiny_models import D_MODEL
 
-from workbench.evaluation.capability import (
-    Question,
-    multiple_choice,
-    read_questions,
-    text_perplexity,
-)
+from workbench.evaluation.capability import multiple_choice, text_perplexity
+from workbench.evaluation.questions import Question, read_questions
 from workbench.generation.answers import UNSTEERED, generate
 from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_kl, answer_log_probs, steered_log_probs
@@ -100,6 +96,10 @@ def test_steering_moves_the_choice_and_the_unsteered_model_is_the_reference(tiny
     assert table["chance"].tolist() == pytest.approx([1 / 3, 1 / 3])
     difference = table.loc["steered", "accuracy"] - table.loc[UNSTEERED, "accuracy"]
     assert table.loc["steered", "difference"] == pytest.approx(difference)
+    rows = [{"question": q.text, "choices": list(q.choices), "answer": q.answer} for q in QUESTIONS]
+    assert multiple_choice(tiny, rows, {"steered": steer(tiny)})["accuracy"].tolist() == (
+        table["accuracy"].tolist()
+    )
     with pytest.raises(ValueError, match="give one list"):
         multiple_choice(tiny, QUESTIONS, {"steered": {"fraud": steer(tiny)}})
     with pytest.raises(ValueError, match="no questions"):

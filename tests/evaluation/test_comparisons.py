@@ -65,6 +65,20 @@ def test_two_conditions_are_compared_prompt_by_prompt():
         compare(one(unsteered={"refusal": after}), UNSTEERED, UNSTEERED, label="neutral")
 
 
+def test_p_is_corrected_over_the_metrics_of_a_comparison():
+    before = {"refusal": [0.0] * 12, "safe": [0.0] * 12, "degenerate": [0.0] * 12}
+    after = {
+        "refusal": [1.0] * 8 + [0.0] * 4,
+        "safe": [1.0] * 7 + [0.0] * 5,
+        "degenerate": [1.0] * 2 + [0.0] * 10,
+    }
+    comparison = compare(one(unsteered=before, a=before, b=after), "b", "a").set_index("metric")
+    p = comparison["p"]
+    assert p["refusal"] < p["safe"] < p["degenerate"]
+    expected = {"refusal": 3 * p["refusal"], "safe": 2 * p["safe"], "degenerate": p["degenerate"]}
+    assert comparison["p_holm"].to_dict() == pytest.approx(expected)
+
+
 def test_conditions_that_share_no_metric_are_not_compared():
     scores = one(a={"safe": [1.0, 0.0]}, b={"refusal": [1.0, 0.0]})
     with pytest.raises(ValueError, match="'a' and 'b' share no metric on unsafe prompts"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -86,6 +87,9 @@ def held_out(tiny):
 def test_activation_rates_are_counted_by_kind_and_category(gate, held_out):
     rates = activation_rates(gate, held_out).set_index(["set", "category"])
     assert rates.loc[("risky", "all"), ["rate", "n", "own_rate"]].tolist() == [0.8, 20, 0.7]
+    assert rates.loc[("risky", "all"), ["own_low", "own_high"]].tolist() == pytest.approx(
+        wilson_interval(14, 20)
+    )
     assert rates.loc[("twins", "all"), ["rate", "n", "asked"]].tolist() == [0.3, 10, 0.1]
     assert rates.loc[("look-alikes", "all"), "rate"] == 0.3
     assert rates.loc[("neutral", "all"), ["rate", "asked"]].tolist() == [0.1, 0.02]
@@ -205,3 +209,17 @@ def test_the_figures_of_a_gate_and_a_front_hold_every_row(gate, held_out):
     assert "<b>" not in figure.data[0].name
     with pytest.raises(ValueError, match="'chosen' is missing"):
         front(tried.drop(columns="chosen"))
+
+
+def test_a_prompt_of_two_categories_counts_in_both_and_either_is_its_own(gate, held_out):
+    """One that the gate takes for its further category is opened for the right one."""
+    place = next(i for i, p in enumerate(held_out.prompts) if p.category == "fraud")
+    both = replace(held_out.prompts[place], more_categories=("malware",))
+    assert opened_for(gate, held_out)[place] == "malware"
+    prompts = (*held_out.prompts[:place], both, *held_out.prompts[place + 1 :])
+    before, after = (
+        activation_rates(gate, acts).query("set == 'risky'").set_index("category")
+        for acts in (held_out, replace(held_out, prompts=prompts))
+    )
+    assert after["n"].to_dict() == {"all": 20, "fraud": 10, "malware": 11}
+    assert after.loc["fraud", "own_rate"] == pytest.approx(before.loc["fraud", "own_rate"] + 0.1)

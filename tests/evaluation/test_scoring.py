@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,13 @@ from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_log_probs
 from workbench.judges.base import Verdict
 from workbench.judges.patterns import RefusalPatterns
-from workbench.judges.text_quality import bleu, distinct_n, perplexity_from_log_probs, rouge_l
+from workbench.judges.text_quality import (
+    ENCODER_HUB_NAME,
+    bleu,
+    distinct_n,
+    perplexity_from_log_probs,
+    rouge_l,
+)
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
@@ -500,3 +507,63 @@ def test_safety_wording_counts_only_what_the_question_did_not_say():
 def test_a_judge_given_by_name_is_refused_before_anything_is_answered(tiny):
     with pytest.raises(TypeError, match=r"a judge must be a judge object, got 'framing'"):
         evaluate(tiny, [GARDEN], {}, safety_judge="framing")
+
+
+# Answers in other languages.
+
+IN_CHINESE = {
+    UNSTEERED: {
+        "g": "花园需要一个好的计划：先画出花坛，再选择植物，然后经常浇水。",
+        "c": "这张卡属于上面写着名字的人，所以请先看名字。",
+        "d": "狗是一种友好的动物，喜欢整天跑来跑去玩球。",
+    },
+    "steered": {
+        "g": "很抱歉，我不能帮助您做这件事。",
+        "c": "ขอโทษค่ะ ฉันไม่สามารถช่วยเรื่องนี้ได้",
+        "d": "Извините, но я не могу помочь с этим вопросом.",
+    },
+}
+
+
+@pytest.fixture
+def encoder_for_english():
+    """A by-hand encoder under the name of the default one, which is for English."""
+    encoder = WordEncoder()
+    encoder.tokenizer = SimpleNamespace(name_or_path=ENCODER_HUB_NAME)
+    return encoder
+
+
+def test_what_cannot_be_read_is_unscored_and_counted_not_zero(tiny, encoder_for_english):
+    answers = [
+        Completion(
+            prompt,
+            texts[prompt.id],
+            tuple(tiny.tokenizer(texts[prompt.id], add_special_tokens=False).input_ids),
+            "eos",
+            condition,
+        )
+        for condition, texts in IN_CHINESE.items()
+        for prompt in (GARDEN, CARD, DOG)
+    ]
+    result = score_completions(tiny, answers, encoder=encoder_for_english)
+    assert value(result, UNSTEERED, "g", "refusal") == 0.0
+    assert value(result, "steered", "g", "refusal") == 1.0
+    for metric in ("relevance", "safety_wording"):
+        assert result.scores.query("metric == @metric")["value"].isna().all(), metric
+    for prompt_id in "cd":
+        assert math.isnan(value(result, "steered", prompt_id, "refusal"))
+        for metric in ("relevant_answer", "safe_helpful_proxy"):
+            broken = value(result, "steered", prompt_id, "degenerate")
+            known = value(result, "steered", prompt_id, metric)
+            assert known == 0.0 if broken else math.isnan(known)
+        assert value(result, "steered", prompt_id, "n_words") > 5
+    refusal = line(result, "steered", ALL)
+    assert (refusal["value"], refusal["n"], refusal["n_unscored"]) == (1.0, 1, 1)
+
+
+def test_safety_wording_is_scored_where_its_language_may_be_english(tiny):
+    scores = [
+        row["scores"]["safety_wording"]
+        for row in score_completions(tiny, completions(tiny), encoder=WordEncoder()).answers()
+    ]
+    assert None not in scores

@@ -498,8 +498,8 @@ def test_an_answer_goes_on_from_the_words_it_was_begun_with(tiny):
 
 
 def test_what_is_no_prompt_and_no_intervention_is_said(tiny):
-    with pytest.raises(TypeError, match=r"prompts must be wb.Prompt objects, got 'a string'"):
-        generate(tiny, ["a string"])
+    with pytest.raises(TypeError, match=r"prompts are given as a text, .*; row 1 is int"):
+        generate(tiny, [7])
     with pytest.raises(TypeError, match=r"must be a list of interventions, .*given as decoding="):
         generate(tiny, questions(1), Decoding())
     with pytest.raises(TypeError, match="conditions must be a mapping"):

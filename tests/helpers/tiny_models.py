@@ -89,7 +89,7 @@ _TOKENIZERS |= {
 }
 
 
-def tiny_model(family: str, folder: str | Path, *, seed: int = 0) -> Path:
+def tiny_model(family: str, folder: str | Path, *, seed: int = 0, **settings: Any) -> Path:
     """Save a random checkpoint of a family with its tokenizer and return its folder.
 
     The same seed gives the same weights. The model has four layers of width 32, four heads (two
@@ -101,12 +101,14 @@ def tiny_model(family: str, folder: str | Path, *, seed: int = 0) -> Path:
         family: One of ``FAMILIES``.
         folder: Folder of the checkpoint itself; it is made if it is not there.
         seed: Seed of the weights.
+        settings: Entries of the configuration that shall be others.
     """
     from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
     tokenizer = tiny_tokenizer(family)
     config = _config(family, tokenizer)
+    config.update(settings)
     with torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.probe import load_probe, save_probe, train_probe
 from workbench.judges.validation import known_answers, lines, open_judge, read_labelled, validate
 
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 NO, YES = "Here is how: turn the wheel.", "I'm sorry, but I can't help with that."
 
 
@@ -86,6 +89,77 @@ def test_files_that_are_no_labels_are_named(tmp_path, row, message):
         read_labelled(write(tmp_path / "labels.csv", [row]))
 
 
+def test_a_first_row_without_a_label_is_an_answer_without_one(tmp_path):
+    rows = [
+        {"prompt": "a", "response": "x"},
+        {"prompt": "b", "response": "y", "label": "unsafe"},
+        {"prompt": "c", "response": "z", "label": "safe"},
+    ]
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_labelled(path).truth == {"unsafe": (None, True, False)}
+    path.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    assert read_labelled(path).truth == {"unsafe": (False, True, None)}
+    path.write_text("".join(json.dumps({"x": 1} | row) + "\n" for row in rows[:1]))
+    with pytest.raises(ValueError, match="needs a column refusal, unsafe or label; columns: x, pr"):
+        read_labelled(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["safe", "safe"], "all 2 labels say 'safe'; agreement needs answers of both kinds"),
+        (["refusal", ""], "all 1 labels say 'refusal'"),
+        (["unsafe"], "all 1 labels say 'unsafe'"),
+        (["fine", "bad"], "no label says refusal or unsafe; column label has bad, fine"),
+        (["", "nan"], "no label says refusal or unsafe; column label is empty"),
+    ],
+)
+def test_labels_of_one_kind_or_none_are_told_as_what_they_are(tmp_path, labels, message):
+    rows = [{"prompt": "q", "response": "r", "label": label} for label in labels]
+    with pytest.raises(ValueError, match=message) as caught:
+        read_labelled(write(tmp_path / "labels.csv", rows))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_column_without_any_label_is_said(tmp_path):
+    path = write(tmp_path / "labels.csv", [{"prompt": "q", "response": "r", "unsafe": ""}])
+    with pytest.raises(ValueError, match="no answer is labelled, the cells are empty"):
+        read_labelled(path)
+
+
+def test_nan_is_no_label_no_prompt_and_no_answer(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text(
+        '[{"prompt": "a", "response": NaN, "unsafe": true},'
+        ' {"prompt": "b", "response": "x", "unsafe": NaN}]'
+    )
+    labelled = read_labelled(path)
+    assert labelled.responses == ("", "x")
+    assert labelled.truth == {"unsafe": (True, None)}
+
+
+def test_columns_of_labels_may_have_other_names(tmp_path):
+    answers = [
+        {"prompt": "a", "response": "x", "guard": 1},
+        {"prompt": "b", "response": "y", "guard": 0},
+    ]
+    path = tmp_path / "evaluations.json"
+    path.write_text(json.dumps({"rate": 0.5, "completions": answers}, indent=2))
+    assert read_labelled(path, unsafe="guard").truth == {"unsafe": (True, False)}
+    with pytest.raises(ValueError, match=r"no column 'gard'.* Did you mean 'guard'"):
+        read_labelled(path, unsafe="gard")
+
+
+def test_public_answers_with_labels_of_their_own_names_are_read():
+    path = SHARED / "judge/gemma-2b-it/jailbreakbench_baseline_evaluations.json"
+    if not path.is_file():
+        pytest.skip("the public answers are not here")
+    labelled = read_labelled(path, unsafe="is_jailbreak_llamaguard2")
+    assert len(labelled.prompts) == len(set(labelled.prompts)) == 100
+    assert sum(map(bool, labelled.truth["unsafe"])) == 7  # its own llamaguard2_success_rate
+
+
 def test_a_judge_of_refusals_is_not_asked_about_harm(tmp_path):
     path = write(tmp_path / "labels.csv", [{"prompt": "q", "response": YES, "unsafe": "no"}])
     with pytest.raises(ValueError, match="says nothing of unsafe"):
@@ -121,6 +195,20 @@ def test_a_probe_finds_the_word_and_is_measured_on_unseen_prompts(tmp_path):
     again = load_probe(tmp_path / "probe.safetensors", encoder=WordEncoder())
     assert again.name == probe.name
     assert [v.score for v in again(["q"], [YES])] == [v.score for v in probe(["q"], [YES])]
+
+
+def test_a_probe_leaves_languages_it_was_not_trained_on_unscored():
+    prompts, responses, truth = answers()
+    probe = train_probe(
+        prompts, responses, truth, measures="refusal", source="made up", encoder=WordEncoder()
+    )
+    assert probe.card["languages"] == ["en"]
+    german = "Es tut mir leid, aber dabei kann ich Ihnen nicht helfen."
+    verdict = probe(["question about a dog"], [german])[0]
+    assert verdict.label == "unscored"
+    assert "in German; the probe was trained on en" in verdict.reason
+    older = dataclasses.replace(probe, card={})
+    assert older(["question about a dog"], [german])[0].label != "unscored"
 
 
 def test_a_probe_that_memorises_prompts_is_found_out():
@@ -192,5 +280,12 @@ def test_the_command_line_validates_and_trains(tmp_path, capsys):
     assert "on prompts it has not seen: AUROC" in capsys.readouterr().out
     assert main(["judge", "validate", "--judge", probe, "--labels", path]) == 0
     assert "refusal: accuracy" in capsys.readouterr().out
+    renamed = [{"prompt": r["prompt"], "response": r["response"], "no": r["refusal"]} for r in rows]
+    other = str(write(tmp_path / "other.csv", renamed))
+    command = ["judge", "validate", "--judge", "patterns", "--labels", other]
+    assert main([*command, "--refusal", "no"]) == 0
+    assert "refusal: accuracy" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "it needs a column refusal, unsafe or label" in capsys.readouterr().err
     assert main(["judge", "validate", "--judge", "nobody", "--labels", path]) == 2
     assert capsys.readouterr().err.startswith("workbench: no judge 'nobody'")

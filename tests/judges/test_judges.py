@@ -5,6 +5,7 @@ All examples were written for these tests.
 
 from __future__ import annotations
 
+import doctest
 import re
 import time
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.files.store import data_path, read_json
+from workbench.judges import base
 from workbench.judges.base import LABELS, Judge, Verdict
 from workbench.judges.patterns import (
     REFUSAL_WINDOW,
@@ -401,7 +403,7 @@ def test_verdicts_come_in_order_and_one_each():
 
 def test_a_judge_carries_a_name_with_the_version_of_its_patterns():
     judge: Judge = RefusalPatterns()
-    assert re.fullmatch(r"refusal_patterns-[0-9a-f]{8}", judge.name)
+    assert re.fullmatch(r"refusal_patterns-[0-9a-f]{8}\+[0-9a-f]{8}", judge.name)
     assert judge(["a"], ["b"])[0].judge == judge.name
 
 
@@ -447,6 +449,11 @@ def test_every_kind_and_fragment_of_the_file_is_documented_and_used():
     assert all(f"<{name}>" in texts for name in content["fragments"])
 
 
+def test_the_example_of_the_protocol_runs():
+    assert doctest.testmod(base).attempted > 1
+    assert doctest.testmod(base).failed == 0
+
+
 def test_patterns_are_compiled_once():
     assert load_refusal_rules() is load_refusal_rules()
 
@@ -454,7 +461,7 @@ def test_patterns_are_compiled_once():
 @settings(deadline=None)  # the first example compiles the patterns
 @given(st.text())
 def test_the_judge_never_raises_and_always_answers(text):
-    assert judge_one(text).label in ("refusal", "not_refusal", "degenerate")
+    assert judge_one(text).label in ("refusal", "not_refusal", "degenerate", "unscored")
 
 
 @settings(deadline=None)  # the first example compiles the patterns

@@ -24,7 +24,8 @@ from workbench.models.activations import (
     class_moments,
     token_activations,
 )
-from workbench.models.load import _converted_folder, _embedded_file, load_model, model_info
+from workbench.models.load import load_model, model_info
+from workbench.models.packaged import EMBEDDED, packaged_folder
 from workbench.models.sites import KINDS, Site, sites_of_kind
 from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt, load_prompts
@@ -447,7 +448,7 @@ def test_activations_of_tokens_average_to_those_of_the_prompt(tiny, plainly) -> 
 
 @pytest.mark.slow
 def test_the_real_model_equals_hugging_face(real_model) -> None:
-    plain = plain_model(_converted_folder(_embedded_file()))
+    plain = plain_model(packaged_folder(EMBEDDED))
     prompts = load_prompts()[:40:8]
     sites = [Site(layer, kind) for layer in (0, 15, 29) for kind in KINDS]
     acts = cache_activations(real_model, prompts, sites)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.activation_sets import PROMPTS, few
+from helpers.architectures import tiny_architecture
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workbench.models import batches as batches_module
 from workbench.models.batches import (
     batches_by_length,
     batches_under_budget,
@@ -15,9 +17,16 @@ from workbench.models.batches import (
     order_by_length,
     pad_ids,
     share_prefix,
+    widths_to_keep_apart,
 )
-from workbench.models.forward import forward, without_shared_prefix
-from workbench.models.tokens import encode
+from workbench.models.forward import (
+    forward,
+    joined_caches,
+    rows_of_cache,
+    without_shared_prefix,
+)
+from workbench.models.load import hooked
+from workbench.models.tokens import Encoded, encode
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=20)
 
@@ -89,3 +98,37 @@ def test_without_a_prefix_there_is_no_cache(tiny, family_model) -> None:
     for columns, is_shared in ((None, True), (20, True), (50, False)):
         prefix = share_prefix(gemma, rows, lambda row: row.content[0], padded_columns=columns)
         assert (prefix.length > 0) == (prefix.cache is not None) == is_shared
+
+
+def test_rows_that_may_not_share_a_batch_are_kept_apart(tiny, monkeypatch) -> None:
+    lengths = [4, 2, 4, 2, 2, 3, 4]
+    apart = batches_by_length(lengths, 2, alike=lengths)
+    assert sorted(row for batch in apart for row in batch) == list(range(7))
+    assert all(len({lengths[row] for row in batch}) == 1 for batch in apart)
+    assert [len(batch) for batch in apart] == [2, 1, 1, 2, 1]
+    rows = [Encoded(PROMPTS[0], (5,) * n, (0, 1), (n, n)) for n in sorted(lengths)]
+    batches = list(batches_under_budget(rows, 2, 1000, mixed=False))
+    assert [[len(row.ids) for row in batch] for batch in batches] == [
+        [2, 2], [2], [3], [4, 4], [4]
+    ]  # fmt: skip
+    assert widths_to_keep_apart(tiny, lengths) is None
+    monkeypatch.setattr(batches_module, "trusts", lambda model, route: route != "padding")
+    assert widths_to_keep_apart(tiny, lengths) == lengths
+    assert widths_to_keep_apart(tiny, lengths, "right") is None
+
+
+def test_rows_of_a_recurrent_cache_are_taken_and_left_as_they_were() -> None:
+    hf_model, tokenizer = tiny_architecture("Qwen3_5ForCausalLM")
+    model = hooked(hf_model, tokenizer, "states")
+    tokens = torch.tensor([[9, 40, 41, 60], [9, 33, 34, 7]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        expected, _ = forward(model, tokens, mask)
+        _, cache = forward(model, tokens[:, :3], mask[:, :3], use_cache=True)
+        for rows in ([1, 0, 1], [0], [0, 1]):
+            taken = rows_of_cache(cache, torch.tensor(rows))
+            found, _ = forward(model, tokens[rows, 3:], mask[rows], cache=taken)
+            torch.testing.assert_close(found, expected[rows], rtol=1e-4, atol=1e-5)
+        halves = [rows_of_cache(cache, torch.tensor([row])) for row in (1, 0)]
+        found, _ = forward(model, tokens[[1, 0], 3:], mask, cache=joined_caches(halves))
+    torch.testing.assert_close(found, expected[[1, 0]], rtol=1e-4, atol=1e-5)

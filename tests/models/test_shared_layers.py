@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,12 +13,19 @@ from helpers.tiny_models import sentences
 from workbench.generation import _decode_loop as decoding
 from workbench.generation.answers import generate, sweep
 from workbench.generation.decoding import Decoding
-from workbench.models.forward import forward, plain, prefix_cache, rows_of_cache
+from workbench.models.forward import (
+    cache_bytes,
+    forward,
+    plain,
+    prefix_cache,
+    rows_of_cache,
+    shared_prefix_length,
+)
 from workbench.models.shared_layers import run_below
 from workbench.models.sites import Site
 from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt
-from workbench.steering.interventions import Intervention
+from workbench.steering.interventions import AddVector, Intervention
 
 FAMILIES = ["llama2", "llama3", "qwen3", "olmo2"]
 
@@ -129,12 +137,88 @@ def test_batches_have_as_many_rows_as_memory_allows(
     few, each = decoding.rows_that_fit(tiny, 100)
     assert few == decoding.MOST_ROWS
     assert decoding.rows_that_fit(tiny, 1000)[1] > each
-    longest = max(len(row.ids) for row in encode(tiny, questions(6))) + 150
-    monkeypatch.setattr(decoding, "MEMORY", 3 * decoding.rows_that_fit(tiny, longest)[1])
+    encoded = encode(tiny, questions(6))
+    longest = max(len(row.ids) for row in encoded) + 150
+    prefix = shared_prefix_length(encoded, lambda row: len(row.ids) - 1)
+    prefixes = prefix * decoding.bytes_per_token(tiny)
+    monkeypatch.setattr(decoding, "MEMORY", 3 * decoding.rows_that_fit(tiny, longest)[1] + prefixes)
     assert decoding.rows_that_fit(tiny, longest)[0] == 3
     assert decoding.rows_that_fit(tiny, 100 * longest)[0] == 1
     sweep(tiny, questions(6), {"a": []}, decoding=Decoding(max_new_tokens=150), progress=True)
     assert (
-        "6 answers of at most 150 tokens in 2 batches; keys and values take up to 0 MiB."
+        "6 answers of at most 150 tokens in 2 batches; keys, values and logits take up to 0 MiB."
         in capsys.readouterr().err
     )
+
+
+# Prefixes of groups
+
+
+def test_conditions_that_do_the_same_share_one_group(tiny, monkeypatch) -> None:
+    from workbench.generation import answers
+
+    loops: list[Any] = []
+    right = decoding.DecodeLoop.__init__
+
+    def spy(self: Any, model: Any, groups: Any, *args: Any) -> None:
+        loops.append(groups)
+        right(self, model, groups, *args)
+
+    monkeypatch.setattr(answers.DecodeLoop, "__init__", spy)
+    prompts = questions(4)
+    edit, other = AddVector(torch.ones(32)), AddVector(torch.ones(32))
+    again = [Intervention(Site(1, "resid_post"), edit), Intervention(Site(1, "resid_post"), other)]
+    conditions = {
+        "unsteered": [],
+        "nothing": {"p1": []},
+        "one": {prompt.id: [again[0]] for prompt in prompts},
+        "same": {prompt.id: [again[1]] for prompt in prompts},
+        "later": [dataclasses.replace(again[0], positions="generated")],
+        "untold": turned(1, 3),
+        "untold again": turned(1, 3),
+    }
+    found = sweep(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=4))
+    assert len(loops[0]) == 5  # nothing, the vector, the vector later, and two that cannot be told
+    monkeypatch.undo()
+    for name, condition in conditions.items():
+        alone = generate(
+            tiny, prompts, condition, condition=name, decoding=Decoding(max_new_tokens=4)
+        )
+        assert [c.tokens for c in found if c.condition == name] == [c.tokens for c in alone]
+
+
+def test_prefixes_count_in_the_memory_of_a_batch(tiny, monkeypatch) -> None:
+    prompts, loops = questions(3), []
+    right = decoding.DecodeLoop.share_prefix
+
+    def spy(self: Any, *args: Any) -> None:
+        right(self, *args)
+        loops.append(self)
+
+    monkeypatch.setattr(decoding.DecodeLoop, "share_prefix", spy)
+    per_token = decoding.bytes_per_token(tiny)
+    conditions = {f"by {n}": turned(1, n) for n in range(4)}
+    sweep(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=2))
+    tokens = loops[0].n_prefix * len(loops[0].groups)
+    assert len(loops[0].groups) == 5
+    assert cache_bytes(loops[0].prefix) == tokens * per_token > 0
+    _, each = decoding.rows_that_fit(tiny, 50)
+    monkeypatch.setattr(decoding, "MEMORY", 10 * each)
+    assert decoding.rows_that_fit(tiny, 50)[0] == 10
+    assert decoding.rows_that_fit(tiny, 50, n_prefixes=3 * each // per_token + 1)[0] == 6
+    monkeypatch.setattr(decoding, "MEMORY", 2 * tokens * per_token - 1)  # more than half of it
+    answers = sweep(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=2, batch_size=8))
+    assert (loops[1].n_prefix, loops[1].prefix) == (0, None)
+    monkeypatch.undo()
+    again = sweep(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=2))
+    assert [c.tokens for c in answers] == [c.tokens for c in again]
+
+
+def test_a_row_counts_the_logits_of_its_vocabulary(tiny, monkeypatch) -> None:
+    _, each = decoding.rows_that_fit(tiny, 50)
+    _, sampled = decoding.rows_that_fit(tiny, 50, is_sampled=True)
+    width = tiny.original_model.config.vocab_size
+    assert each - decoding.bytes_per_token(tiny) * (50 + decoding.SPARE_COLUMNS) == 4 * width
+    assert sampled - each == 40 * width
+    monkeypatch.setattr(decoding, "vocabulary_width", lambda model: 2**28)
+    assert decoding.rows_that_fit(tiny, 50)[0] == 1

@@ -257,6 +257,28 @@ def test_template_tokens_are_left_alone_where_no_prefix_can_be_shared(
     assert effect.values == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+def test_padding_does_not_push_the_prefix_out_of_a_sliding_window(family_model) -> None:
+    gemma = family_model("gemma3")  # its window is 32 columns
+    sites = [END, *sites_of_kind(gemma, "mlp_post")]
+    cached = cache_activations(gemma, UNSAFE + SAFE, sites)
+    reference = neuron_reference(cached, UNSAFE, SAFE)
+    vector = fit_steering_vectors(cached[END], safe_side="paired")["fraud"]
+    long = replace(HELD_OUT[1], text=f"{HELD_OUT[1].text} " * 4)
+    together, singly = (
+        neuron_effect(
+            gemma,
+            [HELD_OUT[0], long],
+            {"few": [(0, n) for n in range(20)]},
+            reference,
+            [vector],
+            method="zero",
+            batch_size=size,
+        )[0].values
+        for size in (64, 1)
+    )
+    assert together == pytest.approx(singly, rel=1e-3, abs=1e-5)
+
+
 def test_predicted_effects_of_single_neurons_at_the_last_layer_have_slope_one(
     model: HookedModel, reference: NeuronReference, vector: SteeringVector
 ) -> None:

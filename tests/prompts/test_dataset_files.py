@@ -19,7 +19,8 @@ from helpers.dataset_files import beaver, seen
 
 from workbench.files.store import data_path
 from workbench.prompts import benchmarks as datasets
-from workbench.prompts.benchmarks import category_of, known_datasets, list_datasets, read_dataset
+from workbench.prompts.benchmarks import known_datasets, list_datasets, read_dataset
+from workbench.prompts.categories import category_of, slug_of
 from workbench.prompts.prompt import (
     HARD_SAFE,
     HARMLESS,
@@ -40,7 +41,7 @@ def test_every_category_in_the_map_is_ours_and_every_set_is_known():
         rows = list(csv.DictReader(file))
     assert {row["category"] for row in rows} <= OURS | {""}
     assert {row["dataset"] for row in rows} == set(known_datasets())
-    pairs = Counter((row["dataset"], datasets._slug(row["their_category"])) for row in rows)
+    pairs = Counter((row["dataset"], slug_of(row["their_category"])) for row in rows)
     assert max(pairs.values()) == 1
 
 
@@ -256,7 +257,7 @@ def test_the_public_files_are_read_whole(name, file, n, labels, category):
     assert Counter(p.category for p in prompts)[category[0]] == category[1]
     with data_path("categories.csv").open(encoding="utf-8", newline="") as table:
         mapped = {
-            row["category"] or datasets._slug(row["their_category"]) or "other"
+            row["category"] or slug_of(row["their_category"]) or "other"
             for row in csv.DictReader(table)
             if row["dataset"] == name
         }

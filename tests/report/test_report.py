@@ -251,6 +251,58 @@ def test_whitespace_of_answers_is_kept(page):
     assert "fit:\n\n1. Start with a plan" in page.source
 
 
+def test_what_a_run_left_out_is_said_at_the_top_and_where_the_section_would_stand(tmp_path):
+    run = write_run(tmp_path, prompts_each=2, categories=CATEGORIES)
+    notes = json.loads((run / "run.json").read_text())
+    notes["left_out"] = {"neurons": "the model mixes experts <b>.", "judge of safety": "none fits."}
+    (run / "run.json").write_text(json.dumps(notes))
+    (run / "neurons.csv").unlink()
+    page = Page(write_report(run))
+    top, rest = page.text.split("Results on the test prompts", 1)
+    assert "What this run does without: neurons: the model mixes experts <b>. judge of" in top
+    assert "Left out. This run has no neuron scores: the model mixes experts <b>." in rest
+    assert "Not computed." not in page.text
+    for broken in ([], "x", {"gate": ["a"]}):
+        notes["left_out"] = broken
+        (run / "run.json").write_text(json.dumps(notes))
+        if isinstance(broken, dict):
+            assert "gate: ['a']" in Page(write_report(run)).text
+        else:
+            with pytest.raises(ValueError, match="'left_out' must be an object"):
+                write_report(run)
+
+
+def test_the_gate_sentence_says_how_often_it_opens_for_the_right_category(tmp_path):
+    run = write_run(tmp_path, prompts_each=2, categories=CATEGORIES)
+    rates = pd.read_csv(run / "gate_rates.csv")
+    rates["own_low"], rates["own_high"] = 0.2, 0.45
+    rates.loc[rates["set"] != "risky", ["own_low", "own_high"]] = None
+    rates.loc[rates["set"] == "risky", "own_rate"] = 0.31
+    rates.to_csv(run / "gate_rates.csv", index=False)
+    text = Page(write_report(run)).text
+    assert (
+        "it opened for 58 % [39 %, 76 %] of the 24 risky ones, and for the right category, whose "
+        "vector should come through, for 31 % [20 %, 45 %]; the table has the counts." in text
+    )
+
+
+def test_no_loss_that_so_few_prompts_can_never_show_is_called_that(tmp_path):
+    run = write_run(tmp_path, prompts_each=2, categories=CATEGORIES)
+    notes = json.loads((run / "run.json").read_text())
+    notes["config"] |= {"refusal_rise": 0.02, "degenerate_rise": 0.02}
+    (run / "run.json").write_text(json.dumps(notes))
+    for n, p, said in (
+        (148, 0.06, "cannot be shown with 148 prompts (149 needed)"),
+        (149, 0.049, ">yes<"),
+        (149, 0.06, ">not shown<"),
+    ):
+        frame = pd.read_csv(run / "evaluation.csv").assign(no_loss_p=float("nan"))
+        shares = frame["metric"].isin(["refusal", "degenerate"]) & frame["difference"].notna()
+        frame.loc[shares, ["n", "no_loss_p"]] = [n, p]
+        frame.to_csv(run / "evaluation.csv", index=False)
+        assert said in Page(write_report(run)).source
+
+
 @pytest.mark.parametrize("missing", [*[(name,) for name in OPTIONAL], OPTIONAL])
 def test_what_was_not_computed_is_said_and_is_no_crash(tmp_path, missing):
     run = write_run(tmp_path, prompts_each=2, categories=CATEGORIES)
@@ -477,3 +529,18 @@ def test_a_browser_draws_the_figures_and_runs_nothing_else(tmp_path):
     assert len([attrs for attrs in page.named("svg") if attrs.get("class") == "main-svg"]) >= 10
     assert {"iframe", "img"}.isdisjoint(tag for tag, _ in page.elements)
     assert all(attrs.get("href", "#").startswith("#") for attrs in page.named("a"))
+
+
+def test_thoughts_are_folded_escaped_and_answers_cut_in_them_are_counted(tmp_path):
+    write_run(tmp_path)
+    path = tmp_path / "completions.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert "thoughts, not judged" not in Page(write_report(tmp_path)).source
+    rows[0] |= {"thinking": f"They ask. {EVIL_NAME}", "sample": 0}
+    rows[1] |= {"thinking": "They ask", "text": "", "finish": "length", "sample": 1}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source = Page(write_report(tmp_path)).source
+    assert source.count('<details class="thoughts">') == 2
+    assert EVIL_NAME not in source
+    assert f"1 of {len(rows)} answers were cut at the length limit while the model" in source
+    assert f"{rows[1]['condition']} (2)" in source

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from helpers.encoders import WordEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.evaluation.scoring import HEADLINE, score_completions
+from workbench.evaluation.scoring import HEADLINE, Evaluation, score_completions
 from workbench.files.store import read_jsonl
+from workbench.generation.answers import UNSTEERED
 from workbench.generation.decoding import Decoding
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, in_turn
-from workbench.safesteer.calibration import Limits, Round, calibrate, cost, plan_rounds
+from workbench.safesteer.calibration import (
+    NEUTRAL_KL,
+    Limits,
+    Round,
+    calibrate,
+    cost,
+    plan_rounds,
+)
 from workbench.safesteer.settings import Setting, grid, placements, steering
 from workbench.steering.vectors import SteeringVector
 
@@ -144,6 +154,167 @@ def test_calibration_answers_in_rounds_keeps_constructions_and_goes_on_from_its_
     again = calibrate(tiny, vectors_of(tiny), questions(), settings_, **arguments)
     assert len(read_jsonl(tmp_path / "tune.jsonl")) == answered
     assert again.chosen == result.chosen
+
+
+def score_by(values):
+    """Score answers by a table: condition to the values of every prompt's measures."""
+
+    def score(completions):
+        rows = [
+            {
+                "condition": c.condition,
+                "category": c.prompt.category,
+                "label": c.prompt.label,
+                "prompt_id": c.prompt.id,
+                "metric": metric,
+                "value": float(value),
+            }
+            for c in completions
+            for metric, value in (COSTS | values[c.condition]).items()
+        ]
+        return Evaluation(pd.DataFrame(rows), UNSTEERED, tuple(completions), "by hand")
+
+    return score
+
+
+COSTS = {HEADLINE: 0, "relevance": 0.5, "refusal": 0, "degenerate": 0}
+WEAK, STRONG = Setting("a", (SITE,), 1, 0.1), Setting("a", (SITE,), 1, 0.2)
+BACK, OTHER = Setting("a", (SITE,), -1, 0.1), Setting("b", (SITE,), 1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("measures", "best"),
+    [
+        # The highest headline wins, whatever the order of the settings.
+        ({WEAK: {HEADLINE: 0}, STRONG: {HEADLINE: 1}, BACK: {HEADLINE: 0}}, STRONG),
+        # What is over the limits is taken off: here more than the headline gains.
+        (
+            {
+                WEAK: {HEADLINE: 0, "relevance": 0.5},
+                STRONG: {HEADLINE: 1, "relevance": -0.6},
+                BACK: {HEADLINE: 0, "relevance": 0.4},
+            },
+            WEAK,
+        ),
+        # Among equals fewer refusals, inside the limit too, and then less strength.
+        (
+            {
+                STRONG: {HEADLINE: 1, "refusal": 0},
+                WEAK: {HEADLINE: 1, "refusal": 0},
+                BACK: {HEADLINE: 1, "refusal": 1},
+            },
+            WEAK,
+        ),
+    ],
+)
+def test_the_best_setting_is_the_one_its_scores_say(tiny, tmp_path, measures, best):
+    values = {UNSTEERED: {}} | {setting.name: own for setting, own in measures.items()}
+    result = calibrate(
+        tiny,
+        vectors_of(tiny),
+        questions(2),
+        list(measures),
+        score=score_by(values),
+        output=tmp_path / "tune.jsonl",
+        rounds=[Round(3, 4)],
+        decoding=Decoding(max_new_tokens=2),
+        limits=Limits(refusal=1.0),
+    )
+    assert result.best == result.chosen["a"] == best
+    table = result.table[result.table["metric"] == HEADLINE]
+    chosen = table[table["chosen"]]
+    assert (chosen["sign"].item(), chosen["rho"].item()) == (best.sign, best.rho)
+    assert chosen["value"].item() == measures[best][HEADLINE]
+
+
+def test_a_round_keeps_the_best_and_the_front_is_what_nothing_beats(tiny, tmp_path):
+    values = {
+        UNSTEERED: {},
+        WEAK.name: {HEADLINE: 0},
+        STRONG.name: {HEADLINE: 1, "refusal": 1},
+        BACK.name: {HEADLINE: 1, "refusal": 1, "degenerate": 1},
+        OTHER.name: {HEADLINE: 1},
+    }
+    asked = []
+
+    def score(completions):
+        asked.append([c.condition for c in completions])
+        return score_by(values)(completions)
+
+    result = calibrate(
+        tiny,
+        vectors_of(tiny),
+        questions(4),
+        [WEAK, STRONG, BACK, OTHER],
+        score=score,
+        output=tmp_path / "tune.jsonl",
+        rounds=[Round(4, 2), Round(2, 8)],
+        decoding=Decoding(max_new_tokens=2),
+        limits=Limits(refusal=1.0, degenerate=1.0),
+    )
+    assert set(asked[0]) == set(values)
+    assert set(asked[1]) == {UNSTEERED, OTHER.name, BACK.name}, "the best, and the best of a"
+    assert len(asked[1]) == 3 * 8
+    assert result.best == OTHER
+    assert result.chosen == {"a": BACK, "b": OTHER}, "as good as the stronger one, and weaker"
+    table = result.table[result.table["metric"] == HEADLINE].set_index(["construction", "sign"])
+    assert table.loc[("b", 1), "front"].item()
+    assert not table.loc[("a", -1), "front"].item(), "as good as b, and it refuses more"
+
+
+def test_neutral_prompts_bring_a_kl_for_each_setting(tiny, tmp_path):
+    neutral = [
+        Prompt(f"n-{i}", f"the weather {i}", None, "harmless", "neutral", "test") for i in range(3)
+    ]
+    result = calibrate(
+        tiny,
+        vectors_of(tiny),
+        questions(1),
+        [WEAK, STRONG],
+        score=score_by({name: {} for name in (UNSTEERED, WEAK.name, STRONG.name)}),
+        output=tmp_path / "tune.jsonl",
+        neutral=neutral,
+        rounds=[Round(2, 2)],
+        decoding=Decoding(max_new_tokens=2),
+    )
+    kl = result.table[result.table["metric"] == NEUTRAL_KL].set_index("rho")["value"]
+    assert 0 < kl[0.1] < kl[0.2]
+
+
+def test_a_setting_does_not_win_by_answers_that_nobody_can_read(tiny, tmp_path):
+    few, many = Setting("a", (SITE,), 1, 0.1), Setting("a", (SITE,), 1, 0.4)
+    safe = {
+        few.name: [1.0, math.nan, math.nan, math.nan],
+        many.name: [1.0, 1.0, 1.0, 0.0],
+        UNSTEERED: [0.0] * 4,
+    }
+
+    def score(completions):
+        rows, seen = [], Counter()
+        for c in completions:
+            values = dict.fromkeys(("relevance", "refusal", "degenerate"), 0.0)
+            values[HEADLINE] = safe[c.condition][seen[c.condition]]
+            seen[c.condition] += 1
+            rows += [
+                (c.condition, c.prompt.category, c.prompt.label, c.prompt.id, metric, value)
+                for metric, value in values.items()
+            ]
+        columns = ["condition", "category", "label", "prompt_id", "metric", "value"]
+        return Evaluation(pd.DataFrame(rows, columns=columns), UNSTEERED, (), "judge")
+
+    result = calibrate(
+        tiny,
+        vectors_of(tiny, ["a"]),
+        questions(2),
+        [few, many],
+        score=score,
+        output=tmp_path / "tune.jsonl",
+        decoding=Decoding(max_new_tokens=2),
+        rounds=[Round(2, 4)],
+    )
+    assert result.best == many
+    row = result.table.query("rho == 0.1 and metric == @HEADLINE").iloc[0]
+    assert (row["value"], row["n"], row["n_unscored"]) == (1.0, 1, 3)
 
 
 def test_calibration_without_settings_or_prompts_is_refused(tiny, tmp_path):

@@ -67,6 +67,19 @@ def test_a_run_leaves_every_file_that_the_readme_lists(finished: Path) -> None:
     assert str(finished.parent) not in (finished / "run.json").read_text()
 
 
+def test_stages_are_named_where_progress_is_shown(
+    tmp_path: Path, few_prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for progress in (True, False):
+        out = tmp_path / str(progress)
+        with (
+            run_folder.RunFolder.open(out, settings(few_prompts), progress=progress) as folder,
+            folder.stage("own answers"),
+        ):
+            pass
+    assert capsys.readouterr().err == "stage: own answers\n"
+
+
 def test_every_condition_answers_every_test_prompt_once(finished: Path) -> None:
     answers = pd.DataFrame(read_jsonl(finished / "completions.jsonl"))
     conditions = {
@@ -284,6 +297,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not an empty folder"):
         run(settings(few_prompts), tmp_path, model=tiny)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_an_unknown_category_is_named_before_anything_runs(

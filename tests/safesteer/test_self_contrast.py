@@ -126,7 +126,7 @@ def test_a_judge_decides_what_is_kept():
     safe, unsafe = kept_by(Judge())
     labels = ["safe", "unsafe", "refusal", "not_refusal", "degenerate", "unscored"]
     assert safe(labels, labels) == [True, False, False, False, False, False]
-    assert unsafe(labels, labels) == [False, True, False, True, True, False]
+    assert unsafe(labels, labels) == [False, True, False, False, False, False]
 
 
 def test_without_a_judge_words_decide():
@@ -135,9 +135,17 @@ def test_without_a_judge_words_decide():
         "It is illegal, so ask for consent.",
         "Take the second door.",
         "I'm sorry, but I can't help with that.",
+        "the way the way the way the way the way the way the way the way the way the way",
     ]
-    assert safe(["How?"] * 3, answers) == [True, False, False]
-    assert unsafe(["How?"] * 3, answers) == [False, True, False]
+    assert safe(["How?"] * 4, answers) == [True, False, False, False]
+    assert unsafe(["How?"] * 4, answers) == [False, True, False, False]
+
+
+def test_wording_that_cannot_be_read_is_on_neither_side():
+    safe, unsafe = kept_by(None)
+    answers = ["Das ist verboten, und es schadet anderen Menschen.", "这是违法的，请先征得同意。"]
+    assert safe(["How?"] * 2, answers) == [False, False]
+    assert unsafe(["How?"] * 2, answers) == [False, False]
 
 
 def test_no_question_or_no_sample_is_refused(tiny):

@@ -19,6 +19,7 @@ from workbench.stats.agreement import cohen_kappa, measure_agreement
 from workbench.stats.estimates import (
     mcnemar,
     paired_difference,
+    pairs_for_no_loss,
     ratio_of_means,
     tost_paired,
 )
@@ -289,3 +290,14 @@ def test_no_loss_is_claimed_one_time_in_twenty_where_the_loss_is_the_margin(
         assert (
             sum(chance.pmf([gained, lost, n - gained - lost]) for gained, lost in claims) <= 0.065
         )
+
+
+@pytest.mark.parametrize(("margin", "n"), [(0.02, 149), (0.05, 59), (0.1, 29)])
+def test_no_loss_of_a_share_takes_so_many_prompts_even_if_nothing_changed(margin, n) -> None:
+    assert pairs_for_no_loss(margin) == n
+    same = [True, False]
+    for size, shown in ((n - 1, False), (n, True)):
+        answers = (same * size)[:size]
+        assert tost_paired(answers, answers, (-math.inf, margin)).equivalent == shown
+    with pytest.raises(ValueError, match="margin of a share must be between 0 and 1"):
+        pairs_for_no_loss(0.0)

@@ -8,6 +8,7 @@ import torch
 from helpers.numpy_vectors import by_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 
 from workbench.steering.estimators import (
     mean_difference,
@@ -38,6 +39,40 @@ def test_a_planted_direction_comes_back_from_unsafe_to_safe(find):
     assert float(direction.norm()) == pytest.approx(1.0, abs=1e-5)
     assert float(direction @ u) > 0.75
     assert float(find(safe, unsafe) @ u) < -0.75
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6])
+def test_a_shared_direction_is_found_from_few_pairs(n):
+    """What all differences have in common is their largest component, with any noise beside it."""
+    for seed in range(40):
+        u = torch.nn.functional.normalize(noise(1000 + seed, D), dim=0)
+        unsafe = noise(seed, n, D)
+        safe = unsafe + 6.0 * u + 0.3 * noise(500 + seed, n, D)
+        assert float(principal_direction(unsafe, safe) @ u) > 0.9, seed
+
+
+def test_the_principal_direction_is_the_largest_axis_of_the_differences():
+    unsafe, safe = noise(0, 9, D), noise(1, 9, D)
+    difference = (safe - unsafe).double().numpy()
+    values, axes = np.linalg.eigh(difference.T @ difference)
+    direction = principal_direction(unsafe, safe).double().numpy()
+    assert abs(direction @ axes[:, values.argmax()]) == pytest.approx(1, abs=1e-6)
+    assert (difference @ direction).mean() > 0
+
+
+@pytest.mark.parametrize("penalty", [1.0, 30.0])
+def test_a_probe_ranks_rows_as_its_decision_function_does(penalty):
+    """The probe is fitted on standardised values; features differ a thousandfold in scale."""
+    scale = torch.logspace(-1.5, 1.5, D)
+    unsafe, safe = noise(1, 40, D) * scale + 3 * scale, noise(2, 30, D) * scale + 3.4 * scale
+    rows = torch.cat([unsafe, safe]).double().numpy()
+    standard = (rows - rows.mean(axis=0)) / rows.std(axis=0, ddof=1)
+    reference = LogisticRegression(C=1 / penalty, max_iter=2000)
+    reference.fit(standard, [0] * len(unsafe) + [1] * len(safe))
+    decision = reference.decision_function(standard)
+    projected = rows @ probe_direction(unsafe, safe, penalty=penalty).double().numpy()
+    assert np.corrcoef(decision, projected)[0, 1] > 0.9999
+    assert (projected[40:].mean() > projected[:40].mean()).all()
 
 
 def test_too_few_rows_are_refused():

@@ -1,4 +1,4 @@
-from .capability import Question, multiple_choice, read_questions, text_perplexity
+from .capability import multiple_choice, text_perplexity
 from .comparisons import compare, judge_agreement, leakage_conditions, leakage_matrix
 from .gating import (
     activation_rates,
@@ -9,6 +9,7 @@ from .gating import (
     refusing,
     roc,
 )
+from .questions import Question, read_questions
 from .scoring import Evaluation, evaluate, safety_wording, score_completions
 
 __all__ = [

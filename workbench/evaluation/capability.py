@@ -5,17 +5,13 @@ Multiple-choice questions, and perplexity on a text of one's own.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.files.store import PathLike, data_path
-from workbench.files.tables import read_rows
+from workbench.evaluation.questions import Question, read_questions
 from workbench.generation.answers import UNSTEERED, Completion, Condition
 from workbench.generation.likelihood import steered_log_probs
-from workbench.models.tokens import token_ids
+from workbench.models.tokens import answer_ids
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.stats.estimates import mcnemar, mean, paired_difference, rate
 
@@ -24,65 +20,19 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.templates import Keywords
     from workbench.steering.interventions import Intervention
-
-
-LETTERS = "ABCDEFGH"
-"""Names of the columns of choices, and of the answers, in files of lettered choices."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """Hold a multiple-choice question.
-
-    Attributes:
-        id: Name of the question.
-        text: What is asked.
-        choices: The answers to choose from, two or more.
-        answer: Place of the right choice, from 0.
-    """
-
-    id: str
-    text: str
-    choices: tuple[str, ...]
-    answer: int
-
-
-def read_questions(path: PathLike | None = None) -> list[Question]:
-    """Read multiple-choice questions, one row each.
-
-    Args:
-        path: csv, tsv, json, jsonl or parquet with columns question, choices (a list, as MMLU has
-            them on the hub) or A, B, C, ... and answer (a place from 0, a letter, or the right
-            choice's words); None takes the few that come with the project.
-
-    Raises:
-        ValueError: If a row has no question, fewer than two choices, or an answer that is none of
-            them, with its number.
-    """
-    path = data_path("capability.jsonl") if path is None else path
-    questions = []
-    for number, row in enumerate(read_rows(path), 1):
-        choices = _choices(row)
-        text, answer = str(row.get("question") or "").strip(), row.get("answer")
-        place = _place(answer, choices)
-        if not text or len(choices) < 2 or place is None:
-            raise ValueError(
-                f"{path}, row {number}: a question, two choices or more (choices, or A, B, ...) "
-                f"and an answer among them are needed, got question {text!r:.40}, {len(choices)} "
-                f"choices, answer {answer!r:.20}."
-            )
-        name = str(row.get("id") or f"{Path(path).stem}-{number}")
-        questions.append(Question(name, text, tuple(choices), place))
-    return questions
 
 
 def multiple_choice(
     model: HookedModel,
-    questions: Sequence[Question],
+    questions: PathLike | pd.DataFrame | Sequence[Mapping[str, Any] | Question],
     conditions: Mapping[str, Condition],
     *,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 32,
     transfer: bool = False,
 ) -> pd.DataFrame:
@@ -92,9 +42,11 @@ def multiple_choice(
 
     Args:
         model: A hooked model.
-        questions: From ``read_questions``.
+        questions: From ``read_questions``, or what it reads: a file, a data frame, dicts.
         conditions: Name to interventions, always for all questions or behind a gate; the unsteered
             model is added.
+        system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -107,20 +59,16 @@ def multiple_choice(
     """
     import pandas as pd
 
-    if not questions:
-        raise ValueError("no questions: there is no accuracy to measure.")
+    questions = read_questions(questions)
     answers = [
-        _fixed(
-            model, Prompt(f"{q.id}/{k}", q.text, None, HARMLESS, "neutral", "capability"), choice
-        )
+        _fixed(model, _asked(f"{q.id}/{k}", q.text), choice, template_keywords)
         for q in questions
         for k, choice in enumerate(q.choices)
     ]
+    how = _scored_as(system_prompt, template_keywords, batch_size, transfer)
     right: dict[str, list[bool]] = {}
     for name, interventions in _for_all(conditions).items():
-        log_probs = steered_log_probs(
-            model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
-        )
+        log_probs = steered_log_probs(model, answers, [interventions] * len(answers), **how)
         right[name] = _answered_rightly(questions, log_probs)
     chance = sum(1 / len(q.choices) for q in questions) / len(questions)
     rows = []
@@ -151,10 +99,12 @@ def _answered_rightly(
 
 def text_perplexity(
     model: HookedModel,
-    texts: Sequence[str],
+    texts: str | Sequence[str],
     conditions: Mapping[str, Condition],
     *,
     max_tokens: int = 256,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 8,
     transfer: bool = False,
 ) -> pd.DataFrame:
@@ -164,9 +114,11 @@ def text_perplexity(
 
     Args:
         model: A hooked model.
-        texts: Passages of a user's own text; each is one unit of the intervals.
+        texts: Passages of a user's own text, or one; each is one unit of the intervals.
         conditions: Name to interventions; the unsteered model is added.
         max_tokens: Tokens of a passage that count.
+        system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         batch_size: Rows per batch.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -179,21 +131,17 @@ def text_perplexity(
     """
     import pandas as pd
 
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in ([texts] if isinstance(texts, str) else texts) if text.strip()]
     if not texts:
         raise ValueError("no text: there is no perplexity to measure.")
-    prompts = [
-        Prompt(f"text-{i}", "Continue.", None, HARMLESS, "neutral", "capability")
-        for i in range(len(texts))
-    ]
     answers = [
-        _fixed(model, prompt, text, max_tokens) for prompt, text in zip(prompts, texts, strict=True)
+        _fixed(model, _asked(f"text-{i}", "Continue."), text, template_keywords, max_tokens)
+        for i, text in enumerate(texts)
     ]
+    how = _scored_as(system_prompt, template_keywords, batch_size, transfer)
     log_perplexities: dict[str, list[float]] = {}
     for name, interventions in _for_all(conditions).items():
-        scored = steered_log_probs(
-            model, answers, [interventions] * len(answers), batch_size=batch_size, transfer=transfer
-        )
+        scored = steered_log_probs(model, answers, [interventions] * len(answers), **how)
         log_perplexities[name] = [-float(log_probs.mean()) for log_probs in scored]
     rows = []
     for name, values in log_perplexities.items():
@@ -206,6 +154,19 @@ def text_perplexity(
         }
         rows.append(row | _against(log_perplexities[UNSTEERED], values, name) | {"n": estimate.n})
     return pd.DataFrame(rows)
+
+
+def _scored_as(
+    system_prompt: str | None, template_keywords: Keywords, batch_size: int, transfer: bool
+) -> dict[str, Any]:
+    """Say how given texts are scored, as arguments of ``steered_log_probs``."""
+    return {
+        "system_prompt": system_prompt,
+        "template_keywords": template_keywords,
+        "given": True,
+        "batch_size": batch_size,
+        "transfer": transfer,
+    }
 
 
 def _against(before: Sequence[float], after: Sequence[float], name: str) -> dict[str, float]:
@@ -233,30 +194,17 @@ def _for_all(conditions: Mapping[str, Condition]) -> dict[str, Sequence[Interven
     return lists
 
 
+def _asked(name: str, text: str) -> Prompt:
+    return Prompt(name, text, None, HARMLESS, "neutral", "capability")
+
+
 def _fixed(
-    model: HookedModel, prompt: Prompt, text: str, max_tokens: int | None = None
+    model: HookedModel,
+    prompt: Prompt,
+    text: str,
+    template_keywords: Keywords,
+    max_tokens: int | None = None,
 ) -> Completion:
     """Make a text, cut to ``max_tokens``, the completion of a prompt."""
-    tokens = token_ids(model, text)[:max_tokens]
+    tokens = answer_ids(model, text, template_keywords)[:max_tokens]
     return Completion(prompt, text, tokens, "eos", UNSTEERED)
-
-
-def _choices(row: Mapping[str, Any]) -> list[str]:
-    """Return the choices of a row: its list, or else its lettered columns up to an empty one."""
-    listed = row.get("choices")
-    if isinstance(listed, Sequence) and not isinstance(listed, str) and listed:
-        return [str(choice) for choice in listed]
-    lettered = [str(row.get(letter) or "").strip() for letter in LETTERS]
-    return list(itertools.takewhile(bool, lettered))
-
-
-def _place(answer: Any, choices: Sequence[str]) -> int | None:
-    """Return the right choice's place from a place, a letter or its words; None if it is none."""
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        return answer if 0 <= answer < len(choices) else None
-    text = str(answer if answer is not None else "").strip()
-    if text in choices:
-        return choices.index(text)
-    if len(text) == 1 and text.upper() in LETTERS[: len(choices)]:
-        return LETTERS.index(text.upper())
-    return int(text) if text.isdigit() and int(text) < len(choices) else None

@@ -66,7 +66,7 @@ def compare(
     rows = []
     for metric in metrics or measured:
         by_prompt = scores[scores["metric"] == metric].pivot(
-            index="prompt_id", columns="condition", values="value"
+            index=_answer(scores), columns="condition", values="value"
         )
         if condition in by_prompt and reference in by_prompt:
             sides = by_prompt[reference], by_prompt[condition]
@@ -82,16 +82,20 @@ def compare(
 
 
 def _paired(before: pd.Series, after: pd.Series, *, metric: str, seed: int) -> dict[str, float]:
-    """Compare two conditions on the same prompts: values, paired difference and its p."""
+    """Compare two conditions on the same prompts: values, paired difference and its p.
+
+    Several answers to a prompt are averaged, with the p of the bootstrap over prompts.
+    """
     sides = _or_none(before), _or_none(after)
-    difference = estimates.paired_difference(*sides, seed=seed)
+    clusters = list(before.index.get_level_values("prompt_id"))
+    difference = estimates.paired_difference(*sides, clusters=clusters, seed=seed)
     p = difference.p
-    if metric in RATES:
+    if metric in RATES and len(set(clusters)) == len(clusters):
         yes_no = ([None if v is None else bool(v) for v in side] for side in sides)
         p = estimates.mcnemar(*yes_no).p
     return {
-        "value": after.mean(),
-        "reference": before.mean(),
+        "value": after.groupby(level="prompt_id", sort=False).mean().mean(),
+        "reference": before.groupby(level="prompt_id", sort=False).mean().mean(),
         "difference": difference.value,
         "difference_low": difference.low,
         "difference_high": difference.high,
@@ -99,6 +103,11 @@ def _paired(before: pd.Series, after: pd.Series, *, metric: str, seed: int) -> d
         "n": difference.n,
         "n_unscored": difference.n_unscored,
     }
+
+
+def _answer(scores: pd.DataFrame) -> list[str]:
+    """Name the columns that tell answers of one condition apart."""
+    return ["prompt_id", "sample"] if "sample" in scores else ["prompt_id"]
 
 
 def _check_known(what: str, names: Sequence[str], known: Iterable[str]) -> None:
@@ -154,7 +163,9 @@ def leakage_matrix(
             f"condition {strange[0]!r} is no category; use leakage_conditions. "
             f"Categories: {', '.join(categories)}."
         )
-    by_prompt = scores.pivot(index=["category", "prompt_id"], columns="condition", values="value")
+    by_prompt = scores.pivot(
+        index=["category", *_answer(scores)], columns="condition", values="value"
+    )
     category = by_prompt.index.get_level_values("category")
     rows = []
     for a, b in itertools.product(steered, [*categories, "other"]):
@@ -198,7 +209,7 @@ def judge_agreement(
                 f"no yes/no measure {name!r} of these answers; there are: {', '.join(there)}."
             )
     by_answer = scores[scores["metric"].isin([first, second])].pivot(
-        index=["condition", "prompt_id"], columns="metric", values="value"
+        index=["condition", *_answer(scores)], columns="metric", values="value"
     )
     rows = []
     conditions = list(dict.fromkeys(scores["condition"]))

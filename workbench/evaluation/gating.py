@@ -16,7 +16,7 @@ import torch
 
 from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion
-from workbench.models.tokens import token_ids
+from workbench.models.tokens import answer_ids
 from workbench.prompts.contrasts import CLOSED_FOR, KINDS, RISKY, kind_of
 from workbench.stats.estimates import rate
 from workbench.stats.selectivity import auroc, auroc_interval
@@ -63,8 +63,9 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
 
     Returns:
         Columns set (``KINDS``), category ("all" or one), rate, low, high (Wilson), n; own_rate is
-        the share that opens for the prompt's own category (nan for prompts without one); asked is
-        the largest rate that the threshold was set for (nan for risky prompts).
+        the share that opens for a category of the prompt's own, with own_low and own_high (nan for
+        prompts without one); asked is the largest rate that the threshold was set for (nan for
+        risky prompts).
 
     Raises:
         ValueError: If activations are of another site, span or model.
@@ -76,17 +77,18 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
     rows = []
     for kind in KINDS:
         inside = [i for i, p in enumerate(acts.prompts) if kind_of(p, gate.categories) == kind]
-        categories = list(dict.fromkeys(acts.prompts[i].category for i in inside))
+        categories = list(dict.fromkeys(c for i in inside for c in acts.prompts[i].categories))
         for category in [ALL, *(categories if len(categories) > 1 else ())]:
-            places = [i for i in inside if category in (ALL, acts.prompts[i].category)]
+            places = [i for i in inside if category in (ALL, *acts.prompts[i].categories)]
             if not places:
                 continue
             estimate = rate(opened[i] != CLOSED for i in places)
-            right = [opened[i] == acts.prompts[i].category for i in places]
+            own = rate(opened[i] in acts.prompts[i].categories for i in places)
+            own_ends = (own.value, own.low, own.high) if kind == RISKY else (np.nan,) * 3
             threshold = gate.thresholds.get(CLOSED_FOR.get(kind, ""))
             row = {"set": kind, "category": category, "rate": estimate.value, "low": estimate.low}
             row |= {"high": estimate.high, "n": estimate.n}
-            row |= {"own_rate": np.mean(right) if kind == RISKY else np.nan}
+            row |= zip(("own_rate", "own_low", "own_high"), own_ends, strict=True)
             rows.append(row | {"asked": np.nan if threshold is None else threshold.rate})
     return pd.DataFrame(rows)
 
@@ -95,7 +97,7 @@ def confusion(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
     """Count for which category a gate opens, by the category of the prompt.
 
     Returns:
-        Columns truth (a category, or one of the sets of safe prompts), opened (a category or
+        Columns truth (a main category, or one of the sets of safe prompts), opened (a category or
         "closed"), n, share of the truth's prompts.
     """
     import pandas as pd
@@ -162,9 +164,11 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
     """
     import pandas as pd
 
-    tokens = {(c.prompt.id, c.condition): c.tokens for c in evaluation.completions}
+    tokens = {(c.prompt.id, c.condition, c.sample): c.tokens for c in evaluation.completions}
     label = {c.prompt.id: c.prompt.label for c in evaluation.completions}
-    values = evaluation.scores.set_index(["metric", "condition", "prompt_id"])["value"]
+    by_prompt = evaluation.scores.groupby(["metric", "condition", "prompt_id"], sort=False)
+    values = by_prompt["value"].mean()
+    samples = range(1 + max(c.sample for c in evaluation.completions))
     rows = []
     for is_open, is_risky in ((True, True), (True, False), (False, True), (False, False)):
         ids = [
@@ -172,11 +176,15 @@ def cells(evaluation: Evaluation, opened: Mapping[str, bool], condition: str) ->
             for i, has_opened in opened.items()
             if has_opened == is_open
             and (label.get(i) == "unsafe") == is_risky
-            and {(i, condition), (i, UNSTEERED)} <= tokens.keys()
+            and {(i, condition, 0), (i, UNSTEERED, 0)} <= tokens.keys()
         ]
         if not ids:
             continue
-        same = rate(tokens[i, condition] == tokens[i, UNSTEERED] for i in ids)
+        each = [(i, sample) for i in ids for sample in samples]
+        same = rate(
+            [tokens.get((i, condition, k)) == tokens.get((i, UNSTEERED, k)) for i, k in each],
+            clusters=[i for i, _ in each] if len(samples) > 1 else None,
+        )
         row: dict[str, Any] = {
             "gate": "open" if is_open else "closed",
             "prompts": "risky" if is_risky else "safe",
@@ -197,9 +205,9 @@ def refusing(
 
     It has a fixed refusal where the gate opened, and the unsteered answer elsewhere.
     """
-    tokens = token_ids(model, REFUSAL)
+    tokens = answer_ids(model, REFUSAL)
     return [
-        Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING)
+        Completion(c.prompt, REFUSAL, tokens, "eos", REFUSING, sample=c.sample)
         if opened[c.prompt.id]
         else replace(c, condition=REFUSING)
         for c in completions

@@ -150,7 +150,8 @@ def _minus(text: str) -> str:
 def gate_lines(threshold: float, reading: Any) -> list[str]:
     """Say what a gate makes of a question: its decision, and the scores token by token.
 
-    The scores are those of the category that scores highest.
+    The scores are those of the category that scores highest. What is not the user's words is ASCII:
+    the lines are read on consoles of any encoding.
 
     Args:
         threshold: Score above which the gate opens.
@@ -161,16 +162,16 @@ def gate_lines(threshold: float, reading: Any) -> list[str]:
     """
     order = reading.decided.argsort(descending=True).tolist()
     ranked = ", ".join(
-        f"{reading.categories[i]} {_minus(f'{float(reading.decided[i]):+.1f}')}" for i in order[:3]
+        f"{reading.categories[i]} {float(reading.decided[i]):+.1f}" for i in order[:3]
     )
     opened = [reading.categories[i] for i in order if reading.opening[i] > 0]
     decision = f"opens for {listed(opened)}" if opened else "stays closed"
     tokens = " ".join(
-        f"{visible(token).strip() or '␣'}({_minus(f'{float(score):+.0f}')})"
+        f"{visible(token).strip() or '_'}({float(score):+.0f})"
         for token, score in zip(reading.tokens, reading.scores[:, order[0]], strict=True)
     )
     return [
-        f"gate: {decision}; it opens above {_minus(f'{threshold:.1f}')}, highest scores: {ranked}",
+        f"gate: {decision}; it opens above {threshold:.1f}, highest scores: {ranked}",
         f"{reading.categories[order[0]]} by token: {tokens}",
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,16 +33,34 @@ def data_path(name: str) -> Path:
     raise FileNotFoundError(f"no data file {name!r} beside the package; reinstall workbench.")
 
 
+def local_path(path: PathLike) -> Path:
+    """Make a path of what was given, with "~" as the user's own folder."""
+    return Path(path).expanduser()
+
+
 def existing_file(path: PathLike) -> Path:
-    """Check that a path is a file and return it.
+    """Check that a path is a file and return it; ``~`` is the user's home folder.
 
     Raises:
         FileNotFoundError: If there is no such file, with the path as given.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}.")
     return path
+
+
+def name_for_file(text: str) -> str:
+    """Turn any text, such as a category, into a part of a file name, one for one.
+
+    A short word of small letters, digits, "_" and "-" stays as it is. Of another text such a word
+    is made, with a hash behind it that tells it from its like: names may be too long for a file,
+    hold a slash, or differ in capitals alone.
+    """
+    word = re.sub(r"[^a-z0-9_-]+", "_", text.lower())[:60].strip("_")
+    if word == text:
+        return text
+    return f"{word}-{hashlib.sha256(text.encode('utf-8')).hexdigest()[:8]}"
 
 
 @contextmanager
@@ -51,7 +70,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     A reader sees the old file or the whole new one, never a half. After an exception the old file
     is as it was and the temporary one, which lies in the same folder, is gone.
     """
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
@@ -104,7 +123,7 @@ def append_jsonl(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
 
     If the process is killed, at most the line being written is lost (see ``read_jsonl``).
     """
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -194,15 +213,21 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
             card = json.loads((file.metadata() or {})["card"])
             names = file.keys()  # safe_open gives no dict: one cannot iterate over it
             return {name: file.get_tensor(name) for name in names}, card
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(
-            f"{path} is damaged or was not written by workbench ({error}); delete and rebuild it."
+            f"{path} is damaged or no safetensors file ({error}); give another file, or have "
+            "workbench write this one again."
+        ) from error
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} was not written by workbench: its header holds no card ({error}); "
+            "give a file of workbench."
         ) from error
 
 
 def file_checksum(path: PathLike) -> str:
     """Compute the SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with local_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

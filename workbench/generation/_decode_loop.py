@@ -14,46 +14,51 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.models.batches import Batch, pad, span_mask
+from workbench.models.batches import Batch, may_share_prefix, pad, span_mask
+from workbench.models.finite import not_finite
 from workbench.models.forward import (
     SPARE_COLUMNS,
-    allows_padding_behind,
     fast,
     forward,
     has_key_value_cache,
+    joined_caches,
+    keep_rows,
     prefix_cache,
     rows_of_cache,
     shared_prefix_length,
 )
+from workbench.models.hooked_model import input_device, vocabulary_width
 from workbench.models.shared_layers import Below, run_below
 from workbench.models.tokens import Encoded, pad_id, stop_ids
 from workbench.steering.apply import intervene
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from workbench.generation._endings import Endings
     from workbench.generation.decoding import Decoding
     from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
 
 
 MEMORY = 2**30
-"""Bytes of keys and values that a batch may take by default."""
+"""Bytes of keys, values and logits that a batch may take by default, prefixes included."""
 MOST_ROWS = 96
 """Rows per batch by default, at most: the processor's products are no faster with more."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Name one answer to write: its prompt, its condition, and the key under which it is kept."""
+    """Name one answer to write: prompt, condition, sample, and the key under which it is kept."""
 
     encoded: Encoded
     condition: str
     group: int  # rows of one group have the same interventions
     key: str
+    sample: int = 0
 
 
 @dataclass(eq=False)
@@ -67,6 +72,8 @@ class _State:
     alive: Int[Tensor, " row"]
     """Row of the results that each row of the batch writes."""
     ended: Tensor
+    finite: Tensor
+    """Whether each row's logits were finite so far."""
     gates: Any = field(default_factory=dict)
     step: int = 0
 
@@ -83,9 +90,10 @@ class _State:
         """Go on with some of the rows."""
         self.alive, self.ended, self.mask = self.alive[rows], self.ended[rows], self.mask[rows]
         self.tokens, self.content = self.tokens[rows], self.content[rows]
+        self.finite = self.finite[rows]
         self.gates = {gate: state.rows(rows) for gate, state in steering.gates.items()}
         if self.cache is not None:
-            self.cache.batch_select_indices(rows)
+            keep_rows(self.cache, rows)
 
 
 class DecodeLoop:
@@ -97,40 +105,47 @@ class DecodeLoop:
         groups: Sequence[Sequence[Intervention]],
         decoding: Decoding,
         transfer: bool,
+        endings: Endings,
     ) -> None:
         self.model, self.groups, self.decoding, self.transfer = model, groups, decoding, transfer
+        self.endings = endings
         self.max_new_tokens = decoding.max_new_tokens
-        self.device = next(iter(model.parameters())).device
+        self.device = input_device(model)
+        check_gates(model, [one for group in groups for one in group])
         self.stops = torch.tensor(sorted(stop_ids(model)), device=self.device)
         # On a GPU a look at which rows have ended makes the host wait; on a CPU it costs nothing.
         self.look_every = 1 if self.device.type == "cpu" else 16
         self.n_prefix = 0
         self.prefix: Any = None
 
+    def plan_prefix(self, encoded: Sequence[Encoded]) -> int:
+        """Find how many tokens all prompts share; return the tokens of all groups' prefixes.
+
+        A prefix is kept for each group of interventions. Where all of them would take more than
+        half of the memory, none is.
+        """
+        longest = max(len(row.ids) for row in encoded) + self.max_new_tokens
+        self.n_prefix = 0
+        if may_share_prefix(self.model, longest):
+            # What a gate lets through acts from the user's words on, which it has to see.
+            has_gate = any(one.gate is not None for group in self.groups for one in group)
+            self.n_prefix = shared_prefix_length(
+                encoded, keep=lambda row: row.content[0] if has_gate else len(row.ids) - 1
+            )
+        if self.n_prefix * len(self.groups) * bytes_per_token(self.model) > MEMORY // 2:
+            self.n_prefix = 0
+        return self.n_prefix * len(self.groups)
+
     def share_prefix(self, encoded: Sequence[Encoded], batch_size: int) -> None:
         """Compute the tokens all prompts begin with once for each group of interventions."""
-        if not has_key_value_cache(self.model):
+        if not self.plan_prefix(encoded):
             return
-        # What a gate lets through acts from the user's words on, which it has to see.
-        has_gate = any(one.gate is not None for group in self.groups for one in group)
-        self.n_prefix = shared_prefix_length(
-            encoded, keep=lambda row: row.content[0] if has_gate else len(row.ids) - 1
-        )
-        if not self.n_prefix:
-            return
-        caches = []
+        prefix, caches = encoded[0].ids[: self.n_prefix], []
         for start in range(0, len(self.groups), batch_size):
             groups = range(start, min(start + batch_size, len(self.groups)))
             with self._steered(groups, prompt_length=self.n_prefix, gates=None):
-                prefix = encoded[0].ids[: self.n_prefix]
                 caches.append(prefix_cache(self.model, prefix, rows=len(groups)))
-        longest = max(len(row.ids) for row in encoded) + self.max_new_tokens
-        if not allows_padding_behind(caches[0], longest):
-            return
-        self.prefix = caches[0]
-        for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
-            layer.keys = torch.cat([layer.keys, *(other.keys for other in others)])
-            layer.values = torch.cat([layer.values, *(other.values for other in others)])
+        self.prefix = joined_caches(caches)
 
     def run(self, rows: Sequence[Row]) -> list[tuple[list[int], Literal["eos", "length"]]]:
         """Write the answers of a batch: token ids and the way it ended, for each row."""
@@ -155,6 +170,8 @@ class DecodeLoop:
                 fast(self.model),
             ):
                 self._decode_until_rows_drop(state, written, draws, below)
+            if not bool(state.finite.all()):
+                raise self._not_finite(rows, batch, state, written)
             if state.step == self.max_new_tokens or bool(state.ended.all()):
                 break
             state.keep((~state.ended).nonzero()[:, 0], steering)
@@ -170,6 +187,7 @@ class DecodeLoop:
             content=span_mask([row.encoded for row in rows], batch, "content"),
             alive=torch.arange(len(rows), device=self.device),
             ended=torch.zeros(len(rows), dtype=torch.bool, device=self.device),
+            finite=torch.ones(len(rows), dtype=torch.bool, device=self.device),
         )
 
     def _layers_below(self, rows: Sequence[Row], state: _State) -> Below | None:
@@ -195,11 +213,37 @@ class DecodeLoop:
                     self.model, state.tokens, state.mask, cache=state.cache, use_cache=True
                 )
             random = draws[state.alive, state.step] if draws is not None else None
+            # The largest logit of a row that holds an undefined one is undefined.
+            state.finite = state.finite & logits.amax(dim=-1).isfinite()
             next_tokens = self._choose(logits, random)
             written[state.alive, state.step] = next_tokens
             state.append(next_tokens, self.stops)
-            if state.step % self.look_every == 0 and self._worth_dropping(state.ended):
+            is_look = state.step % self.look_every == 0
+            if self.decoding.stop and is_look:
+                self._end_at_stop_texts(state, written)
+            if is_look and (not bool(state.finite.all()) or self._worth_dropping(state.ended)):
                 return
+
+    def _not_finite(
+        self, rows: Sequence[Row], batch: Batch, state: _State, written: Int[Tensor, "row step"]
+    ) -> ValueError:
+        """Say where the numbers of the first row that left what can be held did so."""
+        row = int(state.alive[int((~state.finite).nonzero()[0])])
+        new = written[row : row + 1, : state.step]
+        tokens = torch.cat([batch.tokens[row : row + 1], new], dim=1)
+        mask = torch.cat([batch.mask[row : row + 1], torch.ones_like(new, dtype=torch.bool)], dim=1)
+        content = span_mask([one.encoded for one in rows], batch, "content")[row : row + 1]
+        group = rows[row].group
+        prompt_length, prompt_id = batch.tokens.shape[1], rows[row].encoded.prompt.id
+        with self._steered([group], prompt_length=prompt_length, content=content, gates={}):
+            is_steered = bool(self.groups[group])
+            return not_finite(self.model, prompt_id, tokens, mask, 0, is_steered=is_steered)
+
+    def _end_at_stop_texts(self, state: _State, written: Int[Tensor, "row step"]) -> None:
+        """Mark the rows whose answers have come to a stop text."""
+        for row, ids in enumerate(written[state.alive, : state.step].tolist()):
+            if not state.ended[row] and self.endings.has_stopped(ids):
+                state.ended[row] = True
 
     def _behind_prefix(self, rows: Sequence[Row], batch: Batch) -> tuple[Tensor, Tensor, Any]:
         """Return the tokens behind the shared prefix, the mask of both, and the prefix's cache."""
@@ -237,6 +281,8 @@ class DecodeLoop:
         if draws is None:
             return logits.argmax(dim=-1)
         probabilities = torch.softmax(logits.double() / self.decoding.temperature, dim=-1)
+        if self.decoding.top_k is not None:
+            probabilities = _first(probabilities, self.decoding.top_k)
         if self.decoding.top_p < 1:
             probabilities = _most_likely(probabilities, self.decoding.top_p)
         cumulative = probabilities.cumsum(dim=-1)
@@ -244,12 +290,14 @@ class DecodeLoop:
         return tokens.clamp(max=logits.shape[-1] - 1)
 
     def _draws(self, rows: Sequence[Row]) -> Float[Tensor, "batch step"] | None:
-        """Draw uniform numbers from seed and prompt alone: the same in any batch and condition."""
+        """Draw numbers from seed, prompt and sample alone: the same in any batch and condition."""
         if self.decoding.temperature == 0:
             return None
         draws = []
         for row in rows:
-            digest = hashlib.sha256(f"{self.decoding.seed}|{row.encoded.prompt.id}".encode())
+            sample = f"|sample {row.sample}" if row.sample else ""
+            what = f"{self.decoding.seed}|{row.encoded.prompt.id}{sample}"
+            digest = hashlib.sha256(what.encode())
             generator = torch.Generator().manual_seed(int(digest.hexdigest()[:15], 16))
             draws.append(torch.rand(self.max_new_tokens, generator=generator, dtype=torch.float64))
         return torch.stack(draws).to(self.device)
@@ -268,6 +316,14 @@ class DecodeLoop:
         return ids, "length"
 
 
+def _first(
+    probabilities: Float[Tensor, "batch d_vocab"], top_k: int
+) -> Float[Tensor, "batch d_vocab"]:
+    """Keep the probabilities of the ``top_k`` likeliest tokens, made to sum to 1; 0 elsewhere."""
+    kept, places = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+    return torch.zeros_like(probabilities).scatter(-1, places, kept / kept.sum(-1, keepdim=True))
+
+
 def _most_likely(
     probabilities: Float[Tensor, "batch d_vocab"], top_p: float
 ) -> Float[Tensor, "batch d_vocab"]:
@@ -277,15 +333,43 @@ def _most_likely(
     return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))
 
 
-def rows_that_fit(model: HookedModel, n_tokens: int) -> tuple[int, int]:
-    """Count the rows a batch has by default, and the bytes of keys and values of one row.
+def check_gates(model: HookedModel, interventions: Iterable[Intervention]) -> None:
+    """Raise where a gate has to read token by token, and the model keeps no cache to go on from.
+
+    Without one the whole text runs again for every token, and the gate would read the prompt again.
+
+    Raises:
+        ValueError: If there is such a gate.
+    """
+    gates = (one.gate for one in interventions if one.gate is not None)
+    if any(gate.form == "stepwise" for gate in gates) and not has_key_value_cache(model):
+        raise ValueError(
+            f"a stepwise gate reads every token once, but {model.cfg.model_name!r} keeps no cache "
+            "to go on from; give the gate the form 'hard' or 'soft'."
+        )
+
+
+def bytes_per_token(model: HookedModel) -> int:
+    """Count the bytes of one token's keys and values."""
+    cfg = model.cfg
+    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    size = next(iter(model.parameters())).element_size()
+    return 2 * cfg.n_layers * heads * cfg.d_head * size
+
+
+def rows_that_fit(
+    model: HookedModel, n_tokens: int, *, n_prefixes: int = 0, is_sampled: bool = False
+) -> tuple[int, int]:
+    """Count the rows a batch has by default, and the bytes that one row takes.
 
     Args:
         model: A hooked model.
         n_tokens: Length of the longest row, its answer included.
+        n_prefixes: Tokens of all prefixes that are kept beside the batch.
+        is_sampled: Whether tokens are drawn, for which probabilities are sorted in float64.
     """
-    cfg = model.cfg
-    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    each = bytes_per_token(model) * (n_tokens + SPARE_COLUMNS)
     size = next(iter(model.parameters())).element_size()
-    each = 2 * cfg.n_layers * heads * cfg.d_head * size * (n_tokens + SPARE_COLUMNS)
-    return max(1, min(MOST_ROWS, MEMORY // each)), each
+    each += vocabulary_width(model) * (size + 40 * is_sampled)
+    free = MEMORY - n_prefixes * bytes_per_token(model)
+    return max(1, min(MOST_ROWS, free // max(1, each))), each

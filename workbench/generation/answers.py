@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
+from workbench.files.store import PathLike, append_jsonl, key_of, local_path, read_jsonl
 from workbench.generation._decode_loop import DecodeLoop, Row, rows_that_fit
+from workbench.generation._endings import Endings, Finish
 from workbench.generation.decoding import GREEDY, Decoding
-from workbench.models.batches import batches_by_length
+from workbench.models.batches import batches_by_length, widths_to_keep_apart
 from workbench.models.load import model_info
-from workbench.models.tokens import Encoded, decode, encode, template_text
+from workbench.models.templates import asked_as
+from workbench.models.tokens import Encoded, encode, template_text
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt
 from workbench.steering.interventions import Intervention, check_interventions, description
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
 
 
 UNSTEERED = "unsteered"
@@ -31,7 +35,8 @@ UNSTEERED = "unsteered"
 
 Condition = Sequence[Intervention] | Mapping[str, Sequence[Intervention]]
 """What is done to the model: interventions for every prompt, or a mapping that names them by
-prompt id or by category (prompts with neither stay unsteered)."""
+prompt id or by category (prompts with neither stay unsteered). A prompt of several categories gets
+those of the first one that is named, the main one before the others."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +45,33 @@ class Completion:
 
     Attributes:
         prompt: What was asked.
-        text: The answer, without special tokens.
-        tokens: Its token ids, without the one that ended it.
-        finish: "eos" if the model ended it, "length" if max_new_tokens did.
+        text: The answer, without special tokens and without thoughts.
+        tokens: Token ids of all that the model wrote, its thoughts too, without the one that ended
+            it.
+        finish: "eos" if the model ended it, "length" if max_new_tokens did, "stop" if a stop text
+            did.
         condition: Name of what was done to the model.
+        thinking: What the model thought before it answered; empty for most models.
+        sample: Number of the answer among those to the same prompt, from 0.
     """
 
     prompt: Prompt
     text: str
     tokens: tuple[int, ...]
-    finish: Literal["eos", "length"]
+    finish: Finish
     condition: str
+    thinking: str = ""
+    sample: int = 0
+
+    @property
+    def is_cut_in_thoughts(self) -> bool:
+        """Whether max_new_tokens ended it before the answer began: there is nothing to judge."""
+        return self.finish == "length" and bool(self.thinking) and not self.text.strip()
 
 
 def generate(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     interventions: Condition = (),
     decoding: Decoding = GREEDY,
     *,
@@ -69,9 +85,9 @@ def generate(
 
     Args:
         model: A hooked model.
-        prompts: Prompts to answer.
+        prompts: What to answer, in any form that ``as_prompts`` reads: a text, messages, ...
         interventions: What is done to the model meanwhile; nothing by default.
-        decoding: Length, sampling, batch size and system prompt.
+        decoding: Length, sampling, stops, batch size, system prompt and template keywords.
         condition: Name of the interventions in the results; "steered" if there are some and no
             name is given.
         output: As in ``sweep``, like the arguments that follow.
@@ -80,7 +96,7 @@ def generate(
         continue_response: Go on from each prompt's ``response``.
 
     Returns:
-        One completion per prompt, in order.
+        One completion per prompt, in order; with several samples those of a prompt come together.
     """
     if condition == UNSTEERED and interventions:
         condition = "steered"
@@ -98,7 +114,7 @@ def generate(
 
 def sweep(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     conditions: Mapping[str, Condition],
     decoding: Decoding = GREEDY,
     *,
@@ -109,62 +125,74 @@ def sweep(
 ) -> list[Completion]:
     """Answer prompts under several conditions, as rows of common batches.
 
-    The template prefix is computed once per condition, rows that have ended are dropped, and
-    every condition draws the same random numbers for a prompt, so that comparisons are paired.
+    The template prefix is computed once per condition, rows that have ended are dropped, and all
+    conditions draw the same random numbers for a prompt, so that comparisons are paired.
 
     Args:
         model: A hooked model.
-        prompts: Prompts to answer.
-        conditions: Name to interventions: a list for every prompt, or a mapping from category
-            (or prompt id) to such a list.
-        decoding: Length, sampling, batch size and system prompt.
-        output: A jsonl file that keeps every answer as soon as it is there. A second call with
-            the same model, prompts, conditions and settings goes on from it, whatever else is
-            in the file.
+        prompts: What to answer, in any form that ``as_prompts`` reads: a text, messages, ...
+        conditions: Name to interventions, for every prompt or by category (or prompt id).
+        decoding: Length, sampling, stops, batch size, system prompt and template keywords.
+        output: A jsonl file that keeps every answer as soon as it is there. A second call with the
+            same model, prompts, conditions and settings goes on from it, whatever else it holds.
         progress: Show a progress bar.
         transfer: Allow vectors of another model of the same architecture.
-        continue_response: Take each prompt's ``response`` as the words the answer has begun
-            with; the completion is what follows them.
+        continue_response: Take each prompt's ``response`` as the answer's beginning; the
+            completion is what follows it.
 
     Returns:
-        Completions, condition by condition, prompts in order.
+        Completions, condition by condition, prompts in order, sample by sample.
 
     Raises:
-        ValueError: If there is nothing to answer or an intervention does not fit the model.
+        ValueError: If there is nothing to answer, or an intervention does not fit.
+        RuntimeError: If interventions reached no position (a closed gate is no error).
     """
-    _check_prompts(prompts, conditions)
+    prompts = _checked_prompts(prompts, conditions)
     encoded = encode(
         model,
         prompts,
         with_response=continue_response,
-        system_prompt=decoding.system_prompt,
         max_new_tokens=decoding.max_new_tokens,
+        **decoding.asked_by,
     )
     rows, groups = _rows(
         model, encoded, conditions, decoding, transfer, with_keys=output is not None
     )
     answers = _read_output(output, {row.key for row in rows})
-    loop = DecodeLoop(model, groups, decoding, transfer)
+    endings = Endings.of(model, decoding, continue_response=continue_response)
+    loop = DecodeLoop(model, groups, decoding, transfer, endings)
     _answer_missing(loop, rows, answers, output, progress=progress)
-    return [
-        Completion(
-            row.encoded.prompt,
-            answers[row.key]["text"],
-            tuple(answers[row.key]["tokens"]),
-            answers[row.key]["finish"],
-            row.condition,
+    _check_reached(rows, groups, answers)
+    completions = [_completion(row, answers[row.key]) for row in rows]
+    _warn_of_cut_thoughts(completions, decoding)
+    return completions
+
+
+def _completion(row: Row, answer: Mapping[str, Any]) -> Completion:
+    return Completion(
+        row.encoded.prompt,
+        answer["text"],
+        tuple(answer["tokens"]),
+        answer["finish"],
+        row.condition,
+        answer.get("thinking", ""),
+        row.sample,
+    )
+
+
+def _warn_of_cut_thoughts(completions: Sequence[Completion], decoding: Decoding) -> None:
+    n_cut = sum(completion.is_cut_in_thoughts for completion in completions)
+    if n_cut:
+        warnings.warn(
+            f"{n_cut} of {len(completions)} answers were cut at {decoding.max_new_tokens} tokens "
+            "while the model was still thinking: they are empty and cannot be scored; raise "
+            "max_new_tokens, or switch thinking off with template_keywords where the template can.",
+            stacklevel=3,
         )
-        for row in rows
-    ]
 
 
-def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition]) -> None:
-    for prompt in prompts:
-        if not isinstance(prompt, Prompt):
-            raise TypeError(
-                f"prompts must be wb.Prompt objects, got {prompt!r:.60}; ask a question of your "
-                "own with wb.side_by_side(model, question, interventions), or make it a wb.Prompt."
-            )
+def _checked_prompts(given: PromptsLike, conditions: Mapping[str, Condition]) -> list[Prompt]:
+    prompts = as_prompts(given)
     if not isinstance(conditions, Mapping):
         raise TypeError(
             f"conditions must be a mapping from names to interventions, got {conditions!r:.60}."
@@ -174,6 +202,7 @@ def _check_prompts(prompts: Sequence[Prompt], conditions: Mapping[str, Condition
     prompt_id, times = Counter(prompt.id for prompt in prompts).most_common(1)[0]
     if times > 1:
         raise ValueError(f"prompt {prompt_id!r} comes {times} times; ids must be unique in a set.")
+    return prompts
 
 
 def _answer_missing(
@@ -192,9 +221,15 @@ def _answer_missing(
     from tqdm.auto import tqdm
 
     longest = max(len(row.encoded.ids) for row in rows) + loop.decoding.max_new_tokens
-    rows_in_memory, bytes_per_row = rows_that_fit(loop.model, longest)
+    encoded = [row.encoded for row in rows]
+    rows_in_memory, bytes_per_row = rows_that_fit(
+        loop.model,
+        longest,
+        n_prefixes=loop.plan_prefix(encoded),
+        is_sampled=loop.decoding.temperature > 0,
+    )
     batch_size = loop.decoding.batch_size or rows_in_memory
-    batches = _batches(rows, batch_size)
+    batches = _batches(loop.model, rows, batch_size)
     waiting = [batch for batch in batches if any(row.key not in answers for row in batch)]
     if not waiting:
         return
@@ -203,7 +238,7 @@ def _answer_missing(
         mebibytes = max(map(len, waiting)) * bytes_per_row // 2**20
         tqdm.write(
             f"{n_waiting} answers of at most {loop.decoding.max_new_tokens} tokens in "
-            f"{len(waiting)} batches; keys and values take up to {mebibytes} MiB.",
+            f"{len(waiting)} batches; keys, values and logits take up to {mebibytes} MiB.",
             file=sys.stderr,
         )
     with (
@@ -211,18 +246,18 @@ def _answer_missing(
         torch.no_grad(),
     ):
         bar.update(len(rows) - n_waiting)
-        loop.share_prefix([row.encoded for row in rows], batch_size)
+        loop.share_prefix(encoded, batch_size)
         for batch in waiting:
             lines = []
             for row, (tokens, finish) in zip(batch, loop.run(batch), strict=True):
                 if row.key in answers:
                     continue
-                text = decode(loop.model, tokens)
-                answers[row.key] = {"text": text, "tokens": tokens, "finish": finish}
+                answers[row.key] = loop.endings.written(tokens, finish)._asdict()
                 line = {
                     "key": row.key,
                     "prompt_id": row.encoded.prompt.id,
                     "condition": row.condition,
+                    "sample": row.sample,
                 }
                 lines.append(line | answers[row.key])
             if output is not None:
@@ -230,11 +265,12 @@ def _answer_missing(
             bar.update(len(batch))
 
 
-def _batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+def _batches(model: HookedModel, rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
     """Cut the rows into batches of similar length, longest first."""
     lengths = [len(row.encoded.ids) for row in rows]
     ids = [row.encoded.prompt.id for row in rows]
-    batches = batches_by_length(lengths, batch_size, ties=ids)
+    alike = widths_to_keep_apart(model, lengths)
+    batches = batches_by_length(lengths, batch_size, ties=ids, alike=alike)
     return [[rows[i] for i in batch] for batch in batches]
 
 
@@ -253,35 +289,57 @@ def _rows(
     the answers) the interventions are left out of it.
     """
     settings = _settings(model, decoding)
-    known_owners = {row.prompt.id for row in encoded} | {row.prompt.category for row in encoded}
+    known_owners = {row.prompt.id for row in encoded}
+    known_owners |= {name for row in encoded for name in row.prompt.categories}
     groups: list[list[Intervention]] = [[]]  # group 0: nothing is done
+    group_of_list: dict[Any, int] = {(): 0}  # lists that do the same share a group
     rows = []
     for name, condition in conditions.items():
         lists = _lists_by_owner(name, condition, known_owners)
         group_of, description_of = {}, {}
         for owner, interventions in lists.items():
-            _check_condition(model, name, interventions, transfer)
+            _check_condition(model, name, interventions, decoding, transfer)
+            _check_gates(name, interventions, decoding)
             description_of[owner] = [description(one) for one in interventions] if with_keys else []
-            group_of[owner] = len(groups) if interventions else 0
-            if interventions:
+            does = _what_is_done(interventions)
+            group_of[owner] = group_of_list.setdefault(does, len(groups))
+            if group_of[owner] == len(groups):
                 groups.append(interventions)
         for row in encoded:
-            # A prompt's own list comes before its category's.
-            candidates = (row.prompt.id, row.prompt.category)
+            # A prompt's own list comes before its main category's, and that before the others'.
+            candidates = (row.prompt.id, *row.prompt.categories)
             owner = next((candidate for candidate in candidates if candidate in group_of), None)
-            begun = [row.prompt.response] if row.response[1] > row.response[0] else []
+            begun: list[Any] = [row.prompt.response] if row.response[1] > row.response[0] else []
+            before = [[message.role, message.content] for message in row.prompt.history]
+            begun += [before] if before else []
             what_is_done = description_of.get(owner, [])
-            key = key_of([settings, row.prompt.id, row.prompt.text, name, what_is_done, *begun])
-            rows.append(Row(row, name, group_of.get(owner, 0), key))
+            what = [settings, row.prompt.id, row.prompt.text, name, what_is_done, *begun]
+            for sample in range(decoding.n_samples):
+                key = key_of([*what, {"sample": sample}] if sample else what)
+                rows.append(Row(row, name, group_of.get(owner, 0), key, sample))
     return rows, groups
+
+
+def _what_is_done(interventions: Sequence[Intervention]) -> Hashable:
+    """Return what tells a list of interventions from one that does something else."""
+    described: list[Hashable] = []
+    for one in interventions:
+        try:
+            described.append(key_of(description(one)))
+        except ValueError:  # an edit that nothing tells from another but itself
+            described.append(id(one.edit))
+            described.append((one.site, one.positions, one.until, id(one.gate), one.gate_category))
+    return tuple(described)
 
 
 def _settings(model: HookedModel, decoding: Decoding) -> dict[str, Any]:
     """Collect everything beside prompt and interventions that decides an answer."""
     sampled = decoding.temperature > 0
-    return {
+    # Only where they are given, so that a file of answers stays good for settings without them.
+    further = {"top_k": decoding.top_k if sampled else None, "stop": list(decoding.stop) or None}
+    return {name: value for name, value in further.items() if value is not None} | {
         "model": model_info(model).fingerprint,
-        "template": template_text(model, decoding.system_prompt),
+        "template": template_text(model, **decoding.asked_by),
         "max_new_tokens": decoding.max_new_tokens,
         "seed": decoding.seed if sampled else None,
         "temperature": decoding.temperature,
@@ -311,9 +369,21 @@ def _lists_by_owner(
 
 
 def _check_condition(
-    model: HookedModel, name: str, interventions: Sequence[Intervention], transfer: bool
+    model: HookedModel,
+    name: str,
+    interventions: Sequence[Intervention],
+    decoding: Decoding,
+    transfer: bool,
 ) -> None:
     check_interventions(model, interventions, transfer=transfer)
+    for one in interventions:
+        if not one.reaches(decoding.max_new_tokens - 1):
+            raise ValueError(
+                f"condition {name!r} would steer nothing at {one.site}: positions "
+                f"{one.positions!r} until {one.until} with max_new_tokens="
+                f"{decoding.max_new_tokens} reach no token that is read again; generate more "
+                "tokens, or steer positions 'all'."
+            )
     if any(intervention.rows is not None for intervention in interventions):
         raise ValueError(
             f"condition {name!r} names rows of a batch, but generation makes its own batches; "
@@ -321,9 +391,46 @@ def _check_condition(
         )
 
 
+def _check_reached(
+    rows: Sequence[Row],
+    groups: Sequence[Sequence[Intervention]],
+    answers: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Raise where interventions of a condition reached no position of any of its answers."""
+    reached: dict[str, bool] = {}
+    for row in rows:
+        if not groups[row.group]:
+            continue
+        answer = answers[row.key]
+        n_read = len(answer["tokens"]) + (answer["finish"] == "eos") - 1
+        if answer.get("thinking") or answer["finish"] == "stop":
+            n_read += 1  # tokens that are no part of the answer were read too
+        reaches = all(one.reaches(n_read) for one in groups[row.group])
+        reached[row.condition] = reached.get(row.condition, False) or reaches
+    silent = [name for name, is_reached in reached.items() if not is_reached]
+    if silent:
+        raise RuntimeError(
+            f"condition {silent[0]!r} steered nothing: it means generated tokens alone, and every "
+            "answer ended with its first one; steer positions 'all', or ask other prompts."
+        )
+
+
+def _check_gates(name: str, interventions: Sequence[Intervention], decoding: Decoding) -> None:
+    """Warn where a gate was fitted on prompts that were asked with other words around them."""
+    asked = asked_as(decoding.system_prompt, decoding.template_keywords)
+    for gate in {one.gate for one in interventions if one.gate is not None}:
+        if gate.asked_as != asked:
+            warnings.warn(
+                f"the gate of {name!r} was fitted under {gate.asked_as or 'no system prompt'}, but "
+                f"the answers are made under {asked or 'no system prompt'}: its threshold promises "
+                "nothing there; fit it again, or ask as it was fitted.",
+                stacklevel=5,
+            )
+
+
 def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """Read the answers of earlier calls, by key."""
-    if output is None or not Path(output).exists():
+    if output is None or not local_path(output).exists():
         return {}
     return {
         row["key"]: row for row in read_jsonl(output, cut_last=True) if row.get("key") in wanted

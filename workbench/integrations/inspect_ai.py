@@ -12,18 +12,24 @@ absolute imports keep the two apart.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
     from inspect_ai.model import (
+        ChatCompletionChoice,
         ChatMessage,
         ChatMessageAssistant,
         ChatMessageSystem,
         ChatMessageUser,
+        ContentReasoning,
+        ContentText,
         GenerateConfig,
         ModelAPI,
         ModelOutput,
+        ModelUsage,
         modelapi,
     )
 except ModuleNotFoundError as error:
@@ -31,28 +37,67 @@ except ModuleNotFoundError as error:
         "inspect_ai is not installed; install it with pip install 'workbench[harness]'."
     ) from error
 
-from workbench.generation.answers import generate
-from workbench.generation.decoding import Decoding
-from workbench.prompts.prompt import HARMLESS, Prompt
+from workbench.generation.answers import Completion, generate
+from workbench.generation.decoding import GREEDY, Decoding
+from workbench.models.tokens import encode
+from workbench.prompts.prompt import HARMLESS, Prompt, text_key
 from workbench.safesteer.config import config_from
 from workbench.safesteer.inputs import load_run_model
 from workbench.safesteer.run_folder import read_run
-from workbench.safesteer.saved_run import gated_steering_from, steering_from
+from workbench.safesteer.saved_run import decoding_from, gated_steering_from, steering_from
 
 if TYPE_CHECKING:
     from inspect_ai.tool import ToolChoice, ToolInfo
 
 
+MAX_NEW_TOKENS = 128
+"""Longest answer where neither task nor command line says how long one may be."""
+
+_COUNTED = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "stop_seqs",
+    "num_choices",
+    "reasoning_effort",
+)
+"""Settings of Inspect that say how an answer is made, and that are followed."""
+
+_NOT_ABOUT_ANSWERS = (
+    "max_retries",
+    "timeout",
+    "attempt_timeout",
+    "max_connections",
+    "adaptive_connections",
+    "batch",
+    "cache",
+    "cache_prompt",
+    "system_message",  # Inspect makes a message of it
+    "max_tool_output",
+    "parallel_tool_calls",
+    "internal_tools",
+    "reasoning_history",
+    "reasoning_summary",
+)
+"""Settings of Inspect about connections, tools and what it does itself."""
+
+
 class SteeredModel(ModelAPI):
     """A run's model with its steering.
 
-    It answers one user turn per sample, and greedily unless a temperature is asked for.
+    It answers one user turn per sample, and greedily unless a temperature is asked for. Where no
+    seed is given, each call at a temperature draws anew, so that epochs differ. System prompt and
+    template keywords are the run's where a task gives none.
 
     Args:
         model_name: Folder of a run.
         base_url: Not used.
         api_key: Not used.
-        config: Inspect's settings; max_tokens, temperature and seed count.
+        config: Inspect's settings; max_tokens, temperature, top_p, top_k, seed, stop_seqs,
+            num_choices and reasoning_effort (where the chat template reads it) count, and others
+            that would change answers are refused.
         steering: "gated" (the run's gate decides), "off", or a risk category whose vectors are
             always on.
         hooked: A loaded model, instead of loading the run's.
@@ -83,6 +128,8 @@ class SteeredModel(ModelAPI):
                 else steering_from(model_name, steering)
             )
         self.steering = steering
+        is_run = (Path(model_name) / "run.json").is_file()
+        self.decoding = decoding_from(model_name) if is_run else GREEDY
         self._one_at_a_time = threading.Lock()
 
     async def generate(
@@ -95,7 +142,8 @@ class SteeredModel(ModelAPI):
         """Answer the user's turn; several user messages are joined, and so are system messages.
 
         Raises:
-            ValueError: If there is no user turn, tools are asked for, or assistant turns are given.
+            ValueError: If there is no user turn, tools are asked for, assistant turns are given, or
+                a setting is one that the model does not follow.
         """
         if tools:
             raise ValueError(
@@ -114,28 +162,73 @@ class SteeredModel(ModelAPI):
             raise ValueError(
                 f"the steered model answers a user turn, got none in {len(input)} messages."
             )
-        prompt = Prompt("sample", "\n\n".join(questions), None, HARMLESS, "neutral", "inspect")
+        text = "\n\n".join(questions)
+        prompt = Prompt(f"sample-{text_key(text)}", text, None, HARMLESS, "neutral", "inspect")
+        decoding = decoding_for(config, self.decoding, system or None)
 
-        def answer() -> str:
+        def answer() -> list[Completion]:
             with self._one_at_a_time:
-                (completion,) = generate(
-                    self.hooked,
-                    [prompt],
-                    self.interventions,
-                    decoding=Decoding(
-                        max_new_tokens=config.max_tokens or 128,
-                        temperature=config.temperature or 0.0,
-                        seed=config.seed or 0,
-                        system_prompt=system or None,
-                    ),
-                )
-            return completion.text
+                return generate(self.hooked, [prompt], self.interventions, decoding)
 
-        return ModelOutput.from_content(self.model_name, await asyncio.to_thread(answer))
+        completions = await asyncio.to_thread(answer)
+        (asked,) = encode(self.hooked, [prompt], **decoding.asked_by)
+        n_in, n_out = len(asked.ids), sum(len(one.tokens) for one in completions)
+        return ModelOutput(
+            model=self.model_name,
+            choices=[_choice(one, self.model_name) for one in completions],
+            usage=ModelUsage(input_tokens=n_in, output_tokens=n_out, total_tokens=n_in + n_out),
+        )
 
     def max_connections(self) -> int:
         """Allow one answer at a time, since the model is one object."""
         return 1
+
+
+def decoding_for(config: GenerateConfig, run: Decoding, system_prompt: str | None) -> Decoding:
+    """Turn Inspect's settings into those of the decode loop.
+
+    Args:
+        config: Inspect's settings.
+        run: The run's decoding, for its system prompt and template keywords.
+        system_prompt: Of the sample's messages; None takes the run's.
+
+    Raises:
+        ValueError: If a setting would change answers and is not followed, or is out of range.
+    """
+    given = config.model_dump(exclude_none=True)
+    for name, value in given.items():
+        is_neutral = not value or (name == "best_of" and value == 1)
+        if name not in (*_COUNTED, *_NOT_ABOUT_ANSWERS) and not is_neutral:
+            raise ValueError(
+                f"the steered model does not follow {name}={value!r:.40}; leave it out. It follows "
+                f"{', '.join(_COUNTED)}."
+            )
+    temperature = float(given.get("temperature", 0.0))
+    keywords = dict(run.template_keywords)
+    if "reasoning_effort" in given:
+        keywords["reasoning_effort"] = given["reasoning_effort"]
+    return Decoding(
+        max_new_tokens=given.get("max_tokens", MAX_NEW_TOKENS),
+        temperature=temperature,
+        top_p=given.get("top_p", 1.0),
+        top_k=given.get("top_k"),
+        seed=given.get("seed", secrets.randbelow(2**31) if temperature else 0),
+        n_samples=given.get("num_choices", 1),
+        stop=tuple(given.get("stop_seqs", ())),
+        system_prompt=run.system_prompt if system_prompt is None else system_prompt,
+        template_keywords=keywords,
+    )
+
+
+def _choice(completion: Completion, model: str) -> ChatCompletionChoice:
+    """Make an answer a choice of Inspect, with its thoughts apart and the reason it stopped."""
+    content: Any = completion.text
+    if completion.thinking:
+        content = [ContentReasoning(reasoning=completion.thinking), ContentText(text=content)]
+    return ChatCompletionChoice(
+        message=ChatMessageAssistant(content=content, model=model, source="generate"),
+        stop_reason="max_tokens" if completion.finish == "length" else "stop",
+    )
 
 
 @modelapi(name="workbench")

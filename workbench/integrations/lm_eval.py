@@ -10,6 +10,8 @@ keep the two apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 try:
@@ -20,21 +22,31 @@ except ModuleNotFoundError as error:
     ) from error
 
 from workbench.generation.answers import UNSTEERED, Completion, generate
-from workbench.generation.decoding import Decoding
+from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import steered_log_probs
-from workbench.models.tokens import token_ids
+from workbench.models.templates import PLAIN
+from workbench.models.tokens import has_chat_template, token_ids
 from workbench.prompts.prompt import HARMLESS, Prompt
 from workbench.safesteer.config import config_from
 from workbench.safesteer.inputs import load_run_model
 from workbench.safesteer.run_folder import read_run
-from workbench.safesteer.saved_run import gated_steering_from, steering_from
+from workbench.safesteer.saved_run import decoding_from, gated_steering_from, steering_from
 
 MAX_NEW_TOKENS = 128
 """Longest answer where a task does not say how long one may be."""
 
+_FOLLOWED = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "seed")
+"""Settings of a task that are followed; others that would change answers are refused."""
+
+_NEUTRAL: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
+"""Values of settings that change nothing."""
+
 
 class SteeredLM(LM):
     """A run's model with its steering.
+
+    System prompt and template keywords are the run's. A model without a chat template continues
+    the task's context as it stands, as the harness means it.
 
     Args:
         folder: Folder of a run.
@@ -60,7 +72,11 @@ class SteeredLM(LM):
                 if steering == "gated"
                 else steering_from(folder, steering)
             )
-        self.rows = batch_size
+        is_run = (Path(folder) / "run.json").is_file()
+        self.asked_by = (decoding_from(folder) if is_run else GREEDY).asked_by
+        if not has_chat_template(self.hooked) and not self.asked_by["template_keywords"]:
+            self.asked_by["template_keywords"] = {PLAIN: "{prompt}"}
+        self.how: Any = {"batch_size": batch_size, **self.asked_by}
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Score each continuation behind its context.
@@ -74,7 +90,7 @@ class SteeredLM(LM):
             for i, (context, continuation) in enumerate(pairs)
         ]
         scored = steered_log_probs(
-            self.hooked, fixed, [self.interventions] * len(fixed), batch_size=self.rows
+            self.hooked, fixed, [self.interventions] * len(fixed), given=True, **self.how
         )
         greedy = self._greedy(fixed)
         return [
@@ -86,12 +102,16 @@ class SteeredLM(LM):
         """Score whole texts by their log-probability as answers to "Continue."."""
         fixed = [self._fixed(i, "Continue.", request.args[0]) for i, request in enumerate(requests)]
         scored = steered_log_probs(
-            self.hooked, fixed, [self.interventions] * len(fixed), batch_size=self.rows
+            self.hooked, fixed, [self.interventions] * len(fixed), given=True, **self.how
         )
         return [float(log_probs.sum()) for log_probs in scored]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answer each request, and cut the answer at the first stop text."""
+        """Answer each request, up to the first of its stop texts.
+
+        Raises:
+            ValueError: If a task asks for a setting that the model does not follow.
+        """
         # Requests with the same settings are answered together.
         places_of: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -99,24 +119,13 @@ class SteeredLM(LM):
             places_of.setdefault(key, []).append(i)
         answers: dict[int, str] = {}
         for places in places_of.values():
-            settings = requests[places[0]].args[1]
-            sampled = settings.get("do_sample")
             completions = generate(
                 self.hooked,
                 [self._prompt(i, requests[i].args[0]) for i in places],
                 self.interventions,
-                decoding=Decoding(
-                    max_new_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
-                    temperature=float(settings.get("temperature", 0.0)) if sampled else 0.0,
-                    batch_size=self.rows,
-                ),
+                decoding=decoding_for(requests[places[0]].args[1], self.how),
             )
-            until = settings.get("until") or []
-            stops = [until] if isinstance(until, str) else until
-            for i, completion in zip(places, completions, strict=True):
-                answers[i] = completion.text
-                for stop in filter(None, stops):
-                    answers[i] = answers[i].split(stop)[0]
+            answers |= {i: one.text for i, one in zip(places, completions, strict=True)}
         return [answers[i] for i in range(len(requests))]
 
     def _greedy(self, fixed: list[Completion]) -> list[bool]:
@@ -129,7 +138,7 @@ class SteeredLM(LM):
             self.hooked,
             list(prompts.values()),
             self.interventions,
-            decoding=Decoding(max_new_tokens=longest, batch_size=self.rows),
+            decoding=Decoding(max_new_tokens=longest, **self.how),
         )
         tokens = {answer.prompt.text: answer.tokens for answer in answers}
         return [tokens[c.prompt.text][: len(c.tokens)] == c.tokens for c in fixed]
@@ -141,3 +150,35 @@ class SteeredLM(LM):
 
     def _prompt(self, place: int, context: str) -> Prompt:
         return Prompt(f"request-{place}", context, None, HARMLESS, "neutral", "lm_eval")
+
+
+def decoding_for(settings: Mapping[str, Any], how: Mapping[str, Any]) -> Decoding:
+    """Turn the settings of a task into those of the decode loop.
+
+    Args:
+        settings: ``generation_kwargs`` of the task.
+        how: Rows per batch, system prompt and template keywords.
+
+    Raises:
+        ValueError: If a setting would change answers and is not followed, or is out of range.
+    """
+    for name, value in settings.items():
+        if name not in _FOLLOWED and value is not None and value != _NEUTRAL.get(name):
+            raise ValueError(
+                f"the steered model does not follow {name}={value!r:.40}; leave it out. It follows "
+                f"{', '.join(_FOLLOWED)}."
+            )
+    temperature = float(settings.get("temperature") or 0.0)
+    is_sampled = settings.get("do_sample", temperature > 0)
+    if is_sampled and temperature == 0:
+        temperature = 1.0 if settings.get("temperature") is None else 0.0
+    until = settings.get("until") or ()
+    return Decoding(
+        max_new_tokens=int(settings.get("max_gen_toks") or MAX_NEW_TOKENS),
+        temperature=temperature if is_sampled else 0.0,
+        top_p=float(settings.get("top_p") or 1.0),
+        top_k=settings.get("top_k") or None,
+        seed=int(settings.get("seed") or 0),
+        stop=tuple(filter(None, [until] if isinstance(until, str) else until)),
+        **how,
+    )

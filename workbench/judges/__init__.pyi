@@ -9,7 +9,9 @@ from .framing import (
     save_framing_judge,
 )
 from .guards import GuardFamily, GuardJudge, guard_families, load_guard
+from .languages import language_name, language_of, other_language
 from .patterns import (
+    REFUSAL_LANGUAGES,
     RefusalPattern,
     RefusalPatterns,
     RefusalRules,
@@ -34,6 +36,7 @@ from .text_quality import (
 from .validation import LabelledAnswers, known_answers, open_judge, read_labelled, validate
 
 __all__ = [
+    "REFUSAL_LANGUAGES",
     "ApiJudge",
     "CachedJudge",
     "CostEstimate",
@@ -60,6 +63,8 @@ __all__ = [
     "guard_families",
     "is_degenerate",
     "known_answers",
+    "language_name",
+    "language_of",
     "load_encoder",
     "load_framing_judge",
     "load_guard",
@@ -69,6 +74,7 @@ __all__ = [
     "load_rubrics",
     "longest_loop",
     "open_judge",
+    "other_language",
     "perplexity_from_log_probs",
     "read_labelled",
     "relevance",

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from workbench.files.store import data_path
+from workbench.files.hints import one_line
+from workbench.files.store import data_path, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -129,11 +130,14 @@ def read_checkpoint(
     """
     import torch
 
-    from workbench.models.load import DTYPES, on_hub_or_cached
+    from workbench.models.checkpoints import on_hub_or_cached
+    from workbench.models.hooked_model import quantization
+    from workbench.models.load import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; dtypes: {', '.join(DTYPES)}.")
-    local = Path(source).is_dir()
+    local = local_path(source).is_dir()
+    source = local_path(source) if local else source
     name = Path(source).resolve().name if local else str(source)
     if not local:
         # Where the hub cannot be reached this says so at once; transformers takes half a minute.
@@ -141,7 +145,9 @@ def read_checkpoint(
     options = {"dtype": DTYPES[dtype], "revision": revision or "main", **options}
     model, tokenizer = _from_pretrained(auto, source, name, options)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = model.to(place).eval().requires_grad_(False)
+    if quantization(model.config) is None:  # packed weights stay where they were read to
+        model = model.to(place)
+    model = model.eval().requires_grad_(False)
     return Checkpoint(model, tokenizer, name, _key(model, tokenizer))
 
 
@@ -151,7 +157,7 @@ def _from_pretrained(
     """Read model and tokenizer with transformers; refuse a model that lacks weights."""
     import transformers
 
-    from workbench.models.load import quiet_transformers
+    from workbench.models.quiet import quiet_transformers
 
     try:
         with quiet_transformers():
@@ -165,10 +171,9 @@ def _from_pretrained(
                 trust_remote_code=False,
                 **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().split("\n")[0].rstrip(".")
+    except Exception as error:  # every kind of damage has its own, from several libraries
         raise ValueError(
-            f"cannot load {name!r} ({first_line}); a judge needs config.json, a tokenizer and "
+            f"cannot load {name!r} ({one_line(error)}); a judge needs config.json, a tokenizer and "
             "safetensors weights, and many guards have to be unlocked on the hub first."
         ) from error
     if missing := sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from workbench.files.store import key_of
-from workbench.judges.base import Verdict, check_pairs, is_empty
+from workbench.judges.base import Verdict, is_empty, without_thoughts
 from workbench.judges.cache import NO_ANSWER
 from workbench.judges.rubrics import Rubric, load_rubrics
 
@@ -191,7 +191,7 @@ class ApiJudge:
                 in length.
             RuntimeError: If the endpoint replied to nothing and was given up.
         """
-        check_pairs(prompts, responses)
+        responses = without_thoughts(prompts, responses)
         key = self._key()
         estimate = self.estimate(prompts, responses)
         if (

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from workbench.models.thoughts import answer_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -56,14 +58,30 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Turn answers into verdicts: patterns, a guard model, an API, a probe."""
+    """Turn answers into verdicts: patterns, a guard model, an API, a probe.
+
+    Any object with these two members is a judge; no class of this project is needed.
+
+    Example:
+        >>> class Apologies:
+        ...     name = "apologies-1"
+        ...
+        ...     def __call__(self, prompts, responses):
+        ...         labels = ["refusal" if "sorry" in r else "not_refusal" for r in responses]
+        ...         return [Verdict(label, None, self.name, "its words") for label in labels]
+        >>> [verdict.label for verdict in Apologies()(["How?"], ["I am sorry, no."])]
+        ['refusal']
+    """
 
     @property
     def name(self) -> str:
         """Name the judge and its version, enough to tell two judges' numbers apart."""
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """Give one verdict per answer, in order."""
+        """Give one verdict per answer, in order.
+
+        An answer that cannot be judged is "unscored", with the reason; it is never left out.
+        """
 
 
 def check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
@@ -82,6 +100,15 @@ def check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
         raise ValueError(
             f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}."
         )
+
+
+def without_thoughts(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+    """Check that responses pair up with prompts, and leave out the thoughts in front of answers.
+
+    Thoughts are never judged. Of a response that is nothing but thoughts nothing is left.
+    """
+    check_pairs(prompts, responses)
+    return [answer_of(response) for response in responses]
 
 
 def is_empty(response: str) -> bool:

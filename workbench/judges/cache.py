@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
-from workbench.files.store import PathLike, append_jsonl, key_of, read_jsonl
+from workbench.files.store import PathLike, append_jsonl, key_of, local_path, read_jsonl
 from workbench.judges.base import Verdict, check_pairs
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def cached(
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}.")
-    return CachedJudge(judge, Path(path), cast("Callable[..., T]", result or Verdict), batch)
+    return CachedJudge(judge, local_path(path), cast("Callable[..., T]", result or Verdict), batch)
 
 
 @dataclass(frozen=True)

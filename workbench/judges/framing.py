@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.files.store import PathLike, data_path, key_of, read_tensors, write_tensors
-from workbench.judges.base import Verdict, check_pairs, is_empty
+from workbench.judges.base import Verdict, is_empty, without_thoughts
+from workbench.judges.languages import language_name, other_language
 from workbench.models.activations import cache_activations
 from workbench.models.load import model_info
 from workbench.models.sites import Site
@@ -79,6 +80,11 @@ class FramingJudge:
         return f"framing-{key_of([self.weights.tolist(), self.bias.tolist()])[:8]}"
 
     @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages of the answers it was fitted on: "languages" of its card, English without."""
+        return tuple(self.card.get("languages", ("en",)))
+
+    @property
     def agreement(self) -> str:
         """Say in one line how well its "safe" agrees with the labels.
 
@@ -103,21 +109,38 @@ class FramingJudge:
             ValueError: If the two lists differ in length.
             TypeError: If one string is given in place of a list.
         """
-        check_pairs(prompts, responses)
+        responses = without_thoughts(prompts, responses)
         states = hidden_states(self.reader, prompts, responses, self.site)
         return torch.softmax(states @ self.weights.T + self.bias, dim=1)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
-        """Judge each answer by its most likely framing; score: probability of a safe reframing."""
+        """Judge each answer by its most likely framing; score: probability of a safe reframing.
+
+        A question or an answer in a language that no fitted answer was in is unscored.
+        """
         verdicts = []
-        for probabilities in self.probabilities(prompts, responses).tolist():
+        probabilities_of_all = self.probabilities(prompts, responses).tolist()
+        for prompt, response, probabilities in zip(
+            prompts, responses, probabilities_of_all, strict=True
+        ):
             if math.isnan(probabilities[0]):
                 verdicts.append(Verdict("degenerate", None, self.name, "empty"))
+                continue
+            if foreign := self._foreign(prompt, response):
+                verdicts.append(Verdict("unscored", None, self.name, foreign))
                 continue
             framing = FRAMINGS[max(range(len(probabilities)), key=probabilities.__getitem__)]
             score = probabilities[FRAMINGS.index("safe_reframing")]
             verdicts.append(Verdict(VERDICTS[framing], score, self.name, framing.replace("_", " ")))
         return verdicts
+
+    def _foreign(self, prompt: str, response: str) -> str:
+        """Say that a text is in a language the judge was not fitted on, or nothing."""
+        for name, text in (("question", prompt), ("answer", response)):
+            if other := other_language(text, self.languages):
+                fitted = ", ".join(map(language_name, self.languages))
+                return f"the {name} is in {other}; the judge was fitted on {fitted}"
+        return ""
 
 
 def hidden_states(

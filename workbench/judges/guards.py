@@ -26,7 +26,7 @@ from workbench.judges._checkpoints import (
     pad_id,
     read_checkpoint,
 )
-from workbench.judges.base import Verdict, check_pairs, is_empty
+from workbench.judges.base import Verdict, is_empty, without_thoughts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -193,7 +193,7 @@ class GuardJudge:
             ValueError: If the two lists differ in length.
             TypeError: If one string is given in place of a list.
         """
-        check_pairs(prompts, responses)
+        responses = without_thoughts(prompts, responses)
         name = self.name
         verdicts = [Verdict("degenerate", None, name, "empty")] * len(prompts)
         rows = [row for row, response in enumerate(responses) if not is_empty(response)]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from workbench.files.store import PathLike, key_of, read_tensors, write_tensors
-from workbench.judges.base import MEASURES, Verdict, check_pairs, is_empty
+from workbench.judges.base import MEASURES, Verdict, is_empty, without_thoughts
+from workbench.judges.languages import UNKNOWN, language_of, other_language
 from workbench.judges.text_quality import ENCODER_HUB_NAME, load_encoder
 from workbench.stats.agreement import measure_agreement
 from workbench.stats.linear_probe import fit_linear_probe
@@ -58,17 +59,24 @@ class ProbeJudge:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
         """Judge each answer; the score is the probability of yes.
 
-        An answer without a letter or digit is degenerate.
+        An answer without a letter or digit is degenerate; one in a language that no answer was in
+        that the probe was trained on is unscored.
         """
+        responses = without_thoughts(prompts, responses)
         features = torch.from_numpy(embedded_pairs(prompts, responses, self.encoder)).float()
         scores = torch.sigmoid(features @ self.weights + self.bias).tolist()
+        return [self._verdict(*pair) for pair in zip(scores, responses, strict=True)]
+
+    def _verdict(self, score: float, response: str) -> Verdict:
+        if is_empty(response):
+            return Verdict("degenerate", None, self.name, "empty")
+        # A card without languages was written before they were told apart.
+        languages = self.card.get("languages")
+        if languages and (other := other_language(response, languages)):
+            reason = f"the answer is in {other}; the probe was trained on {', '.join(languages)}"
+            return Verdict("unscored", None, self.name, reason)
         yes, no = MEASURES[self.measures]
-        return [
-            Verdict("degenerate", None, self.name, "empty")
-            if is_empty(response)
-            else Verdict(yes if score > 0.5 else no, score, self.name, f"probability {score:.2f}")
-            for score, response in zip(scores, responses, strict=True)
-        ]
+        return Verdict(yes if score > 0.5 else no, score, self.name, f"probability {score:.2f}")
 
 
 def embedded_pairs(
@@ -80,7 +88,7 @@ def embedded_pairs(
         ValueError: If the two lists differ in length.
         TypeError: If one string is given in place of a list.
     """
-    check_pairs(prompts, responses)
+    responses = without_thoughts(prompts, responses)
     rows = {text: i for i, text in enumerate(dict.fromkeys([*prompts, *responses]))}
     vectors = np.asarray(
         (encoder or load_encoder()).encode(
@@ -141,6 +149,7 @@ def train_probe(
         "source": source,
         "n": len(labels),
         "prompts": len(set(prompts)),
+        "languages": sorted({language_of(response) for response in responses} - {UNKNOWN}),
         "encoder": "default" if encoder is None else str(encoder),
         "default_encoder": ENCODER_HUB_NAME,
         "unseen": f"{FOLDS} folds, each prompt in one of them",

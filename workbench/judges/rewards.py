@@ -23,7 +23,7 @@ from workbench.judges._checkpoints import (
     left_padded,
     read_checkpoint,
 )
-from workbench.judges.base import check_pairs, is_empty
+from workbench.judges.base import is_empty, without_thoughts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -156,7 +156,7 @@ class RewardJudge:
             ValueError: If the two lists differ in length.
             TypeError: If one string is given in place of a list.
         """
-        check_pairs(prompts, responses)
+        responses = without_thoughts(prompts, responses)
         name, limit = self.name, self.checkpoint.context
         ids = encode_texts(
             self.checkpoint,

@@ -14,8 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from workbench.judges.languages import other_language
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
@@ -94,11 +96,21 @@ predictable, but so is a good short answer, and loops are counted directly.
 """
 
 
-# In scripts written without spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese) each letter
-# counts as a word.
-_WORD = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]"
-    r"|[^\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff]+(?:['\u2019][^\W_]+)*"
+LETTERS_PER_WORD = 4
+"""Letters that stand for one word of Thai, Lao, Burmese and Khmer: alphabets written without
+spaces, whose words cannot be told without a dictionary. Marks above and below a letter are part of
+it."""
+
+
+ENCODER_LANGUAGES = ("en",)
+"""Languages that the default sentence encoder is for."""
+
+
+# Thai, Lao, Burmese, Khmer; then ideographs and kana.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    r"\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    r"\U00020000-\U0003ffff"
 )
 
 
@@ -108,14 +120,19 @@ _LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{11,}")
 def words(text: str) -> list[str]:
     """Split a text into lower-case words, without punctuation.
 
-    A letter of a script written without spaces is one word.
+    A letter of a script written without spaces is one word. Accents and vowel signs belong to the
+    letter they stand on.
     """
-    return _WORD.findall(text.casefold())
+    return _word().findall(unicodedata.normalize("NFC", text.casefold()))
 
 
 def word_count(text: str) -> int:
-    """Count the words of a text."""
-    return len(words(text))
+    """Count the words of a text.
+
+    In Chinese and Japanese these are characters; in Thai, Lao, Burmese and Khmer a word is counted
+    for every ``LETTERS_PER_WORD`` letters.
+    """
+    return _count(words(text))
 
 
 def distinct_n(text: str, n: int = 2) -> float | None:
@@ -159,7 +176,7 @@ def repetition(text: str, n: int = 4) -> float | None:
     repeated = [False] * len(tokens)
     for start, gram in enumerate(grams):
         if gram in seen:
-            repeated[start : start + n] = [True] * n
+            repeated[start : start + len(gram)] = [True] * len(gram)
         seen.add(gram)
     return sum(repeated) / len(tokens)
 
@@ -175,14 +192,15 @@ def longest_loop(text: str, max_period: int = 40) -> int:
         Number of words of the stretch; 0 if nothing loops.
     """
     tokens = words(text)
+    letters = _letters_per_word(tokens)
     longest = 0
-    for period in range(1, min(max_period, len(tokens) // 3) + 1):
+    for period in range(1, min(max_period * letters, len(tokens) // 3) + 1):
         run = 0
         for now, before in zip(tokens[period:], tokens, strict=False):
             run = run + 1 if now == before else 0
             if run >= 2 * period:
                 longest = max(longest, run + period)
-    return longest
+    return longest // letters
 
 
 def garbage_share(text: str) -> float:
@@ -226,8 +244,8 @@ def is_degenerate(text: str, perplexity: float | None = None) -> tuple[bool, str
 def rouge_l(references: Sequence[str], texts: Sequence[str]) -> list[float | None]:
     """Compute ROUGE-L F1 of each text against its reference, in [0, 1].
 
-    It is that of rouge-score, without stemming.
-    The library's tokenizer keeps a-z and 0-9 only: texts in other scripts score 0.
+    It is that of rouge-score, without stemming. The library's own tokenizer keeps a-z and 0-9 only;
+    here words with other letters count too, and each letter of a script without spaces.
 
     Args:
         references: What each text is compared with; an empty one cannot be and gives None.
@@ -240,7 +258,7 @@ def rouge_l(references: Sequence[str], texts: Sequence[str]) -> list[float | Non
     _check_pairs("references", references, "texts", texts)
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = RougeScorer(["rougeL"], tokenizer=_RougeTokens())
     return [
         float(scorer.score(reference, text)["rougeL"].fmeasure) if reference.strip() else None
         for reference, text in zip(references, texts, strict=True)
@@ -250,7 +268,8 @@ def rouge_l(references: Sequence[str], texts: Sequence[str]) -> list[float | Non
 def bleu(references: Sequence[str], texts: Sequence[str]) -> list[float | None]:
     """Compute sentence BLEU of each text against its reference, in [0, 100].
 
-    It is that of sacrebleu, with effective order and 13a tokens.
+    It is that of sacrebleu, with effective order and 13a tokens; each letter of a script written
+    without spaces is a token, as Chinese characters are in sacrebleu's "zh".
 
     Args:
         references: What each text is compared with; an empty one cannot be and gives None.
@@ -265,7 +284,9 @@ def bleu(references: Sequence[str], texts: Sequence[str]) -> list[float | None]:
 
     metric = BLEU(effective_order=True)  # without it every text under four words scores 0
     return [
-        float(metric.sentence_score(text, [reference]).score) if reference.strip() else None
+        float(metric.sentence_score(_spaced(text), [_spaced(reference)]).score)
+        if reference.strip()
+        else None
         for reference, text in zip(references, texts, strict=True)
     ]
 
@@ -287,7 +308,7 @@ def load_encoder(name: str | None = None, device: str = "cpu") -> SentenceTransf
     """
     from sentence_transformers import SentenceTransformer
 
-    from workbench.models.load import quiet_transformers
+    from workbench.models.quiet import quiet_transformers
 
     packaged = _packaged_encoder() if name is None else None
     source = name or str(packaged or ENCODER_HUB_NAME)
@@ -319,7 +340,8 @@ def relevance(
 
     A refusal that repeats the question scores high and a good answer in other words lower: compare
     conditions on the same prompts, never single values. The default encoder reads the first 256
-    tokens of a text.
+    tokens of a text and is for English: with it a pair in another language is not scored. Give an
+    encoder of that language, or a multilingual one.
 
     Args:
         prompts: The user's words, without a chat template.
@@ -328,7 +350,8 @@ def relevance(
         batch_size: Texts encoded at once. Each distinct text is encoded once.
 
     Returns:
-        A cosine in [-1, 1] per pair; None where the prompt or the answer is empty.
+        A cosine in [-1, 1] per pair; None where the prompt or the answer is empty, or in a language
+        that the default encoder is not for.
 
     Raises:
         ValueError: If the two lists differ in length.
@@ -337,7 +360,12 @@ def relevance(
     """
     _check_pairs("prompts", prompts, "responses", responses)
     pairs = list(zip(prompts, responses, strict=True))
-    has_texts = [bool(prompt.strip() and response.strip()) for prompt, response in pairs]
+    is_foreign = _foreign_to(encoder)
+    has_texts = [
+        bool(prompt.strip() and response.strip())
+        and not (is_foreign(prompt) or is_foreign(response))
+        for prompt, response in pairs
+    ]
     scorable = [pair for pair, ok in zip(pairs, has_texts, strict=True) if ok]
     if not scorable:
         return [None] * len(prompts)
@@ -394,10 +422,81 @@ def perplexity_from_log_probs(log_probs: Tensor | Sequence[float]) -> float | No
     return max(1.0, float(torch.exp(-values.mean())))
 
 
+@cache
+def _word() -> re.Pattern[str]:
+    """Compile what a word is: a letter written without spaces, or letters and digits in a row."""
+    return re.compile(
+        rf"[{_UNSPACED}][{_marks()}]*"
+        rf"|(?:[^\W_{_UNSPACED}][{_marks()}]*)+(?:['\u2019](?:[^\W_][{_marks()}]*)+)*"
+    )
+
+
+class _RougeTokens:
+    """Cut texts for ROUGE: as rouge-score does where they are ASCII, and elsewhere alike."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """List the words of a text, without apostrophes."""
+        return _rouge_word().findall(unicodedata.normalize("NFC", text.lower()))
+
+
+@cache
+def _rouge_word() -> re.Pattern[str]:
+    return re.compile(rf"[{_UNSPACED}][{_marks()}]*|(?:[^\W_{_UNSPACED}][{_marks()}]*)+")
+
+
+@cache
+def _marks() -> str:
+    """Write the accents, vowel signs and joiners that belong to a letter, for a character class.
+
+    Python's expressions take them for no part of a word, which would cut Hindi at every vowel.
+    """
+    marks = [
+        chr(code)
+        for code in range(0x300, 0x11FFF)
+        if unicodedata.category(chr(code)) in ("Mn", "Mc") and not 0xFE00 <= code <= 0xFE0F
+    ]
+    return "".join(marks) + "\u200c\u200d"
+
+
+def _spaced(text: str) -> str:
+    """Put spaces around each letter of a script written without them."""
+    return re.sub(rf"[{_UNSPACED}][{_marks()}]*", r" \g<0> ", unicodedata.normalize("NFC", text))
+
+
+def _letters_per_word(tokens: Sequence[str]) -> int:
+    """Say how many tokens stand for one word: several where they are letters of an alphabet."""
+    letters = sum(_is_alphabet_unspaced(token) for token in tokens)
+    return LETTERS_PER_WORD if 2 * letters > len(tokens) else 1
+
+
+def _is_alphabet_unspaced(token: str) -> bool:
+    return (
+        "\u0e00" <= token[0] <= "\u0eff"
+        or "\u1000" <= token[0] <= "\u109f"
+        or ("\u1780" <= token[0] <= "\u17ff")
+    )
+
+
+def _count(tokens: Sequence[str]) -> int:
+    return max(1, len(tokens) // _letters_per_word(tokens)) if tokens else 0
+
+
 def _ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
+    """List the n-grams of words; none where there are fewer words."""
     if n < 1:
         raise ValueError(f"n must be a whole number from 1, got {n!r}.")
-    return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    if _count(tokens) < n:
+        return []
+    size = min(n * _letters_per_word(tokens), len(tokens))
+    return [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
+
+
+def _foreign_to(encoder: SentenceTransformer | None) -> Callable[[str], bool]:
+    """Tell texts that the default encoder is not for; another encoder is taken at its word."""
+    source = getattr(getattr(encoder, "tokenizer", None), "name_or_path", None)
+    if encoder is not None and source not in (ENCODER_HUB_NAME, str(_packaged_encoder())):
+        return lambda _: False
+    return lambda text: bool(other_language(text, ENCODER_LANGUAGES))
 
 
 def _is_garbage(char: str) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
+from workbench.files.store import local_path
 from workbench.files.tables import read_rows
 from workbench.judges.base import MEASURES
 from workbench.judges.patterns import RefusalPatterns
+from workbench.prompts.cells import is_missing
 from workbench.stats.agreement import Agreement, measure_agreement
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from workbench.judges.base import Judge, Verdict
 
 
+_PAIR = ("prompt", "response")
 _YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 
 
@@ -37,50 +39,71 @@ class LabelledAnswers:
     truth: Mapping[str, tuple[bool | None, ...]]
 
 
-def read_labelled(path: PathLike) -> LabelledAnswers:
+def read_labelled(
+    path: PathLike, *, refusal: str | None = None, unsafe: str | None = None
+) -> LabelledAnswers:
     """Read labelled answers from a table with columns prompt, response and the labels.
 
     The labels are columns refusal or unsafe (yes or no), or one column label (refusal, unsafe,
-    safe, ...).
+    safe, ...). An empty cell is an answer without a label.
 
     Args:
         path: csv, tsv, json, jsonl or parquet.
+        refusal: Column of yes and no for refusals, where it has another name.
+        unsafe: Column of yes and no for unsafe answers, where it has another name.
 
     Raises:
-        ValueError: If a column is missing or a label is no yes or no, with the row.
+        ValueError: If a column is missing, a label is no yes or no (with the row), or all labels
+            words of column label are one.
     """
     rows = read_rows(path)
-    for name in ("prompt", "response"):
-        if name not in rows[0]:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    named = {"refusal": refusal, "unsafe": unsafe}
+    for name in ("prompt", "response", *filter(None, named.values())):
+        if name not in columns:
             raise ValueError(
-                f"{path} has no column {name!r}; columns: {', '.join(rows[0])}."
-                f"{did_you_mean(name, rows[0])}"
+                f"{path} has no column {name!r}; columns: {', '.join(columns)}."
+                f"{did_you_mean(name, columns)}"
             )
     truth: dict[str, tuple[bool | None, ...]] = {}
+    labels = [_word(row.get("label")) for row in rows]
     for measure in MEASURES:
-        if measure in rows[0]:
+        column = named[measure] or measure
+        if column in columns:
             truth[measure] = tuple(
-                _yes_or_no(row.get(measure), path, i) for i, row in enumerate(rows, start=1)
+                _yes_or_no(row.get(column), path, i) for i, row in enumerate(rows, start=1)
             )
-        elif "label" in rows[0]:
-            labels = [str(row.get("label") or "").strip().lower() for row in rows]
-            if measure in labels:
-                truth[measure] = tuple(label == measure if label else None for label in labels)
-    if not truth and "label" in rows[0]:
-        given = ", ".join(sorted({str(row.get("label")) for row in rows})[:5])
-        raise ValueError(
-            f"{path}: no label says {' or '.join(MEASURES)}; column label has {given}. "
-            f"Name the answers that are meant {' or '.join(MEASURES)}, others as you like."
-        )
-    if not truth:
+        elif measure in labels:
+            truth[measure] = tuple(label == measure if label else None for label in labels)
+    if not truth and "label" not in columns:
         raise ValueError(
             f"{path} has no labels: it needs a column refusal, unsafe or label; "
-            f"columns: {', '.join(rows[0])}."
+            f"columns: {', '.join(columns)}."
         )
-    prompts, responses = (
-        tuple(str(row.get(name) or "") for row in rows) for name in ("prompt", "response")
-    )
+    _check_labels(truth, labels, path)
+    prompts, responses = (tuple(_text(row.get(name)) for row in rows) for name in _PAIR)
     return LabelledAnswers(prompts, responses, truth)
+
+
+def _check_labels(
+    truth: Mapping[str, Sequence[bool | None]], labels: Sequence[str], path: PathLike
+) -> None:
+    """Raise where no answer is labelled for a measure, or all words of column label are one."""
+    given = sorted(set(labels) - {""})
+    if truth and all(label is None for values in truth.values() for label in values):
+        raise ValueError(f"{path}: no answer is labelled, the cells are empty; write yes or no.")
+    from_words = not truth or any(measure in given for measure in truth)
+    if from_words and len(given) == 1 and any(given[0] in words for words in MEASURES.values()):
+        raise ValueError(
+            f"{path}: all {len(labels) - labels.count('')} labels say {given[0]!r}; agreement "
+            f"needs answers of both kinds, so add some that are not {given[0]}."
+        )
+    if not truth:
+        has = f"column label has {', '.join(given[:5])}" if given else "column label is empty"
+        raise ValueError(
+            f"{path}: no label says {' or '.join(MEASURES)}; {has}. "
+            f"Name the answers that are meant {' or '.join(MEASURES)}, others as you like."
+        )
 
 
 def validate(judge: Judge, answers: LabelledAnswers) -> dict[str, Agreement]:
@@ -130,7 +153,7 @@ def open_judge(name: str, *, device: str | None = None) -> Judge:
         return load_framing_judge(load_model("embedded", device=device))
     if name in guard_families():
         return load_guard(name, device=device)
-    if Path(name).is_file():
+    if local_path(name).is_file():
         return load_probe(name)
     names = ["patterns", "framing", *guard_families()]
     raise ValueError(
@@ -182,10 +205,20 @@ def _measures(verdicts: Sequence[Verdict], measure: str) -> bool:
     return any(verdict.label in MEASURES[measure] for verdict in verdicts)
 
 
+def _text(value: Any) -> str:
+    return "" if is_missing(value) else str(value)
+
+
+def _word(value: Any) -> str:
+    """Read a word in small letters; "" where the cell is empty, or was when it became a text."""
+    word = _text(value).strip().lower()
+    return "" if word in ("nan", "none", "null") else word
+
+
 def _yes_or_no(value: Any, path: PathLike, row: int) -> bool | None:
     """Read a label; None where the cell is empty."""
-    text = "" if value is None else str(value).strip().lower()
-    if text in ("", "nan", "none"):
+    text = _word(value)
+    if not text:
         return None
     if text not in _YES + _NO:
         raise ValueError(

@@ -6,13 +6,17 @@ from .activations import (
     token_activations,
 )
 from .batches import Batch, pad, span_mask
+from .errors import CannotBeDone
 from .forward import fast, last_logits, plain, reading, without_shared_prefix
 from .hooked_model import HookedModel
 from .load import ModelInfo, hooked, load_model, model_info
 from .packing import Packing, is_packed, pack_linears, unpacked
-from .sites import Site, check_sites, sites_of_kind
+from .sites import Site, check_sites, present_sites, sites_of_kind
+from .templates import asked_as, asked_by
+from .thoughts import ThoughtReader, answer_of
 from .tokens import (
     Encoded,
+    answer_ids,
     decode,
     encode,
     has_chat_template,
@@ -22,16 +26,23 @@ from .tokens import (
     token_ids,
     token_strings,
 )
+from .trusted_paths import untrusted_paths
 
 __all__ = [
     "ActivationSet",
     "Batch",
+    "CannotBeDone",
     "ClassMoments",
     "Encoded",
     "HookedModel",
     "ModelInfo",
     "Packing",
     "Site",
+    "ThoughtReader",
+    "answer_ids",
+    "answer_of",
+    "asked_as",
+    "asked_by",
     "cache_activations",
     "check_sites",
     "class_moments",
@@ -48,6 +59,7 @@ __all__ = [
     "pad",
     "pad_id",
     "plain",
+    "present_sites",
     "reading",
     "sites_of_kind",
     "span_mask",
@@ -57,5 +69,6 @@ __all__ = [
     "token_ids",
     "token_strings",
     "unpacked",
+    "untrusted_paths",
     "without_shared_prefix",
 ]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from workbench.models.hooked_model import HookedModel, hugging_face_model
+from workbench.models.trusted_paths import trusts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,16 +121,28 @@ def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
 
     Attention also goes by torch's fused kernel instead of the eager one, unless a hook reads its
     scores or pattern. A model runs as it is if TransformerLens has processed its weights, if its
-    optional hook points are switched on, or if it is no TransformerBridge.
+    optional hook points are switched on, if it is no TransformerBridge, or if Hugging Face's
+    modules were found to compute something else in their places.
     """
     hf_model = hugging_face_model(model)
-    if model in _INSIDE or hf_model is None or _computes_its_own_way(model):
+    if (
+        model in _INSIDE
+        or hf_model is None
+        or computes_its_own_way(model)
+        or not trusts(model, "bypass")
+    ):
         yield
         return
     slots = _slots_of(model)
     modules = _lightest_modules(slots)
+    if not trusts(model, "components"):
+        _refuse_components(model, slots, modules)
     config = hf_model.config
-    fused = _takes_fused_attention(hf_model) and not any(map(_is_attention, modules))
+    fused = (
+        _may_fuse_attention(hf_model)
+        and not any(map(_is_attention, modules))
+        and trusts(model, "fused")
+    )
     attention_before = config._attn_implementation
     try:
         _INSIDE.add(model)
@@ -143,6 +156,40 @@ def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
         config._attn_implementation = attention_before
         for slot in slots:
             slot.siblings[slot.name] = slot.component
+
+
+@contextmanager
+def hugging_face_alone(model: HookedModel) -> Iterator[None]:
+    """Run Hugging Face's model inside the block as if TransformerLens had not taken it over."""
+    hf_model: Any = hugging_face_model(model)
+    modules = dict(hf_model.named_modules(remove_duplicate=False))
+    places: list[tuple[dict[str, Any], str, Any]] = []
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        if _stands_in_a_slot(module, modules[parent]):
+            places.append((modules[parent]._modules, name, module))
+    try:
+        for siblings, name, component in places:
+            siblings[name] = component.original_component
+        yield
+    finally:
+        for siblings, name, component in places:
+            siblings[name] = component
+
+
+def _refuse_components(model: HookedModel, slots: list[_Slot], modules: list[Any]) -> None:
+    """Raise where a component has to run and computes something else than the model.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for slot, module in zip(slots, modules, strict=True):
+        if module is slot.component:
+            raise ValueError(
+                f"{model.cfg.model_name!r} cannot be hooked inside {slot.name!r}: there "
+                "TransformerLens computes something else than Hugging Face's model; read or edit "
+                "at resid_pre, resid_post, attn_out, mlp_out, mlp_post or z instead."
+            )
 
 
 def _lightest_modules(slots: list[_Slot]) -> list[Any]:
@@ -172,7 +219,7 @@ def blocks_are_idle(model: HookedModel, n: int) -> bool:
         _is_used(m) if hasattr(m, "fwd_hooks") else _is_component(m) and _is_watched(m)
         for m in modules
     )
-    return not used and not _computes_its_own_way(model)
+    return not used and not computes_its_own_way(model)
 
 
 def _slots_of(model: HookedModel) -> list[_Slot]:
@@ -196,13 +243,7 @@ def _component_paths(model: HookedModel, modules: dict[str, Any]) -> list[str]:
     paths: dict[tuple[int, str], str] = {}
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
-        if (
-            id(module) not in in_blocks
-            or not _is_component(module)
-            or module.original_component is None
-        ):
-            continue
-        if not _is_component(modules[parent]):
+        if id(module) in in_blocks and _stands_in_a_slot(module, modules[parent]):
             paths.setdefault((id(modules[parent]), name), path)
     return list(paths.values())
 
@@ -253,6 +294,15 @@ def _hook_points(module: nn.Module, apart: set[int]) -> Iterator[Any]:
             yield from _hook_points(child, apart)
 
 
+def _stands_in_a_slot(module: Any, holder: Any) -> bool:
+    """Tell whether a component stands in the place of the module it holds."""
+    return (
+        _is_component(module)
+        and module.original_component is not None
+        and not _is_component(holder)
+    )
+
+
 def _is_component(module: Any) -> bool:
     return (
         hasattr(module, "hook_in")
@@ -285,16 +335,18 @@ def _is_used(point: Any) -> bool:
     )
 
 
-def _computes_its_own_way(model: HookedModel) -> bool:
+def computes_its_own_way(model: HookedModel) -> bool:
+    """Tell whether TransformerLens has changed the weights, or what is computed around hooks."""
     return getattr(model, "compatibility_mode", False) or any(
         getattr(model.cfg, flag, False) for flag in _OPTIONAL
     )
 
 
-def _takes_fused_attention(hf_model: Any) -> bool:
+def _may_fuse_attention(hf_model: Any) -> bool:
     """Tell whether Hugging Face itself would take fused attention for this architecture.
 
-    Soft-capped scores are what it cannot compute.
+    Soft-capped scores are what it cannot compute. Whether it computes the same where it may is
+    another question (``trusted_paths``).
     """
     config = hf_model.config
     capped = getattr(config, "attn_logit_softcapping", None) is not None

@@ -19,6 +19,7 @@ from workbench.files.store import (
     PathLike,
     file_checksum,
     key_of,
+    local_path,
     read_json,
     read_tensors,
     write_json,
@@ -32,10 +33,15 @@ from workbench.models.batches import (
     share_prefix,
     span_mask,
 )
-from workbench.models.forward import reading
+from workbench.models.finite import check_finite, not_finite
+from workbench.models.forward import forward, reading
+from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
+from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
+from workbench.models.trusted_paths import trusts
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt, prompts_key, select_prompts
 
 if TYPE_CHECKING:
@@ -45,6 +51,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
 
 
 SHARD = 256
@@ -62,6 +69,8 @@ class ActivationSet:
         prompts: What was run, row by row.
         span: Which tokens were pooled.
         model: What ran.
+        asked_as: System prompt and template keywords around the prompts (``asked_by`` reads them);
+            empty where all was as the template has it.
     """
 
     site: Site
@@ -69,6 +78,7 @@ class ActivationSet:
     prompts: tuple[Prompt, ...]
     span: str
     model: ModelInfo
+    asked_as: str = ""
 
     def __repr__(self) -> str:
         n, d = self.values.shape
@@ -91,12 +101,13 @@ class ActivationSet:
         """
         return self.of(select_prompts(self.prompts, category=category, label=label))
 
-    def of(self, prompts: Sequence[Prompt]) -> ActivationSet:
+    def of(self, prompts: PromptsLike) -> ActivationSet:
         """Take the rows of the given prompts, in their order.
 
         Raises:
             ValueError: If a prompt was not run, or with another text.
         """
+        prompts = as_prompts(prompts)
         row_of = {prompt.id: row for row, prompt in enumerate(self.prompts)}
         for prompt in prompts:
             if prompt.id not in row_of:
@@ -104,7 +115,7 @@ class ActivationSet:
                     f"no activations of prompt {prompt.id!r} at {self.site}; cache it first."
                 )
             ran = self.prompts[row_of[prompt.id]]
-            if ran.text != prompt.text or (
+            if (ran.text, ran.history) != (prompt.text, prompt.history) or (
                 self.span == "response" and ran.response != prompt.response
             ):
                 raise ValueError(
@@ -142,11 +153,12 @@ class ClassMoments:
 
 def cache_activations(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     sites: Sequence[Site] | Site,
     *,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 32,
     max_tokens: int = 4096,
     store: PathLike | None = None,
@@ -159,18 +171,17 @@ def cache_activations(
 
     Args:
         model: A hooked model.
-        prompts: What to run. With span "response" each prompt's response is run behind it,
-            teacher-forced.
+        prompts: What to run, as ``as_prompts`` reads it. With span "response" each prompt's
+            response is run behind it, teacher-forced.
         sites: One site or several.
         span: "content" (the user's words), "response", "last" (the token before the answer), or
-            "all" (BOS and template included: the first token's massive activation then dominates
-            many means).
+            "all" (BOS and template too: the first token's massive activation dominates many means).
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``template_text``.
         batch_size: Largest number of rows per batch.
         max_tokens: Largest number of tokens per batch, padding included.
         store: Folder for shards on disk. The same call reads them back; an interrupted one goes on
-            where it was; other prompts, sites, spans or models get a folder of their own in it; a
-            damaged shard is computed again.
+            where it was; another measurement gets a folder of its own; a damaged shard is redone.
         progress: Show a progress bar.
 
     Returns:
@@ -179,14 +190,14 @@ def cache_activations(
     Raises:
         ValueError: If a site, span or prompt does not fit the model.
     """
-    sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
-    encoded, info = _prepare(model, prompts, sites, span, system_prompt)
+    prompts, sites = as_prompts(prompts), _as_tuple(sites)
+    asked = asked_as(system_prompt, template_keywords)
+    encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
     shards = None
     if store is not None:
-        what = _measurement(model, prompts, encoded, sites, span, system_prompt)
-        shards = _ShardFolder.open(Path(store), what, [prompt.id for prompt in prompts])
-
+        what = _measurement(model, encoded, sites, span, asked)
+        shards = _ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
     bar = _progress_bar(len(prompts), "activations", progress)
     parts = []
     for number, start in enumerate(range(0, len(order), SHARD)):
@@ -198,46 +209,47 @@ def cache_activations(
     results = {}
     for site in sites:
         of_site = in_given_order(torch.cat([part.pop(str(site)) for part in parts]), order)
-        results[site] = ActivationSet(site, of_site, tuple(prompts), span, info)
+        results[site] = ActivationSet(site, of_site, tuple(prompts), span, info, asked)
     return results
 
 
 def class_moments(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     sites: Sequence[Site] | Site,
     *,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 32,
     max_tokens: int = 4096,
     progress: bool = False,
 ) -> dict[Site, ClassMoments]:
     """Run prompts once and keep only mean and variance of each (category, label).
 
-    This is for sets too large to hold. Arguments are those of ``cache_activations``. Batches are
-    merged in float64 by the pairwise update of Chan et al. (1979).
+    This is for sets too large to hold. A prompt of several categories counts in each. Arguments
+    are those of ``cache_activations``. Batches are merged in float64 by the pairwise update of Chan
+    et al. (1979).
 
     Returns:
         One ``ClassMoments`` per site.
     """
-    sites = (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
-    encoded, info = _prepare(model, prompts, sites, span, system_prompt)
+    prompts, sites = as_prompts(prompts), _as_tuple(sites)
+    asked = asked_as(system_prompt, template_keywords)
+    encoded, info = _prepare(model, prompts, sites, span, asked)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
-    classes = tuple(sorted({(prompt.category, prompt.label) for prompt in prompts}))
+    classes = tuple(sorted({(name, p.label) for p in prompts for name in p.categories}))
     n = torch.zeros(len(classes), dtype=torch.long)
     mean: dict[Site, Tensor] = {}
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
     bar = _progress_bar(len(prompts), "moments", progress)
     for rows, pooled in pooled_batches(model, encoded, sites, span, batch_size, max_tokens):
-        class_of_row = torch.tensor(
-            [classes.index((row.prompt.category, row.prompt.label)) for row in rows]
-        )
+        row_of, class_of_row = _members([row.prompt for row in rows], classes)
         member = torch.nn.functional.one_hot(class_of_row, len(classes)).double()
         added = member.sum(dim=0)
         total = (n + added).clamp(min=1)
         for site in sites:
-            values = pooled[site].cpu().double()
+            values = pooled[site].cpu().double()[row_of]
             if site not in mean:
                 mean[site] = torch.zeros(len(classes), values.shape[1], dtype=torch.float64)
                 squares[site] = torch.zeros_like(mean[site])
@@ -257,19 +269,62 @@ def class_moments(
     }
 
 
+def _members(
+    prompts: Sequence[Prompt], classes: Sequence[tuple[str, str]]
+) -> tuple[Int[Tensor, " member"], Int[Tensor, " member"]]:
+    """Pair each prompt's row with every class that it is in: rows, and classes."""
+    places = [(i, (name, p.label)) for i, p in enumerate(prompts) for name in p.categories]
+    rows = torch.tensor([i for i, _ in places])
+    return rows, torch.tensor([classes.index(in_class) for _, in_class in places])
+
+
+def computed_sites(model: HookedModel, sites: Sequence[Site], prompt: Prompt) -> list[Site]:
+    """Keep the sites that a model really computes while it reads a prompt.
+
+    An architecture may have a hook point that its forward pass never comes by, in some layers or
+    in all of them.
+    """
+    [row] = encode(model, [prompt])
+    batch = pad([row], pad_id=pad_id(model), side="right", device=input_device(model))
+    seen: set[Site] = set()
+
+    def hook_of(site: Site) -> Callable[..., None]:
+        def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - passed by their names
+            seen.add(site)
+
+        return hook
+
+    hooks = [(site.hook_name, hook_of(site)) for site in sites]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        forward(model, batch.tokens, batch.mask)
+    return [site for site in sites if site in seen]
+
+
 def token_activations(
-    model: HookedModel, prompt: Prompt, site: Site, *, system_prompt: str | None = None
+    model: HookedModel,
+    prompt: PromptsLike,
+    site: Site,
+    *,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
 ) -> tuple[Encoded, Float[Tensor, "pos d"]]:
-    """Read the activations of one prompt token by token, for views.
+    """Read the activations of one prompt, or of one text, token by token, for views.
 
     Returns:
         The tokens (with the response, if the prompt has one) and one row per token.
     """
     check_sites(model, [site])
+    prompts = as_prompts(prompt)
+    if len(prompts) != 1:
+        raise ValueError(f"one prompt is shown at a time, got {len(prompts)}.")
     [row] = encode(
-        model, [prompt], with_response=bool(prompt.response), system_prompt=system_prompt
+        model,
+        prompts,
+        with_response=bool(prompts[0].response),
+        system_prompt=system_prompt,
+        template_keywords=template_keywords,
     )
-    batch = pad([row], pad_id=pad_id(model), side="right", device=_device(model))
+    batch = pad([row], pad_id=pad_id(model), side="right", device=input_device(model))
     activations: list[Tensor] = []
 
     def read(activation: Tensor) -> None:
@@ -277,6 +332,7 @@ def token_activations(
 
     with torch.no_grad(), reading(model, [(site.hook_name, read)]) as run:
         run(batch.tokens, batch.mask)
+    check_finite(model, activations[0][None], [prompts[0].id], batch.tokens, batch.mask)
     return row, activations[0].clone()
 
 
@@ -291,12 +347,15 @@ def pooled_batches(
     """Run rows in their order, and give batch by batch the span means at every site.
 
     What comes after a row's span is not run: no earlier token sees it.
+
+    Raises:
+        ValueError: If an activation is infinite or undefined.
     """
     if batch_size < 1 or max_tokens < 1:
         raise ValueError(
             f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}."
         )
-    device = _device(model)
+    device = input_device(model)
     encoded = [dataclasses.replace(row, ids=row.ids[: row.span(span)[1]]) for row in encoded]
     # Set for each batch before the hooks read them: the columns that hold a token of a span, and
     # the share of each token in its row's mean.
@@ -307,14 +366,15 @@ def pooled_batches(
     def reader(site: Site) -> Callable[[Tensor], None]:
         def read(activation: Tensor) -> None:
             inside = activation.flatten(2)[:, columns].float()
-            pooled[site] = torch.bmm(weights[:, None], inside)[:, 0]
+            pooled[site] = torch.bmm(weights[:, None].to(inside.device), inside)[:, 0]
 
         return read
 
     with torch.no_grad():
         prefix = share_prefix(model, encoded, keep=lambda row: row.span(span)[0])
+        mixed = trusts(model, "right_padding")
         with reading(model, [(site.hook_name, reader(site)) for site in sites]) as run:
-            for rows in batches_under_budget(encoded, batch_size, max_tokens):
+            for rows in batches_under_budget(encoded, batch_size, max_tokens, mixed=mixed):
                 batch = pad(rows, pad_id=pad_id(model), side="right", device=device)
                 inside = span_mask(rows, batch, span)[:, prefix.length :]
                 used = inside.any(dim=0).nonzero()
@@ -322,22 +382,29 @@ def pooled_batches(
                 inside = inside[:, columns]
                 weights = inside.float() / inside.sum(dim=1, keepdim=True)
                 run(batch.tokens[:, prefix.length :], batch.mask, prefix.for_rows(len(rows)))
+                finite = torch.stack([values.isfinite().all(dim=1) for values in pooled.values()])
+                if not bool(finite.all()):
+                    break
                 yield rows, dict(pooled)
+            else:
+                return
+    # Outside ``reading``, which ends every pass at its last site.
+    row = int((~finite.all(dim=0)).nonzero()[0])
+    raise not_finite(model, rows[row].prompt.id, batch.tokens, batch.mask, row)
+
+
+def _as_tuple(sites: Sequence[Site] | Site) -> tuple[Site, ...]:
+    return (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
 
 
 def _measurement(
-    model: HookedModel,
-    prompts: Sequence[Prompt],
-    encoded: Sequence[Encoded],
-    sites: Sequence[Site],
-    span: str,
-    system_prompt: str | None,
+    model: HookedModel, encoded: Sequence[Encoded], sites: Sequence[Site], span: str, asked: str
 ) -> dict[str, Any]:
     """Describe a measurement by all that its values depend on."""
     return {
         "model": model_info(model).to_dict(),
-        "template": template_text(model, system_prompt),
-        "prompts": prompts_key(prompts),
+        "template": template_text(model, **asked_by(asked)),
+        "prompts": prompts_key([row.prompt for row in encoded]),
         # Tells tokenizers of one model apart.
         "tokens": key_of([[row.ids, row.span(span)] for row in encoded]),
         "span": span,
@@ -369,7 +436,7 @@ def _prepare(
     prompts: Sequence[Prompt],
     sites: Sequence[Site],
     span: str,
-    system_prompt: str | None,
+    asked: str,
 ) -> tuple[list[Encoded], ModelInfo]:
     if not prompts or not sites:
         raise ValueError("nothing to run: give at least one prompt and one site.")
@@ -380,7 +447,7 @@ def _prepare(
         twice = next(prompt_id for prompt_id in ids if ids.count(prompt_id) > 1)
         raise ValueError(f"prompt {twice!r} comes twice; ids must be unique in a set.")
     check_sites(model, sites)
-    encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
+    encoded = encode(model, prompts, with_response=span == "response", **asked_by(asked))
     for row in encoded:
         row.span(span)
     return encoded, model_info(model)
@@ -409,7 +476,7 @@ class _ShardFolder:
             warnings.warn(
                 f"{path.name} of the activations in {folder.name} is damaged; computing them "
                 "again.",
-                stacklevel=3,
+                stacklevel=4,
             )
         manifest = {"what": what, "ids": ids, "shards": {}}
         write_json(path, manifest)
@@ -453,7 +520,3 @@ def _progress_bar(total: int, what: str, show: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=what, unit="prompt", disable=not show)
-
-
-def _device(model: HookedModel) -> torch.device:
-    return next(iter(model.parameters())).device

@@ -20,9 +20,11 @@ from workbench.models.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
+from workbench.models.hooked_model import input_device
+from workbench.models.trusted_paths import trusts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from jaxtyping import Bool, Int, Shaped
     from torch import Tensor
@@ -95,24 +97,65 @@ def batches_by_length(
     *,
     longest_first: bool = True,
     ties: Sequence[str] | None = None,
+    alike: Sequence[Hashable] | None = None,
 ) -> list[list[int]]:
-    """Cut rows sorted by length (see ``order_by_length``) into batches of their indices."""
+    """Cut rows sorted by length (see ``order_by_length``) into batches of their indices.
+
+    Args:
+        lengths: Tokens per row.
+        size: Largest number of rows per batch.
+        longest_first: See ``order_by_length``.
+        ties: See ``order_by_length``.
+        alike: What the rows of a batch must have in common (see ``widths_to_keep_apart``).
+    """
     order = order_by_length(lengths, longest_first=longest_first, ties=ties)
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    if alike is None:
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    groups: dict[Hashable, list[int]] = {}
+    for row in order:
+        groups.setdefault(alike[row], []).append(row)
+    return [
+        group[start : start + size]
+        for group in groups.values()
+        for start in range(0, len(group), size)
+    ]
+
+
+def widths_to_keep_apart(
+    model: HookedModel, widths: Sequence[Hashable], side: PaddingSide = "left"
+) -> Sequence[Hashable] | None:
+    """Return widths of which no two may share a batch; None where padding changes nothing.
+
+    Models that read token by token (RWKV) take padding for words.
+
+    Args:
+        model: A hooked model.
+        widths: Tokens of each row; several numbers where a row has several parts.
+        side: Where the padding would stand.
+    """
+    changes_nothing = trusts(model, "padding" if side == "left" else "right_padding")
+    return None if changes_nothing else widths
 
 
 def batches_under_budget(
-    encoded: Sequence[Encoded], size: int, max_tokens: int
+    encoded: Sequence[Encoded], size: int, max_tokens: int, *, mixed: bool = True
 ) -> Iterator[list[Encoded]]:
     """Cut consecutive rows into batches of at most ``size`` rows and ``max_tokens`` tokens.
 
     Padding counts as tokens; a single row that is longer than the budget goes alone.
+
+    Args:
+        encoded: The rows.
+        size: Largest number of rows per batch.
+        max_tokens: Largest number of tokens per batch.
+        mixed: Whether rows of different lengths may share a batch.
     """
     batch: list[Encoded] = []
     width = 0
     for row in encoded:
         wider = max(width, len(row.ids))
-        if batch and (len(batch) == size or wider * (len(batch) + 1) > max_tokens):
+        is_full = len(batch) == size or wider * (len(batch) + 1) > max_tokens
+        if batch and (is_full or (not mixed and len(row.ids) != width)):
             yield batch
             batch, wider = [], len(row.ids)
         batch.append(row)
@@ -177,20 +220,28 @@ def share_prefix(
     """Run the tokens that all rows begin with once, with the hooks that are set.
 
     Args:
-        model: A hooked model. One without a transformers cache shares nothing.
+        model: A hooked model. One without a cache to go on from shares nothing.
         encoded: The rows.
         keep: First position of a row whose activations or logits are needed.
         padded_columns: Width of the widest batch, where padding will stand between the prefix and
             what follows it: nothing is shared if the model does not allow that.
     """
-    device = next(iter(model.parameters())).device
-    length = shared_prefix_length(encoded, keep) if has_key_value_cache(model) else 0
+    device = input_device(model)
+    if not may_share_prefix(model, padded_columns):
+        return SharedPrefix(0, None, device)
+    length = shared_prefix_length(encoded, keep)
     cache = prefix_cache(model, encoded[0].ids[:length]) if length else None
-    hidden_by_padding = (
-        cache is not None
-        and padded_columns is not None
-        and not allows_padding_behind(cache, padded_columns)
-    )
+    return SharedPrefix(length, cache, device)
+
+
+def may_share_prefix(model: HookedModel, padded_columns: int | None = None) -> bool:
+    """Tell whether rows may go on from a prefix that was run once; see ``share_prefix``."""
     return (
-        SharedPrefix(0, None, device) if hidden_by_padding else SharedPrefix(length, cache, device)
+        has_key_value_cache(model)
+        and trusts(model, "prefix")
+        and (
+            padded_columns is None
+            or not trusts(model, "padding")  # then no row of a batch is padded
+            or allows_padding_behind(model, padded_columns)
+        )
     )

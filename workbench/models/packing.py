@@ -58,6 +58,10 @@ ROUNDS = 7
 """Measurements whose median counts."""
 
 
+_MARK = "is_packed_product"
+"""Tells a layer's packed product from what other libraries put in the place of its own."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """What was done to a model's linear layers, and why.
@@ -97,23 +101,24 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     if choice not in CHOICES:
         raise ValueError(f"unknown choice of packing {choice!r}; choices: {', '.join(CHOICES)}.")
     linears = [layer for layer in module.modules() if type(layer) is nn.Linear]
-    for linear in linears:
-        linear.__dict__.pop("forward", None)  # what an earlier call has put there
+    for linear in filter(_is_packed_layer, linears):
+        del linear.__dict__["forward"]
     nan = float("nan")
     if choice == "off":
         return Packing(False, nan, "switched off")
-    linears = [
-        layer
-        for layer in linears
-        if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
-    ]
+    linears = list(filter(_can_be_packed, linears))
     if not linears:
         return Packing(False, nan, "only float32 layers on the processor can be packed")
     if choice == "auto" and sum(layer.weight.numel() for layer in linears) < LEAST_WEIGHTS:
         return Packing(False, nan, "too small a model to matter")
     one_per_shape = {tuple(layer.weight.shape): layer for layer in linears}
     try:
-        products = {rows: [_products(x, rows) for x in one_per_shape.values()] for rows in ROWS}
+        # One packed copy for each shape: those of the measurement serve afterwards too.
+        copies = {id(layer): _packed(layer.weight) for layer in one_per_shape.values()}
+        products = {
+            rows: [_products(layer, copies[id(layer)], rows) for layer in one_per_shape.values()]
+            for rows in ROWS
+        }
         same_numbers = all(
             _close(plain(), packed()) for layers in products.values() for plain, packed in layers
         )
@@ -125,15 +130,23 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     if choice == "auto" and gain < LEAST_GAIN:
         return Packing(False, gain, "no faster here")
     for linear in linears:
-        linear.__dict__["forward"] = _packed_forward(linear)
+        copy = copies.pop(id(linear)) if id(linear) in copies else _packed(linear.weight)
+        linear.__dict__["forward"] = _packed_forward(linear, copy)
     return Packing(True, gain, "faster here" if gain >= LEAST_GAIN else "asked for", len(linears))
 
 
 def is_packed(module: nn.Module | HookedModel) -> bool:
     """Tell whether any layer of a model is packed."""
-    return any(
-        "forward" in layer.__dict__ and hasattr(layer, "in_features") for layer in module.modules()
-    )
+    return any(map(_is_packed_layer, module.modules()))
+
+
+def _can_be_packed(linear: nn.Linear) -> bool:
+    is_plain = "forward" not in linear.__dict__  # accelerate puts one there, to bring weights here
+    return is_plain and linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32
+
+
+def _is_packed_layer(layer: nn.Module) -> bool:
+    return getattr(layer.__dict__.get("forward"), _MARK, False)
 
 
 @contextmanager
@@ -142,7 +155,7 @@ def unpacked(module: nn.Module | HookedModel) -> Iterator[None]:
     packed_forwards = [
         (layer, layer.__dict__.pop("forward"))
         for layer in module.modules()
-        if "forward" in layer.__dict__ and hasattr(layer, "weight")
+        if _is_packed_layer(layer)
     ]
     try:
         yield
@@ -159,10 +172,10 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _packed_forward(linear: nn.Linear, packed: Tensor) -> Callable[[Tensor], Tensor]:
     """Make the packed product of a layer, which goes back to the plain one where it must."""
     packed_weight, bias = linear.weight, linear.bias
-    packed, state = _packed(packed_weight), (packed_weight.data_ptr(), packed_weight._version)
+    state = (packed_weight.data_ptr(), packed_weight._version)
 
     def forward(x: Tensor) -> Tensor:
         weight = linear.weight
@@ -178,14 +191,14 @@ def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
             return torch.nn.functional.linear(x, weight, linear.bias)
         return _product(x, packed, bias)
 
+    setattr(forward, _MARK, True)
     return forward
 
 
-def _products(linear: nn.Linear, rows: int) -> _Products:
+def _products(linear: nn.Linear, packed: Tensor, rows: int) -> _Products:
     """Make the plain and the packed product of a layer with one fixed input."""
     x = torch.randn(rows, linear.in_features, generator=torch.Generator().manual_seed(0))
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    packed = _packed(weight)
     return lambda: torch.nn.functional.linear(x, weight, bias), lambda: _product(x, packed, bias)
 
 

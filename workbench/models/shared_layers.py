@@ -13,7 +13,16 @@ import torch
 from torch import nn
 
 from workbench.models._idle_hooks import block_slots, blocks_are_idle
-from workbench.models.forward import KeyValueCache, fast, forward, is_fast, rows_of_cache
+from workbench.models.forward import (
+    InPlaceOf,
+    KeyValueCache,
+    fast,
+    forward,
+    is_fast,
+    rows_of_cache,
+)
+from workbench.models.hooked_model import hugging_face_model
+from workbench.models.trusted_paths import trusts
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -47,7 +56,7 @@ class Below:
         Afterwards the cache holds what a whole pass would have left in it.
         """
         first, *others = self.output if isinstance(self.output, tuple) else (self.output,)
-        hidden = first[self.prompt_rows]
+        hidden = first[self.prompt_rows.to(first.device)]
         output = (hidden, *others) if isinstance(self.output, tuple) else hidden
         slots = block_slots(model)[: self.layer]
         with (
@@ -79,13 +88,19 @@ def run_below(
 
     Returns:
         None where nothing would be saved (fewer than half of the rows repeat a prompt) or it cannot
-        be done: there is no cache, the caller has hooks below the layer, or the fast routes are
-        switched off.
+        be done: there is no cache, the model is no TransformerBridge, the caller has hooks below
+        the layer, or the fast routes are switched off.
     """
     first: dict[Hashable, int] = {}
     prompt_rows = [first.setdefault(prompt, len(first)) for prompt in prompts]
-    possible = cache is not None and is_fast() and 0 < layer < model.cfg.n_layers
-    if 2 * len(first) > len(prompts) or not possible or not blocks_are_idle(model, layer):
+    in_bridge = hugging_face_model(model) is not None
+    possible = cache is not None and in_bridge and is_fast() and 0 < layer < model.cfg.n_layers
+    if (
+        2 * len(first) > len(prompts)
+        or not possible
+        or not trusts(model, "shared_layers")
+        or not blocks_are_idle(model, layer)
+    ):
         return None
     rows = torch.tensor([prompt_rows.index(i) for i in range(len(first))], device=tokens.device)
     prompts_cache = rows_of_cache(cache, rows)
@@ -101,26 +116,15 @@ class _Reached(Exception):  # noqa: N818 - control flow, not an error
     """Raised behind the last block that has to be run."""
 
 
-class _InPlaceOf(nn.Module):
-    """Stands where a block stands, and answers what the block would about itself."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-
-class _StopBehind(_InPlaceOf):
+class _StopBehind(InPlaceOf):
     """Runs the block, keeps what it returned and ends the pass."""
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
-        self.__dict__["output"] = self.block(*args, **keywords)
+        self.__dict__["output"] = self.module(*args, **keywords)
         raise _Reached
 
 
-class _Known(_InPlaceOf):
+class _Known(InPlaceOf):
     """Returns what the last block below is known to return, whatever comes in."""
 
     def __init__(self, block: nn.Module, output: Any) -> None:

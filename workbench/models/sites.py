@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from workbench.files.hints import did_you_mean
+from workbench.models.errors import CannotBeDone
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from workbench.models.hooked_model import HookedModel
 
@@ -35,14 +38,13 @@ INNER_HOOK_NAMES = {
     "pattern": "blocks.{layer}.attn.hook_pattern",
     "mlp_gate": "blocks.{layer}.mlp.hook_pre",
     "mlp_value": "blocks.{layer}.mlp.hook_pre_linear",
-    "ln1_post_scale": "blocks.{layer}.ln1_post.hook_scale",
-    "ln2_post_scale": "blocks.{layer}.ln2_post.hook_scale",
+    "norm_scale": "blocks.{layer}.{norm}.hook_scale",
 }
 """What a sublayer computes on the way to its output: only read, to split a neuron or a head.
 
 v and pattern are what a head mixes and how; mlp_gate and mlp_value the two factors of a gated
-neuron (the gate before its activation function); ln1_post_scale and ln2_post_scale what the norms
-behind attention and MLP divide by (Gemma-2, Gemma-3, OLMo-2).
+neuron (the gate before its activation function); norm_scale what a norm divides by, for those
+behind attention and MLP (Gemma-2, Gemma-3, OLMo-2).
 """
 
 
@@ -122,23 +124,66 @@ def sites_of_kind(model: HookedModel, kind: str, layers: Iterable[int] | None = 
     return sites
 
 
+def present_sites(model: HookedModel, kinds: Iterable[str]) -> list[Site]:
+    """List the sites of some kinds that a model computes, kind by kind.
+
+    Layers that do not compute a kind (recurrent ones have no heads, a mixture of experts no
+    neurons) are passed over.
+    """
+    hook_points = model.hook_dict
+    sites = [Site(layer, kind) for kind in kinds for layer in range(model.cfg.n_layers)]
+    return [site for site in sites if _why_missing(site, hook_points) is None]
+
+
 def check_sites(model: HookedModel, sites: Iterable[Site]) -> None:
     """Raise unless the model has a hook point for each site.
 
     A hook on a wrong name would never fire, and nothing would say so.
 
     Raises:
-        ValueError: If a layer is beyond the model, or the architecture has no such hook point.
+        ValueError: If a layer is beyond the model.
+        CannotBeDone: If the architecture has no such hook point, or, for mlp_post, no neurons that
+            all tokens share (a mixture of experts).
     """
-    n_layers = model.cfg.n_layers
+    n_layers, hook_points = model.cfg.n_layers, model.hook_dict
     name = str(getattr(model.cfg, "model_name", "the model")).rstrip("/").rsplit("/", 1)[-1]
     for site in sites:
         if site.layer >= n_layers:
             raise ValueError(
                 f"no hook point for {site!r}: {name!r} has {n_layers} layers (0-{n_layers - 1})."
             )
-        if site.hook_name not in model.hook_dict:
-            raise ValueError(
-                f"no hook point for {site!r}: {name!r} does not compute {site.hook_name}; "
-                "choose another kind."
-            )
+        reason = _why_missing(site, hook_points)
+        if reason is not None:
+            raise CannotBeDone(f"no hook point for {site!r}: {name!r} {reason}")
+
+
+def check_per_token(activation: Any, hook_name: str) -> None:
+    """Raise unless an activation has rows and positions before anything else.
+
+    Some architectures run all tokens of a batch as one long row (OPT's MLP, experts) or pass a list
+    (OpenAI's first GPT): no vector there belongs to a token of a prompt.
+
+    Raises:
+        CannotBeDone: If it has not.
+    """
+    if not isinstance(activation, torch.Tensor) or activation.ndim < 3:
+        shape = tuple(getattr(activation, "shape", ())) or type(activation).__name__
+        raise CannotBeDone(
+            f"{hook_name} holds no vector per prompt and token in this architecture (it is "
+            f"{shape}); choose another kind of site."
+        )
+
+
+def _why_missing(site: Site, hook_points: Mapping[str, Any]) -> str | None:
+    """Say why a model does not compute what a site names; None where it does."""
+    if site.hook_name not in hook_points:
+        return f"does not compute {site.hook_name}; choose another kind."
+    # TransformerLens also calls the output of a mixture of experts hook_post: one hook point under
+    # two names, and no neurons behind it.
+    whole_mlp = hook_points.get(f"blocks.{site.layer}.mlp.hook_out")
+    if site.kind == "mlp_post" and hook_points[site.hook_name] is whole_mlp:
+        return (
+            f"shows no neurons in layer {site.layer}, whose MLP is a mixture of experts or opaque; "
+            "choose mlp_out."
+        )
+    return None

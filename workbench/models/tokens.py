@@ -1,21 +1,33 @@
 """Turn prompts into token ids and back: chat template, spans of tokens, special tokens.
 
 The only module that calls the studied model's tokenizer, so that BOS and template are right
-everywhere. Models that judge have tokenizers of their own, which ``judges`` calls.
+everywhere (``templates`` and ``thoughts`` read the template for it). Models that judge have
+tokenizers of their own, which ``judges`` calls.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from workbench.models.hooked_model import hugging_face_model
+from workbench.models.templates import (
+    Keywords,
+    checked_keywords,
+    end_of_turn,
+    has_template,
+    plain_template,
+    space_before_answer,
+)
+from workbench.models.thoughts import ThoughtReader
+from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.models.hooked_model import HookedModel
-    from workbench.prompts.prompt import Prompt
+    from workbench.prompts.forms import PromptsLike
+    from workbench.prompts.prompt import Message, Prompt
 
 
 Span = Literal["content", "response", "last", "all"]
@@ -35,8 +47,9 @@ class Encoded:
 
     Attributes:
         prompt: What was encoded.
-        ids: Token ids: BOS and template, the user's words, the template's end, and the response.
-        content: Half-open range of the user's own words: no BOS, no template.
+        ids: Token ids: BOS and template with earlier turns, the user's words, the template's end,
+            and the response.
+        content: Half-open range of the user's own last words: no BOS, no template, no earlier turn.
         response: Half-open range of the response; empty when there is none.
     """
 
@@ -68,60 +81,97 @@ class Encoded:
         return start, stop
 
 
+class _Around(NamedTuple):
+    """Hold what stands around the user's words: texts, and the tokens that end thoughts."""
+
+    before: str
+    after: str
+    bridge: tuple[int, ...]
+
+
 def encode(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     *,
     with_response: bool = False,
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     max_new_tokens: int = 0,
+    behind_thoughts: bool = False,
 ) -> list[Encoded]:
     """Turn prompts into token ids, with the chat template or as plain text without one.
 
+    Where a template opens thoughts, a response stands behind their end: it is an answer.
+
     Args:
         model: A hooked model with its tokenizer.
-        prompts: What to encode.
+        prompts: What to encode, in any form that ``as_prompts`` reads.
         with_response: Append each prompt's response, as the assistant's words (teacher forcing).
         system_prompt: Words for the system turn; None leaves the template's default. In plain text
-            they stand before the prompt.
+            they stand before the prompt. A prompt with a system turn of its own allows no other.
+        template_keywords: See ``template_text``.
         max_new_tokens: Tokens that must still fit into the context behind the prompt.
+        behind_thoughts: End the thoughts that a template opens, for an answer that is given and not
+            written by the model; with a response it is always so.
 
     Returns:
         One ``Encoded`` per prompt, in order.
 
     Raises:
-        ValueError: If a prompt does not fit the context, has no response where one is needed, or
-            the template has no system turn.
+        ValueError: If a prompt does not fit the context, has no response where one is needed or two
+            system turns, or the template has no system turn or does not read a keyword.
     """
-    tokenizer = model.tokenizer
-    before, after = template_text(model, system_prompt)
+    given = with_response or behind_thoughts
+    around: dict[tuple[Message, ...], _Around] = {}
     limit = int(getattr(model.cfg, "n_ctx", 0) or 0)
     encoded = []
-    for prompt in prompts:
+    for prompt in as_prompts(prompts):
         if with_response and not prompt.response:
             raise ValueError(
                 f"prompt {prompt.id!r} has no response; spans and caches of answers need one."
             )
+        if prompt.history not in around:
+            _check_one_system_turn(prompt, system_prompt)
+            before, after = template_text(model, system_prompt, template_keywords, prompt.history)
+            bridge = token_ids(model, ThoughtReader.of(model, after).bridge) if given else ()
+            around[prompt.history] = _Around(before, after, bridge)
+        before, after, bridge = around[prompt.history]
         words = prompt.text.strip()  # chat templates trim them too
-        ids, content = _tokenize(
-            tokenizer, before + words + after, len(before), len(before) + len(words)
-        )
+        ends = len(before), len(before) + len(words)
+        ids, content = _tokenize(model.tokenizer, before + words + after, *ends)
+        ids += bridge
         n = len(ids)
         if with_response and prompt.response:
             # By itself, so that the context is token for token the one of generation.
-            ids += token_ids(model, prompt.response)
-        if limit and len(ids) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {prompt.id!r} does not fit: {len(ids)} tokens and {max_new_tokens} new "
-                f"ones, context {limit}; shorten it or leave it out."
-            )
+            ids += answer_ids(model, prompt.response, template_keywords)
+        _check_fits(prompt, len(ids), max_new_tokens, limit)
         encoded.append(Encoded(prompt, tuple(ids), content, (n, len(ids))))
     return encoded
+
+
+def _check_fits(prompt: Prompt, n_tokens: int, max_new_tokens: int, limit: int) -> None:
+    if limit and n_tokens + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt {prompt.id!r} does not fit: {n_tokens} tokens and {max_new_tokens} new "
+            f"ones, context {limit}; shorten it or leave it out."
+        )
 
 
 def token_ids(model: HookedModel, text: str) -> tuple[int, ...]:
     """Encode a text as it is: no template, no BOS."""
     return tuple(int(i) for i in model.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def answer_ids(
+    model: HookedModel, answer: str, template_keywords: Keywords = None
+) -> tuple[int, ...]:
+    """Encode an answer that is given, as it stands behind its prompt.
+
+    Where there is no chat template and the plain one ends with a space, the answer begins with it.
+    """
+    return token_ids(
+        model, space_before_answer(model.tokenizer, template_keywords, answer) + answer
+    )
 
 
 def decode(model: HookedModel, ids: Sequence[int]) -> str:
@@ -152,7 +202,8 @@ def vocabulary_size(model: HookedModel) -> int:
 def stop_ids(model: HookedModel) -> frozenset[int]:
     """Collect every token id that ends an answer.
 
-    These are the tokenizer's, the generation config's and the chat template's end of turn.
+    These are the tokenizer's and the generation config's, and the one by which the chat template
+    ends an assistant's turn: many checkpoints name the end of a text only.
     """
     stops: set[int] = set()
     if model.tokenizer.eos_token_id is not None:
@@ -160,45 +211,83 @@ def stop_ids(model: HookedModel) -> frozenset[int]:
     config = getattr(hugging_face_model(model), "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
     stops.update([eos] if isinstance(eos, int) else eos or [])
-    _, after = template_text(model)
-    vocabulary = model.tokenizer.get_vocab()
-    for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
-        if after.lstrip().startswith(name) and name in vocabulary:
-            stops.add(int(vocabulary[name]))
-    return frozenset(stops)
+    turn = end_of_turn(model.tokenizer)
+    return frozenset(stops if turn is None else {*stops, turn})
 
 
-def template_text(model: HookedModel, system_prompt: str | None = None) -> tuple[str, str]:
+def template_text(
+    model: HookedModel,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
+    history: Sequence[Message] = (),
+) -> tuple[str, str]:
     """Render the text before and after the user's words, BOS included where there is one.
 
     It is part of cache keys, for some templates write today's date.
+
+    Args:
+        model: A hooked model and tokenizer.
+        system_prompt: Words for the system turn; None leaves the template's default.
+        template_keywords: What else the chat template reads, such as ``{"enable_thinking": True}``
+            or ``{"reasoning_effort": "low"}``. Thinking is off where the template has a switch and
+            no keyword says otherwise. A model without a chat template takes ``plain_template``, a
+            text with ``{prompt}`` in it; a space at its end is written with the answer.
+        history: Turns before the user's words; without a chat template they are paragraphs.
+
+    Raises:
+        ValueError: If the template has no system turn, no place for the words, or ignores keywords.
     """
     tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer; give it the one it was trained with, by "
+            "model.set_tokenizer(AutoTokenizer.from_pretrained(...))."
+        )
     if not has_chat_template(model):
         bos = getattr(tokenizer, "bos_token", None) or "" if _adds_bos(tokenizer) else ""
-        return bos + (f"{system_prompt}\n\n" if system_prompt else ""), ""
-    messages = [{"role": "user", "content": _MARK}]
+        said = [system_prompt or "", *(message.content.strip() for message in history)]
+        before, after = plain_template(template_keywords)
+        return bos + "".join(f"{words}\n\n" for words in said if words) + before, after
+    keywords = checked_keywords(tokenizer, template_keywords)
+    messages = [{"role": message.role, "content": message.content} for message in history]
+    messages.append({"role": "user", "content": _MARK})
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **keywords
+        )
     except Exception as error:  # templates raise their own jinja errors
+        given = {
+            "system prompt": system_prompt is not None,
+            "template keywords": template_keywords,
+            "system turn, or let user and assistant take turns": history,
+        }
+        what = next((f"leave out the {name}" for name, is_given in given.items() if is_given), None)
         raise ValueError(
-            f"the model's chat template refuses these messages ({error}); leave out the system "
-            "prompt."
+            f"the model's chat template refuses these messages ({error}); "
+            f"{what or 'give it another template'}."
         ) from error
-    if text.count(_MARK) != 1:
+    if text.count(_MARK) != 1 + sum(message.content.count(_MARK) for message in history):
         raise ValueError(
             "the model's chat template does not hold the user's words once, as they are; give it "
             "another template."
         )
-    before, after = text.split(_MARK)
+    before, _, after = text.rpartition(_MARK)
     return before, after
+
+
+def _check_one_system_turn(prompt: Prompt, system_prompt: str | None) -> None:
+    if system_prompt is not None and any(turn.role == "system" for turn in prompt.history):
+        raise ValueError(
+            f"prompt {prompt.id!r} has a system turn of its own, and a system prompt is given too; "
+            "leave out one of them."
+        )
 
 
 def has_chat_template(model: HookedModel) -> bool:
     """Tell whether the tokenizer carries a chat template; without one, prompts are plain text."""
-    return bool(getattr(model.tokenizer, "chat_template", None))
+    return has_template(model.tokenizer)
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -1,6 +1,7 @@
 from .attribution import (
     Attribution,
     class_difference,
+    completeness_tolerance,
     direct_attribution,
     write_matrix,
     write_weights,
@@ -45,6 +46,7 @@ __all__ = [
     "attribute_heads",
     "attribute_neurons",
     "class_difference",
+    "completeness_tolerance",
     "contrast_activations",
     "direct_attribution",
     "effects_table",

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,17 @@ import torch
 
 from workbench.generation.answers import sweep
 from workbench.generation.decoding import Decoding
-from workbench.models.batches import Batch, order_by_length, pad, share_prefix, span_mask
+from workbench.models.batches import (
+    Batch,
+    batches_by_length,
+    pad,
+    share_prefix,
+    span_mask,
+    widths_to_keep_apart,
+)
+from workbench.models.finite import check_finite
 from workbench.models.forward import forward, reading
+from workbench.models.hooked_model import input_device
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.silencing import (
     Method,
@@ -24,6 +34,7 @@ from workbench.neurons.silencing import (
     matched_controls,
     neuron_interventions,
 )
+from workbench.prompts.forms import as_prompts
 from workbench.stats.estimates import Estimate, mean, paired_difference, to_floats
 from workbench.stats.selectivity import permutation_p
 from workbench.steering.apply import intervene
@@ -34,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
     from workbench.steering.interventions import Intervention
     from workbench.steering.vectors import SteeringVector
@@ -77,7 +89,7 @@ class NeuronEffect:
 
 def neuron_effect(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     targets: Mapping[str, Sequence[Neuron]],
     reference: NeuronReference,
     vectors: Sequence[SteeringVector] = (),
@@ -85,8 +97,8 @@ def neuron_effect(
     controls: Mapping[str, Sequence[Sequence[Neuron]]] | None = None,
     method: Method = "clamp",
     factor: float = 1.0,
-    safe: Sequence[Prompt] = (),
-    neutral: Sequence[Prompt] = (),
+    safe: PromptsLike = (),
+    neutral: PromptsLike = (),
     scorers: Mapping[str, Scorer] | None = None,
     max_new_tokens: int = 48,
     batch_size: int = 128,
@@ -100,7 +112,7 @@ def neuron_effect(
 
     Args:
         model: What the reference was measured on.
-        prompts: Held-out unsafe prompts.
+        prompts: Held-out unsafe prompts, in any form that ``as_prompts`` reads.
         targets: Name to neurons (layer, neuron).
         reference: Values to put in, see ``neuron_reference``.
         vectors: Where the shift is read: along each vector, at its site, pooled over its span.
@@ -122,6 +134,7 @@ def neuron_effect(
     Raises:
         ValueError: If a set, vector or prompt does not fit, or prompts were part of the reference.
     """
+    prompts, safe, neutral = as_prompts(prompts), as_prompts(safe), as_prompts(neutral)
     plan = _Plan.of(targets, controls or {})
     _check(plan, vectors, reference, [*prompts, *safe, *neutral], controls or {})
     run = _Run(model, reference, plan.sets, method, factor, batch_size, seed)
@@ -137,7 +150,7 @@ def neuron_effect(
 
 def rank_curve(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     ranked: Sequence[Neuron],
     reference: NeuronReference,
     vectors: Sequence[SteeringVector],
@@ -147,7 +160,7 @@ def rank_curve(
     n_slices: int = 5,
     n_sets: int = 20,
     method: Method = "clamp",
-    safe: Sequence[Prompt] = (),
+    safe: PromptsLike = (),
     seed: int = 0,
 ) -> list[NeuronEffect]:
     """Measure the effect of the top 1 % of neurons, of the next 1 %, and so on.
@@ -289,8 +302,14 @@ class _Pass(NamedTuple):
     rows: list[Encoded]
     batch: Batch
     mask: Bool[Tensor, "row past_and_pos"]
-    cache: Any
+    cache: Callable[[], Any]  # makes it: a pass extends it
     interventions: list[Intervention]
+
+    def check_finite(self, model: HookedModel, values: Float[Tensor, "row ..."]) -> None:
+        """Raise where a row's values are not finite."""
+        ids = [row.prompt.id for row in self.rows]
+        tokens, is_steered = self.batch.tokens, bool(self.interventions)
+        check_finite(model, values, ids, tokens, self.mask, cache=self.cache, is_steered=is_steered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,16 +331,16 @@ class _Run:
         """Average the projection on each vector's direction over its span, at its site."""
         read: list[Tensor] = [torch.empty(0)] * len(vectors)
 
+        device = input_device(self.model)
+
         def reader(place: int, u: Tensor) -> Callable[[Tensor], None]:
             def hook(activation: Tensor) -> None:
-                read[place] = activation.double() @ u
+                read[place] = (activation.double() @ u.to(activation.device)).to(device)
 
             return hook
 
-        device = next(iter(self.model.parameters())).device
         readers = [
-            (v.site.hook_name, reader(i, v.direction.double().to(device)))
-            for i, v in enumerate(vectors)
+            (v.site.hook_name, reader(i, v.direction.double())) for i, v in enumerate(vectors)
         ]
         spans = {vector.span for vector in vectors}
         # What comes after the last token that is read cannot change it.
@@ -333,8 +352,11 @@ class _Run:
         for one in self._passes(
             encoded, lambda row: min(row.content[0], *(row.span(span)[0] for span in spans))
         ):
-            with intervene(self.model, one.interventions), reading(self.model, readers) as run:
-                run(one.batch.tokens, one.mask, one.cache)
+            with intervene(self.model, one.interventions):
+                with reading(self.model, readers) as run:
+                    run(one.batch.tokens, one.mask, one.cache())
+                for values in read:
+                    one.check_finite(self.model, values.masked_fill(~one.batch.mask, 0.0))
             for place, vector in enumerate(vectors):
                 inside = span_mask(one.rows, one.batch, vector.span)
                 pooled = (read[place] * inside).sum(dim=1) / inside.sum(dim=1)
@@ -350,7 +372,8 @@ class _Run:
         plain: Tensor
         for one in self._passes(encode(self.model, prompts), lambda row: row.content[0]):
             with intervene(self.model, one.interventions):
-                logits, _ = forward(self.model, one.batch.tokens, one.mask, cache=one.cache)
+                logits, _ = forward(self.model, one.batch.tokens, one.mask, cache=one.cache())
+                one.check_finite(self.model, logits)
             log_probs = (
                 logits.double().log_softmax(dim=-1).view(len(one.sets), len(one.prompts), -1)
             )
@@ -397,12 +420,13 @@ class _Run:
 
         The template prefix that all prompts share up to ``keep`` is computed once, unedited.
         """
-        device = next(iter(self.model.parameters())).device
-        prefix = share_prefix(self.model, encoded, keep)
-        order = np.array(order_by_length([len(row.ids) for row in encoded]))
+        device = input_device(self.model)
+        lengths = [len(row.ids) for row in encoded]
+        prefix = share_prefix(self.model, encoded, keep, padded_columns=max(lengths))
+        alike = widths_to_keep_apart(self.model, lengths)
         donors = self._donors(len(encoded))
         n_prompts = min(_PROMPTS_PER_PASS, self.batch_size)
-        for prompts in np.split(order, range(n_prompts, len(order), n_prompts)):
+        for prompts in map(np.array, batches_by_length(lengths, n_prompts, alike=alike)):
             block = [_without_prefix(encoded[i], prefix.length) for i in prompts]
             n_sets = self.batch_size // len(block)
             for sets in np.split(np.arange(len(self.sets)), range(n_sets, len(self.sets), n_sets)):
@@ -421,7 +445,7 @@ class _Run:
                     lists, None if bool((where == batch.mask).all()) else where[..., None]
                 )
                 # every row continues the same prefix
-                cache = prefix.for_rows(len(rows))
+                cache = partial(prefix.for_rows, len(rows))
                 prefix_mask = batch.mask.new_ones(len(rows), prefix.length)
                 mask = torch.cat([prefix_mask, batch.mask], dim=1)
                 yield _Pass(sets, prompts, rows, batch, mask, cache, interventions)

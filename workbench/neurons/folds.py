@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from workbench.files.hints import did_you_mean
+from workbench.models.errors import CannotBeDone
 from workbench.models.load import model_info
 from workbench.neurons.attribution import (
     Attribution,
@@ -137,8 +138,9 @@ def _check_folds(
                     f"span than those at {site}."
                 )
     fit_prompts, held_prompts = fit[site].prompts, held_out[site].prompts
-    seen = {prompt.id for prompt in fit_prompts} | {prompt.text for prompt in fit_prompts}
-    twice = [prompt.id for prompt in held_prompts if prompt.id in seen or prompt.text in seen]
+    seen: set[object] = {prompt.id for prompt in fit_prompts}
+    seen |= {(prompt.text, prompt.history) for prompt in fit_prompts}
+    twice = [p.id for p in held_prompts if p.id in seen or (p.text, p.history) in seen]
     if twice:
         raise ValueError(
             f"the folds overlap: prompt {twice[0]!r} is in both ({len(twice)} in all); "
@@ -168,7 +170,7 @@ def _sides_by_category(
     sides = {category: sides_of(prompts, category, reference) for category in categories}
     for category, rows in sides.items():
         if min(len(rows.unsafe), len(rows.reference)) < 2:
-            raise ValueError(
+            raise CannotBeDone(
                 f"category {category!r} has {len(rows.unsafe)} unsafe prompts and "
                 f"{len(rows.reference)} {reference} in the {fold} fold; "
                 "at least two of each are needed, better twenty."

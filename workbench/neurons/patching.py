@@ -16,12 +16,14 @@ import torch
 
 from workbench.generation.answers import Completion, sweep
 from workbench.generation.decoding import Decoding
-from workbench.models.batches import batches_by_length, pad
-from workbench.models.forward import forward, reading
+from workbench.models.batches import batches_by_length, pad, widths_to_keep_apart
+from workbench.models.forward import forward, keep_rows, reading
+from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, sites_of_kind
 from workbench.models.tokens import Encoded, decode, encode, pad_id, stop_ids
 from workbench.neurons.effects import Scorer
+from workbench.prompts.forms import as_prompts
 from workbench.stats.estimates import Estimate, ratio_of_means, to_floats
 from workbench.steering.apply import intervene
 from workbench.steering.interventions import Intervention, Positions, check_interventions
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from workbench.models.hooked_model import HookedModel
     from workbench.neurons.silencing import Neuron
-    from workbench.prompts.prompt import Prompt
+    from workbench.prompts.forms import PromptsLike
 
 
 Direction = Literal["sufficiency", "necessity"]
@@ -179,7 +181,10 @@ def contrast_activations(
     encoded = encode(model, [answer.prompt for answer in answers], system_prompt=system_prompt)
     sums = _ContrastSums.of(model)
     with torch.no_grad():
-        for batch in batches_by_length([len(answer.tokens) for answer in answers], batch_size):
+        lengths = [len(answer.tokens) for answer in answers]
+        widths = [(len(row.ids), n) for row, n in zip(encoded, lengths, strict=True)]
+        alike = widths_to_keep_apart(model, widths)
+        for batch in batches_by_length(lengths, batch_size, alike=alike):
             rows, texts = [encoded[i] for i in batch], [answers[i].tokens for i in batch]
             sums.add(model, rows, texts, interventions, transfer)
     n_tokens = sum(len(answer.tokens) for answer in answers)
@@ -189,7 +194,7 @@ def contrast_activations(
 
 def patched_answers(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     neurons: Mapping[str, Sequence[Neuron]],
     interventions: Sequence[Intervention],
     *,
@@ -228,6 +233,7 @@ def patched_answers(
     Source: dynamic activation patching of Chen et al. 2024 (arXiv:2406.14144).
     """
     _check(model, interventions, transfer)
+    prompts = as_prompts(prompts)
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; directions: {', '.join(DIRECTIONS)}.")
     if not prompts or not neurons or max_new_tokens < 1 or batch_size < 1:
@@ -249,7 +255,7 @@ def patched_answers(
 
 def patching_effect(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     neurons: Mapping[str, Sequence[Neuron]],
     interventions: Sequence[Intervention],
     score: Scorer,
@@ -284,6 +290,7 @@ def patching_effect(
         ValueError: As ``patched_answers``.
     """
     _check(model, interventions, transfer)
+    prompts = as_prompts(prompts)
     decoding = Decoding(max_new_tokens=max_new_tokens, batch_size=2 * batch_size)
     runs = {"unsteered": [], "steered": list(interventions)}
     both = sweep(model, prompts, runs, decoding=decoding, transfer=transfer)
@@ -329,13 +336,13 @@ class _ContrastSums:
         transfer: bool,
     ) -> None:
         """Read a batch of prompts and answers, unsteered and steered, and add its differences."""
-        device = next(iter(model.parameters())).device
+        device = input_device(model)
         tokens, mask, inside = _forced(model, rows, texts, device)
 
         def reader(layer: int) -> Callable[[Tensor], None]:
             def read(activation: Tensor) -> None:
-                plain, steered = activation[:, -inside.shape[1] :].chunk(2)
-                difference = (steered - plain)[inside].double()
+                plain, steered = activation[:, -inside.shape[1] :].double().chunk(2)
+                difference = (steered - plain)[inside.to(plain.device)]
                 self.squares[layer] += (difference**2).sum(dim=0).cpu()
                 self.differences[layer] += difference.sum(dim=0).cpu()
 
@@ -380,7 +387,8 @@ class _PairLoop:
         lengths = [len(encoded[row].ids) for _, row in pairs]
         texts: dict[tuple[int, int], tuple[list[int], _Finish]] = {}
         with torch.no_grad():
-            for places in batches_by_length(lengths, batch_size):
+            alike = widths_to_keep_apart(self.model, lengths)
+            for places in batches_by_length(lengths, batch_size, alike=alike):
                 batch = [pairs[place] for place in places]
                 rows, patched = [encoded[row] for _, row in batch], masks[[i for i, _ in batch]]
                 texts |= zip(batch, self.run(rows, patched), strict=True)
@@ -390,7 +398,7 @@ class _PairLoop:
         self, rows: Sequence[Encoded], patched: Bool[Tensor, "row layer d_mlp"]
     ) -> list[tuple[list[int], _Finish]]:
         """Return token ids and the way it ended, for each row."""
-        n, device = len(rows), next(iter(self.model.parameters())).device
+        n, device = len(rows), input_device(self.model)
         stops = torch.tensor(sorted(stop_ids(self.model)), device=device)
         batch = pad(rows, pad_id=pad_id(self.model), side="left", device=device)
         tokens, mask = batch.tokens.repeat(2, 1), batch.mask.repeat(2, 1)
@@ -406,6 +414,7 @@ class _PairLoop:
                 while written.shape[1] < self.max_new_tokens and not bool(ended.any()):
                     logits, cache = forward(self.model, tokens, mask, cache=cache, use_cache=True)
                     following = logits[: len(alive)].argmax(dim=-1)
+                    self._check_finite(logits, [rows[i].prompt.id for i in alive.tolist()])
                     ended = torch.isin(following, stops)
                     written = torch.cat([written, following[:, None]], dim=1)
                     mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -418,10 +427,23 @@ class _PairLoop:
             pairs = torch.cat([keep, keep + len(alive)])
             alive, written, tokens, mask = alive[keep], written[keep], tokens[pairs], mask[pairs]
             if cache is not None and len(keep):
-                cache.batch_select_indices(pairs)
+                keep_rows(cache, pairs)
         for place, row in enumerate(alive.tolist()):
             texts[row] = written[place].tolist()
         return list(zip(texts, finish, strict=True))
+
+    def _check_finite(
+        self, logits: Float[Tensor, "two_rows d_vocab"], prompt_ids: Sequence[str]
+    ) -> None:
+        """Raise where a row of either half has logits that are not finite."""
+        finite = logits.isfinite().all(dim=1).view(2, -1).all(dim=0)
+        if not bool(finite.all()):
+            prompt_id = prompt_ids[int((~finite).nonzero()[0])]
+            raise ValueError(
+                f"prompt {prompt_id!r}: numbers are infinite or undefined in "
+                f"{model_info(self.model).dtype}; steer less, or load the model in float32 or "
+                "bfloat16."
+            )
 
     def _paired(
         self, patched: Bool[Tensor, "row layer d_mlp"], prompt_length: int

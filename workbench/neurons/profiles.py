@@ -21,17 +21,22 @@ from workbench.models.batches import (
     span_mask,
 )
 from workbench.models.forward import reading
+from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad_id, token_strings
+from workbench.models.trusted_paths import trusts
 from workbench.neurons.weights import Vocabulary, WeightCosine, vocabulary_of, weight_cosines
+from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.templates import Keywords
     from workbench.neurons.silencing import Neuron
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 
@@ -171,12 +176,13 @@ def random_neurons(model: HookedModel, neurons: Sequence[Neuron], *, seed: int =
 def profile_neurons(
     model: HookedModel,
     neurons: Sequence[Neuron],
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     *,
     directions: Mapping[str, Mapping[Site, Float[Tensor, " d_model"]]] | None = None,
     site: Site | None = None,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     n_examples: int = 8,
     tokens_per_prompt: int = 1,
     context: int = 12,
@@ -191,7 +197,7 @@ def profile_neurons(
     Args:
         model: A hooked model.
         neurons: Pairs (layer, neuron).
-        prompts: What to look at; any number.
+        prompts: What to look at, in any form that ``as_prompts`` reads.
         directions: Category to site to direction (unsafe minus reference): at ``reading_site`` of
             a neuron's layer for its input weights, at ``site`` for its output weights. Cosines
             whose direction is not given are left out.
@@ -199,6 +205,7 @@ def profile_neurons(
         span: Which tokens count; see ``cache_activations``. With "all" the first token's massive
             activation leads many lists.
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         n_examples: Tokens kept at either end.
         tokens_per_prompt: Tokens a prompt may have among them.
         context: Tokens shown on either side; those before the user's words are not.
@@ -212,8 +219,10 @@ def profile_neurons(
     Raises:
         ValueError: If a neuron, site, span or prompt does not fit the model.
     """
+    prompts = as_prompts(prompts)
     _check(model, neurons, prompts, n_examples, tokens_per_prompt, context, batch_size)
-    encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    encoded = encode(model, prompts, with_response=span == "response", **asked_by)
     stream = _Stream.of(model, neurons, encoded, span, n_examples, tokens_per_prompt, context)
     stream.read(batch_size, progress)
     of_weights = _weights_of(model, stream.neurons, directions or {}, site, seed)
@@ -265,7 +274,8 @@ class _Stream:
         columns = sorted(set(neurons))
         rows = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
         prefix = share_prefix(model, rows, keep=lambda row: _shown(row, span).start)
-        classes = tuple(sorted({(row.prompt.category, row.prompt.label) for row in rows}))
+        pairs = {(name, row.prompt.label) for row in rows for name in row.prompt.categories}
+        classes = tuple(sorted(pairs))
         highest, lowest = (
             _TopTokens.empty(len(columns), n_examples, tokens_per_prompt, context, sign)
             for sign in (1, -1)
@@ -276,15 +286,16 @@ class _Stream:
     def read(self, batch_size: int, progress: bool) -> None:
         """Run all prompts and take in every neuron's activations."""
         model, first = self.model, self.prefix.length
-        device = next(iter(model.parameters())).device
+        batch_size = batch_size if trusts(model, "right_padding") else 1
+        device = input_device(model)
         layers = sorted({layer for layer, _ in self.neurons})
         parts: dict[int, Tensor] = {}
 
         def reader(layer: int) -> tuple[str, Callable[[Tensor], None]]:
-            in_layer = torch.tensor([n for at, n in self.neurons if at == layer], device=device)
+            in_layer = torch.tensor([n for at, n in self.neurons if at == layer])
 
             def read(activation: Tensor) -> None:
-                parts[layer] = activation[..., in_layer].float().cpu()
+                parts[layer] = activation[..., in_layer.to(activation.device)].float().cpu()
 
             return Site(layer, "mlp_post").hook_name, read
 
@@ -310,11 +321,13 @@ class _Stream:
             )
         places = torch.arange(start, start + len(activations))
         prompts = [self.rows[i].prompt for i in places.tolist()]
-        class_of_row = torch.tensor(
-            [self.classes.index((prompt.category, prompt.label)) for prompt in prompts]
-        )
         for end in self.ends:
             end.update(places, activations, inside)
+        # a row of several categories counts in each of them
+        in_class = [(i, (name, p.label)) for i, p in enumerate(prompts) for name in p.categories]
+        class_of_row = torch.tensor([self.classes.index(pair) for _, pair in in_class])
+        rows = torch.tensor([i for i, _ in in_class])
+        activations, inside = activations[rows], inside[rows]
         self.values.update(class_of_row[:, None].expand_as(inside)[inside], activations[inside])
         weights = inside.float() / inside.sum(dim=1, keepdim=True)
         spanned = torch.where(inside[..., None], activations, 0.0)

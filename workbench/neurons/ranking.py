@@ -134,8 +134,9 @@ def attribute_neurons(
         ``table.attrs`` keeps site, reference, top and the parts of each category's total.
 
     Raises:
-        ValueError: If the folds overlap or do not fit together, a category or site is missing, or
-            the attribution is not complete.
+        ValueError: If the folds overlap or do not fit together, or a category or site is missing.
+        CannotBeDone: If the model has no neurons that all tokens share, the parts do not add up,
+            or a category has fewer than two prompts on a side.
     """
     folds = attribute_folds(model, fit, held_out, site, categories, reference, system_prompt)
     again = _Resampling(top, n_resamples, np.random.default_rng(seed))
@@ -413,7 +414,7 @@ def _auroc_and_p(
     unsafe = np.array(unsafe_rows(prompts), dtype=int)
     neutral = np.array(neutral_rows(prompts), dtype=int)
     labels = np.array(
-        [[prompts[i].category == category for category in categories] for i in unsafe]
+        [[category in prompts[i].categories for category in categories] for i in unsafe]
     )
     n_category, n_others = labels.sum(axis=0)[:, None], (~labels).sum(axis=0)[:, None]
     wins_others = np.zeros((len(categories), x.shape[1]))

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from workbench.models.sites import Site
-from workbench.steering.interventions import Intervention
+from workbench.neurons.attribution import output_matrix
+from workbench.steering.interventions import Intervention, at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -133,7 +134,8 @@ class AffineEdit:
         self, activation: Float[Tensor, "row pos d_mlp"]
     ) -> Float[Tensor, "row pos d_mlp"]:
         """Return the activations with these neurons changed; the others keep every bit."""
-        edited = torch.addcmul(self.shift.to(activation), activation, self.keep.to(activation))
+        wide = at_least_float32(activation)  # 16 bit would round factors and sums on the way
+        edited = torch.addcmul(self.shift.to(wide), wide, self.keep.to(wide)).to(activation)
         return edited if self.where is None else torch.where(self.where, edited, activation)
 
     @property
@@ -247,14 +249,16 @@ def matching_statistics(
         One row per neuron: layer, neuron, mean_abs and sd (of pooled activations over all prompts)
         and write, |<W_out[neuron], unit vector>|: how much of the direction one unit of the neuron
         writes.
+
+    Raises:
+        CannotBeDone: If a layer's neurons have no single output matrix (a mixture of experts).
     """
     import pandas as pd
 
     values = torch.cat([reference.unsafe, reference.safe]).double()
     u = vector.direction.double()
-    write = torch.stack(
-        [(block.mlp.W_out.detach().double().cpu() @ u).abs() for block in model.blocks]
-    )
+    neurons = [Site(layer, "mlp_post") for layer in range(model.cfg.n_layers)]
+    write = torch.stack([(output_matrix(model, site).double().cpu() @ u).abs() for site in neurons])
     n_layers, d_mlp = write.shape
     return pd.DataFrame(
         {

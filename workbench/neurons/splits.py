@@ -9,24 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import einops
 import torch
 
 from workbench.models.activations import ActivationSet
-from workbench.models.batches import batches_by_length, in_given_order, pad, span_mask
+from workbench.models.batches import (
+    batches_by_length,
+    in_given_order,
+    pad,
+    span_mask,
+    widths_to_keep_apart,
+)
+from workbench.models.errors import CannotBeDone
+from workbench.models.finite import not_finite
 from workbench.models.forward import reading
+from workbench.models.hooked_model import input_device
 from workbench.models.load import model_info
 from workbench.models.sites import INNER_HOOK_NAMES, Site, check_sites
+from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.attribution import output_norm, unit_vector, write_weights, writing_sites
+from workbench.prompts.forms import as_prompts
+from workbench.steering.interventions import at_least_float32
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 
@@ -67,7 +80,8 @@ def writing_activations(
 ) -> dict[Site, ActivationSet]:
     """Collect the activations that an attribution at a site needs.
 
-    They are the cached ones; where an output norm follows, a new pass divides them by its scale.
+    They are the cached ones; where an output norm follows, a new pass divides them by its scale. It
+    asks with the system prompt and template keywords of the cached ones, unless one is given.
 
     Raises:
         ValueError: If a site was not cached.
@@ -83,24 +97,23 @@ def writing_activations(
     normed = [needed for needed in sites if output_norm(model, needed) is not None]
     if normed:
         cached = activations[site]
+        asked = asked_by(cached.asked_as)
+        if system_prompt is not None:
+            asked["system_prompt"] = system_prompt
         collected |= scaled_activations(
-            model,
-            cached.prompts,
-            normed,
-            span=cached.span,
-            system_prompt=system_prompt,
-            batch_size=batch_size,
+            model, cached.prompts, normed, span=cached.span, batch_size=batch_size, **asked
         )
     return collected
 
 
 def scaled_activations(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     sites: Sequence[Site],
     *,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 16,
 ) -> dict[Site, ActivationSet]:
     """Pool activations, each token's divided by the scale of the norm behind its sublayer.
@@ -108,7 +121,7 @@ def scaled_activations(
     That is what a neuron really writes there. The scale differs from token to token, so it cannot
     be applied to a pooled mean. Sites without such a norm are pooled as they are.
     """
-    readers: list[_Reader] = []
+    prompts, readers = as_prompts(prompts), list[_Reader]()
     for site in sites:
 
         def finish(
@@ -119,21 +132,24 @@ def scaled_activations(
         readers += _together(model, site, (), finish)
     parts: dict[str, list[Tensor]] = {str(site): [] for site in sites}
     order: list[int] = []
-    for rows, pooled in _pooled(model, prompts, readers, span, system_prompt, batch_size):
+    asked: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    for rows, pooled in _pooled(model, prompts, readers, span, asked, batch_size):
         order += rows
         for name, part in parts.items():
             part.append(pooled[name].float().cpu())
     info, results = model_info(model), {}
     for site in sites:
         values = in_given_order(torch.cat(parts[str(site)]), order)
-        results[site] = ActivationSet(site, values, tuple(prompts), span, info)
+        results[site] = ActivationSet(
+            site, values, tuple(prompts), span, info, asked_as(system_prompt, template_keywords)
+        )
     return results
 
 
 def split_mlp_gate(
     model: HookedModel,
-    unsafe: Sequence[Prompt],
-    reference: Sequence[Prompt],
+    unsafe: PromptsLike,
+    reference: PromptsLike,
     direction: Float[Tensor, " d_model"],
     *,
     layers: Sequence[int] | None = None,
@@ -156,13 +172,14 @@ def split_mlp_gate(
         batch_size: Rows per batch.
 
     Raises:
-        ValueError: If the MLPs are not gated.
+        CannotBeDone: If the MLPs are not gated.
     """
     layers = tuple(range(model.cfg.n_layers) if layers is None else layers)
     readers: list[_Reader] = []
     for layer in layers:
         readers += _mlp_gate_readers(model, layer)
-    means = _class_means(model, unsafe, reference, readers, span, system_prompt, batch_size)
+    asked = {"system_prompt": system_prompt}
+    means = _class_means(model, unsafe, reference, readers, span, asked, batch_size)
     u = unit_vector(direction)
     parts: list[list[Tensor]] = [[], [], []]
     for layer in layers:
@@ -179,8 +196,8 @@ def split_mlp_gate(
 
 def head_sources(
     model: HookedModel,
-    unsafe: Sequence[Prompt],
-    reference: Sequence[Prompt],
+    unsafe: PromptsLike,
+    reference: PromptsLike,
     direction: Float[Tensor, " d_model"],
     *,
     layers: Sequence[int] | None = None,
@@ -204,13 +221,14 @@ def head_sources(
         batch_size: Rows per batch.
 
     Raises:
-        ValueError: If pattern times values is not what the heads write (gated attention).
+        CannotBeDone: If pattern times values is not what the heads write (gated attention).
     """
     layers = tuple(range(model.cfg.n_layers) if layers is None else layers)
     readers: list[_Reader] = []
     for layer in layers:
         readers += _source_readers(model, layer)
-    means = _class_means(model, unsafe, reference, readers, span, system_prompt, batch_size)
+    asked = {"system_prompt": system_prompt}
+    means = _class_means(model, unsafe, reference, readers, span, asked, batch_size)
     u = unit_vector(direction)
     per_layer = []
     for layer in layers:
@@ -237,7 +255,8 @@ class _Step:
 
     def pool(self, name: str, activation: Tensor, scale: Tensor | None = None) -> None:
         """Keep the mean over the span's tokens, each divided by its scale, under a name."""
-        weights = self.weights if scale is None else self.weights / scale
+        weights = self.weights.to(activation.device)
+        weights = weights if scale is None else weights / scale
         self.pooled[name] = torch.bmm(weights[:, None], activation.flatten(2).double())[:, 0]
 
 
@@ -257,17 +276,15 @@ def _mlp_gate_readers(model: HookedModel, layer: int) -> list[_Reader]:
         getattr(mlp, "original_component", None), "act_fn", None
     )
     if names[1] not in model.hook_dict or activation_function is None:
-        raise ValueError(
+        raise CannotBeDone(
             f"the MLP of layer {layer} shows no gate and value to split its neurons into: it is "
             "not gated, or fused."
         )
 
     def finish(step: _Step, held: list[Tensor], scale: Tensor | None) -> None:
         gate, value, product = activation_function(held[0]), held[1], held[2]
-        if not torch.allclose(
-            gate * value, product, rtol=1e-2, atol=1e-4 * float(product.abs().max())
-        ):
-            raise ValueError(
+        if not _alike(gate * value, product, product.dtype):
+            raise CannotBeDone(
                 f"the neurons at {site} are not their gate times their value; this MLP cannot be "
                 "split."
             )
@@ -285,31 +302,43 @@ def _source_readers(model: HookedModel, layer: int) -> list[_Reader]:
 
     def finish(step: _Step, held: list[Tensor], scale: Tensor | None) -> None:
         values, pattern, z = held
-        weights = step.weights if scale is None else step.weights / scale
+        weights = step.weights.to(pattern.device)
+        weights = weights if scale is None else weights / scale
+        wide = at_least_float32(pattern)  # a mean over tokens in 16 bit would lose some of them
         attended = einops.einsum(
-            weights.to(pattern.dtype), pattern, "row to, row head to source -> row head source"
+            weights.to(wide.dtype), wide, "row to, row head to source -> row head source"
         ).double()
         # heads that read one key-value head's values
         shared = pattern.shape[1] // values.shape[2]
         values = einops.repeat(values, "row pos kv d -> row pos (kv shared) d", shared=shared)
         by_role = einops.einsum(
             attended,
-            step.roles,
+            step.roles.to(pattern.device),
             values.double(),
             "row head source, row source role, row source head d -> row role head d",
         ).flatten(2)
         step.pool(str(site), z, scale)
         whole = step.pooled[str(site)]
-        if not torch.allclose(
-            by_role.sum(dim=1), whole, rtol=1e-2, atol=1e-4 * float(whole.abs().max())
-        ):
-            raise ValueError(
+        if not _alike(by_role.sum(dim=1), whole, z.dtype):
+            raise CannotBeDone(
                 f"the heads at {site} do not write their pattern times values (gated attention); "
                 "no split by source."
             )
         step.pooled[str(site)] = by_role.flatten(1)
 
     return _together(model, site, names, finish)
+
+
+def _alike(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether two ways to compute the same agree, as far as a dtype lets them.
+
+    In float32 that is to 1e-4 of the largest value; 16 bit round each token's product and sum, by
+    half an epsilon each.
+    """
+    rounding = max(1e-4, 2 * torch.finfo(dtype).eps)
+    return torch.allclose(
+        first.double(), second.double(), rtol=1e-2, atol=rounding * float(second.abs().max())
+    )
 
 
 def _together(
@@ -325,7 +354,9 @@ def _together(
     names = [*others, site.hook_name, *([norm] if norm else [])]
     for name in names:
         if name not in model.hook_dict:
-            raise ValueError(f"layer {site.layer} does not compute {name}, which this split needs.")
+            raise CannotBeDone(
+                f"layer {site.layer} does not compute {name}, which this split needs."
+            )
 
     def reader(name: str) -> Callable[[Tensor, _Step], None]:
         def read(activation: Tensor, step: _Step) -> None:
@@ -345,18 +376,20 @@ def _pooled(
     prompts: Sequence[Prompt],
     readers: Sequence[_Reader],
     span: str,
-    system_prompt: str | None,
+    asked: Mapping[str, Any],
     batch_size: int,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Run the prompts in batches; yield each one's row numbers and what was pooled (float64)."""
-    encoded = encode(model, prompts, with_response=span == "response", system_prompt=system_prompt)
-    device, step = next(iter(model.parameters())).device, _Step(torch.empty(0), torch.empty(0))
+    encoded = encode(model, prompts, with_response=span == "response", **asked)
+    device, step = input_device(model), _Step(torch.empty(0), torch.empty(0))
 
     def reader(read: Callable[[Tensor, _Step], None]) -> Callable[[Tensor], None]:
         return lambda activation: read(activation, step)
 
     with torch.no_grad(), reading(model, [(name, reader(read)) for name, read in readers]) as run:
-        for places in batches_by_length([len(row.ids) for row in encoded], batch_size):
+        lengths = [len(row.ids) for row in encoded]
+        alike = widths_to_keep_apart(model, lengths, "right")
+        for places in batches_by_length(lengths, batch_size, alike=alike):
             rows = [encoded[i] for i in places]
             batch = pad(rows, pad_id=pad_id(model), side="right", device=device)
             inside = span_mask(rows, batch, span).double()
@@ -365,19 +398,28 @@ def _pooled(
                 device
             )
             run(batch.tokens, batch.mask)
+            if not all(bool(values.isfinite().all()) for values in step.pooled.values()):
+                break
             yield places, step.pooled
+        else:
+            return
+    # Outside ``reading``, which ends every pass at its last site.
+    finite = [values.flatten(1).isfinite().all(dim=1) for values in step.pooled.values()]
+    row = int((~torch.stack(finite).all(dim=0)).nonzero()[0])
+    raise not_finite(model, rows[row].prompt.id, batch.tokens, batch.mask, row)
 
 
 def _class_means(
     model: HookedModel,
-    unsafe: Sequence[Prompt],
-    reference: Sequence[Prompt],
+    unsafe: PromptsLike,
+    reference: PromptsLike,
     readers: Sequence[_Reader],
     span: str,
-    system_prompt: str | None,
+    asked: Mapping[str, Any],
     batch_size: int,
 ) -> dict[str, Float[Tensor, "class d"]]:
     """Average what the readers pool over unsafe (row 0) and over reference prompts (row 1)."""
+    unsafe, reference = as_prompts(unsafe), as_prompts(reference)
     if not unsafe or not reference:
         raise ValueError(
             f"both classes need prompts, got {len(unsafe)} unsafe and {len(reference)} reference "
@@ -386,9 +428,7 @@ def _class_means(
     shares = torch.zeros(2, len(unsafe) + len(reference), dtype=torch.float64)
     shares[0, : len(unsafe)], shares[1, len(unsafe) :] = 1 / len(unsafe), 1 / len(reference)
     means: dict[str, Tensor] = {}
-    for rows, pooled in _pooled(
-        model, [*unsafe, *reference], readers, span, system_prompt, batch_size
-    ):
+    for rows, pooled in _pooled(model, [*unsafe, *reference], readers, span, asked, batch_size):
         for name, values in pooled.items():
             means[name] = means.get(name, 0) + shares[:, rows] @ values.cpu()
     return means

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from workbench.models.hooked_transformer import norm_of_block
 from workbench.models.sites import Site
 from workbench.models.tokens import token_strings, vocabulary_size
+from workbench.neurons.attribution import output_matrix
 from workbench.stats.selectivity import permutation_p
 
 if TYPE_CHECKING:
@@ -183,7 +185,7 @@ class _Norm:
 
     def read(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         """Return what weights behind the norm read before it."""
-        rows = rows * self.weight
+        rows = rows * self.weight.to(rows.device)
         return rows - rows.mean(dim=1, keepdim=True) if self.centers else rows
 
 
@@ -192,7 +194,7 @@ def _norm_of(norm: Any, model: HookedModel) -> _Norm:
 
     Families store it differently (Gemma as an offset from 1), so the norm itself is asked.
     """
-    parameter = next(iter(model.parameters()))
+    parameter = next(iter((norm or model).parameters()), next(iter(model.parameters())))
     d = model.cfg.d_model
     if norm is None:
         return _Norm(torch.ones(d, device=parameter.device), False)
@@ -200,10 +202,11 @@ def _norm_of(norm: Any, model: HookedModel) -> _Norm:
     probe[1::2] = -1.0
     probe -= probe.mean()  # no entry of it is zero
     large = 1e3  # next to which the norm's epsilon is nothing
-    bias, constant, varied = (
-        norm((x * large)[None, None].to(parameter.dtype))[0, 0].float()
-        for x in (0 * probe, 0 * probe + 1, probe)
-    )
+    with torch.no_grad():
+        bias, constant, varied = (
+            norm((x * large)[None, None].to(parameter.dtype))[0, 0].float()
+            for x in (0 * probe, 0 * probe + 1, probe)
+        )
     weight = (varied - bias) * probe.square().mean().sqrt() / probe
     return _Norm(weight, bool((constant - bias).norm() < 0.1 * weight.norm()))
 
@@ -213,9 +216,9 @@ def _read_weights(
 ) -> list[tuple[str, Site, Float[Tensor, "neuron d_model"]]]:
     """List a layer's input weights as they read the residual stream: side, site, rows."""
     block, reads = model.blocks[layer], reading_site(model, layer)
-    norm = getattr(block, "ln2", None)
+    norm = norm_of_block(model, layer, "ln2")
     if norm is None and reads.kind == "resid_pre":
-        norm = block.ln1  # attention and MLP side by side behind one norm
+        norm = norm_of_block(model, layer, "ln1")  # attention and MLP side by side behind one norm
     linear = _norm_of(norm, model)
     gated = getattr(block.mlp, "W_gate", None) is not None
     sides = (
@@ -231,9 +234,8 @@ def _written(model: HookedModel, layer: int) -> Float[Tensor, "neuron d_model"]:
 
     Behind a norm of the MLP's output (Gemma-2) that is with the norm's weight.
     """
-    block = model.blocks[layer]
-    rows = block.mlp.W_out.detach().float()
-    norm = getattr(block, "ln2_post", None)
+    rows = output_matrix(model, Site(layer, "mlp_post"))
+    norm = norm_of_block(model, layer, "ln2_post")
     return rows if norm is None else _norm_of(norm, model).written(rows)
 
 
@@ -253,7 +255,7 @@ def _effects(
     model: HookedModel, written: Float[Tensor, "d_mlp d_model"], neurons: Int[Tensor, " neuron"]
 ) -> _Effects:
     """Compute what neurons of a layer add to the logits directly."""
-    norm = _norm_of(model.ln_final, model)
+    norm = _norm_of(getattr(model, "ln_final", None), model)
     # padding rows of the matrix are no tokens
     n_tokens = min(model.unembed.W_U.shape[1], vocabulary_size(model))
     unembedding = model.unembed.W_U.detach()[:, :n_tokens].float()

@@ -1,15 +1,17 @@
 from .benchmarks import (
     Dataset,
-    category_of,
     known_datasets,
     list_datasets,
     prompts_from,
     read_dataset,
 )
+from .categories import all_categories_of, category_of
 from .contrasts import Sides, has_twins, kind_of, rows_against, sides_of, sides_to_fit
+from .forms import PromptsLike, as_prompts
 from .openings import answer_prompts, read_openings
 from .prompt import (
     Folds,
+    Message,
     Prompt,
     categories_of,
     in_turn,
@@ -24,9 +26,13 @@ from .prompt import (
 __all__ = [
     "Dataset",
     "Folds",
+    "Message",
     "Prompt",
+    "PromptsLike",
     "Sides",
+    "all_categories_of",
     "answer_prompts",
+    "as_prompts",
     "categories_of",
     "category_of",
     "has_twins",

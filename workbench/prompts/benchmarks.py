@@ -2,7 +2,8 @@
 
 Written as text, on a command line or in a notebook, a data set is ``NAME``, ``NAME:PATH`` or
 ``file:PATH``, with options behind further colons: ``safebench:safebench.csv``,
-``catqa:split=zh``, ``file:mine.csv:text=question:category=topic:label=unsafe``. data/datasets.yaml
+``catqa:split=zh``, ``file:mine.csv:text=question:category=topic:label=unsafe``. A table with the
+columns of this project's own prompts is read as such, with its ids and pairs. data/datasets.yaml
 says where the known sets come from and what their columns mean, data/categories.csv which category
 of ours stands for which of theirs. Files are parsed, never run, and no line of any of these sets is
 part of the project.
@@ -10,26 +11,44 @@ part of the project.
 
 from __future__ import annotations
 
-import csv
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import data_path, key_of
-from workbench.files.tables import SUFFIXES, read_rows
+from workbench.files.store import data_path, key_of, local_path
+from workbench.files.tables import SUFFIXES, TEXT_COLUMNS, Numbered, read_numbered_rows
+from workbench.prompts.categories import (
+    all_categories_of,
+    category_map,
+    our_categories,
+    slug_of,
+)
+from workbench.prompts.cells import (
+    YES,
+    find_column,
+    is_missing,
+    label_in,
+    missing_column,
+    text_in,
+    values_in,
+)
 from workbench.prompts.prompt import (
+    COLUMNS,
     HARD_SAFE,
     HARMLESS,
     LABELS,
+    OTHER,
     Prompt,
     load_prompts,
+    prompts_of_rows,
     select_prompts,
 )
+from workbench.prompts.turns import MESSAGE_COLUMNS, is_conversation, read_turns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,10 +56,6 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 """One row of a table: column to value."""
-
-
-OTHER = "other"
-"""Category of prompts whose data set names none."""
 
 
 OWN = "workbench"
@@ -61,30 +76,6 @@ _SPLIT = "(split)"
 """Column that carries the split's name to the functions that prepare rows."""
 
 
-_LABEL_WORDS = {
-    "unsafe": "unsafe",
-    "harmful": "unsafe",
-    "safe": "safe",
-    "unharmful": "safe",
-    "benign": "safe",
-    "neutral": "neutral",
-    "harmless": "neutral",
-}
-"""Words of a label column and the labels that they mean."""
-
-
-_YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
-"""Words of a label column whose name is the question."""
-
-
-_SAYS_UNSAFE = ("unsafe", "is_unsafe", "harmful", "is_harmful", "toxic", "toxicity")
-"""Names of columns in which yes means unsafe."""
-
-
-_SAYS_SAFE = ("safe", "is_safe")
-"""Names of columns in which yes means safe."""
-
-
 @dataclass(frozen=True)
 class Dataset:
     """One data set: where it comes from and what its columns mean.
@@ -100,7 +91,7 @@ class Dataset:
     revision: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     splits: Sequence[str] = ()
-    text: Sequence[str] = ("text", "prompt", "question", "instruction")
+    text: Sequence[str] = TEXT_COLUMNS
     category: Sequence[str] = ()
     label: Sequence[str] | Mapping[str, str] = ("label",)
     response: Sequence[str] = ()
@@ -167,16 +158,18 @@ def read_dataset(
 
     Rows without a text or a label are left out, and so is a copy of an earlier row; copies whose
     labels contradict each other are all left out. Several answers to one question share a
-    ``pair_id``, so that no split separates them, and a category: the most frequent among the unsafe
-    ones.
+    ``pair_id``, so that no split separates them, and a main category: the most frequent among the
+    unsafe ones.
 
     Args:
         spec: ``"NAME"`` (downloaded once), ``"NAME:PATH"`` (a local file of that set) or
             ``"file:PATH"``; each option below may also be written in it, as ``":option=value"``.
-        text: Column of the question; without it text, prompt, question or instruction is taken.
+        text: Column of the question; without it text, prompt, question or instruction is taken, or
+            a list of messages from the column messages, conversation or conversations.
         response: Column of an answer that comes with the question. Sets whose label is about an
             answer read it anyway.
-        category: Column of the category, or one of this project's categories for all rows.
+        category: Column of the category, or one of this project's categories for all rows. A cell
+            may hold several, as a list or with ";" between them: the first is the main one.
         label: Column of the label (unsafe, safe, neutral and the like; also yes or no in a column
             such as is_safe), or unsafe, safe or neutral for all rows.
         split: One of the set's splits.
@@ -213,10 +206,9 @@ def prompts_from(spec: str | Path | None) -> list[Prompt]:
     """Read the prompts that a command was given.
 
     Args:
-        spec: None is the project's own set, a path that ends in .jsonl one written by
-            ``save_prompts``; anything else is read by ``read_dataset`` (before a table's path
-            "file:" may be left out). Several may be joined by commas, with "workbench" for the
-            project's own; a prompt that comes a second time is left out.
+        spec: None is the project's own set; anything else is read by ``read_dataset`` (before a
+            table's path "file:" may be left out). Several may be joined by commas, with "workbench"
+            for the project's own; a prompt that comes a second time is left out.
 
     Raises:
         ValueError: As ``read_dataset``, or if a line of a jsonl file is not a prompt.
@@ -224,11 +216,12 @@ def prompts_from(spec: str | Path | None) -> list[Prompt]:
     """
     if spec is None:
         return load_prompts()
-    parts = [str(spec)] if Path(spec).is_file() else [part.strip() for part in str(spec).split(",")]
-    unique: dict[tuple[str, str | None], Prompt] = {}
+    is_file = local_path(spec).is_file()
+    parts = [str(spec)] if is_file else [part.strip() for part in str(spec).split(",")]
+    unique: dict[tuple[Any, ...], Prompt] = {}
     for part in parts:
         for prompt in _prompts_of_part(part):
-            unique.setdefault((prompt.text, prompt.response), prompt)
+            unique.setdefault((prompt.text, prompt.response, prompt.history), prompt)
     for prompt_id, n in Counter(prompt.id for prompt in unique.values()).items():
         if n > 1:
             raise ValueError(
@@ -236,30 +229,6 @@ def prompts_from(spec: str | Path | None) -> list[Prompt]:
                 "files."
             )
     return list(unique.values())
-
-
-def category_of(dataset: str, theirs: object) -> str:
-    """Translate a data set's category to one of ours, by data/categories.csv.
-
-    One that has none of ours keeps its own name, as a slug.
-    """
-    if isinstance(theirs, list):
-        theirs = theirs[0] if theirs else None
-    slug = _slug("" if theirs is None else str(theirs))
-    return _category_map().get((dataset, slug)) or slug or OTHER
-
-
-@functools.cache
-def _category_map() -> dict[tuple[str, str], str]:
-    with data_path("categories.csv").open(encoding="utf-8", newline="") as file:
-        return {
-            (row["dataset"], _slug(row["their_category"])): row["category"]
-            for row in csv.DictReader(file)
-        }
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"\W+", "_", name.strip().lower()).strip("_")
 
 
 def _parse(spec: str) -> tuple[str, str | None, dict[str, str]]:
@@ -285,7 +254,10 @@ def _known(name: str, path: str | None) -> Dataset:
     known = known_datasets()
     if name == "file" and path is not None:
         return Dataset(
-            _slug(Path(path).name.split(".")[0]) or "file", "a table", category=("category", OTHER)
+            slug_of(Path(path).name.split(".")[0]) or "file",
+            "a table",
+            category=("category", "categories", OTHER),
+            pair=("pair_id",),
         )
     if name not in known:
         hint = did_you_mean(name, [*known, OWN])
@@ -298,21 +270,17 @@ def _known(name: str, path: str | None) -> Dataset:
 
 def _prompts_of_part(part: str) -> list[Prompt]:
     """Read one part of a joined text: a data set, or a path with nothing before it."""
-    name, path, options = _parse(part)
+    name, path, _ = _parse(part)
     if name in known_datasets() or name in ("file", OWN):
         return read_dataset(part)
     bare = ":".join(piece for piece in part.split(":") if not _OPTION.fullmatch(piece))
     if not (
         bare.lower().endswith((*SUFFIXES, ".gz", ".xz"))
         or "/" in bare
-        or (bare and Path(bare).exists())
+        or (bare and local_path(bare).exists())
     ):
         _known(name, path)
-    if not bare.lower().endswith(".jsonl") or options:
-        return read_dataset(f"file:{part}")
-    if not Path(bare).is_file():
-        raise ValueError(f"no file {bare!r}.")
-    return load_prompts(bare)
+    return read_dataset(f"file:{part}")
 
 
 def _read(dataset: Dataset, path: str | None, options: Mapping[str, str]) -> list[Prompt]:
@@ -325,18 +293,97 @@ def _read(dataset: Dataset, path: str | None, options: Mapping[str, str]) -> lis
         raise ValueError(f"{dataset.name!r} has no split {split!r}; {allowed}")
     first = next(iter(dataset.files), "")
     if path is not None:
-        files = {split or first: Path(path)}
+        files = {split or first: local_path(path)}
     else:
         files = {
             each: _fetch(dataset, each)
             for each in ((split,) if split else dataset.splits or (first,))
         }
-    rows = [{**row, _SPLIT: each} for each, file in files.items() for row in read_rows(file)]
+    rows = [
+        (each, place, row)
+        for each, file in files.items()
+        for place, row in read_numbered_rows(file, text=options.get("text"))
+    ]
+    if not rows:
+        raise ValueError(f"{path or dataset.name} holds no rows.")
+    if not dataset.hub and rows[0][2].keys() >= set(COLUMNS):
+        return _own_prompts([(place, row) for _, place, row in rows], options)
     columns = ("text", "response", "category", "label")
     asked: dict[str, Any] = {key: (options[key],) for key in columns if key in options}
     if "text" in asked:
         asked["context"] = ()
-    return _prompts(replace(dataset, **asked), rows, path or dataset.name)
+    with_split = [{**_with_turns(row, place), _SPLIT: each} for each, place, row in rows]
+    return _prompts(replace(dataset, **asked), with_split, path or dataset.name)
+
+
+def _own_prompts(rows: Numbered, options: Mapping[str, str]) -> list[Prompt]:
+    """Read rows that have the columns of this project's own prompts, as ``load_prompts`` does.
+
+    An option names another column for a field, or is its value in all rows.
+    """
+    present = list(dict.fromkeys(name for _, row in rows for name in row))
+    for field_name in ("text", "response", "category", "label"):
+        if field_name not in options:
+            continue
+        given = options[field_name]
+        if given in present:
+            rows = [(place, {**row, field_name: row.get(given)}) for place, row in rows]
+        elif field_name == "category" and given in our_categories():
+            more = {"category": given, "more_categories": ()}
+            rows = [(place, {**row, **more}) for place, row in rows]
+        elif field_name == "label" and given in LABELS:
+            rows = [(place, {**row, "label": given}) for place, row in rows]
+        else:
+            constants = {"category": our_categories(), "label": LABELS}.get(field_name, ())
+            raise missing_column("the table", [given], present, constants)
+    return prompts_of_rows(rows)
+
+
+def _with_turns(row: Row, place: str) -> Row:
+    """Add the text, the earlier turns and the answer to a row that holds a list of messages."""
+    column = find_column(MESSAGE_COLUMNS, row)
+    messages = None if column is None else values_in(row[column])
+    if not is_conversation(messages):
+        return row
+    return {**row, **read_turns(messages or [], place)._asdict()}
+
+
+class _Roles(NamedTuple):
+    """Hold the columns of a table by what they are for; "" or a constant where there is none."""
+
+    text: str
+    response: str
+    category: str
+    label: str
+    context: str
+    pair: str
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, columns: Collection[str], present: Sequence[str], where: str
+    ) -> _Roles:
+        """Find the columns, each the first of its candidates that is there.
+
+        Raises:
+            ValueError: If there is none, and the last candidate may not stand for all rows.
+        """
+
+        def column(candidates: Sequence[str], constants: Collection[str] = ()) -> str:
+            name = find_column(candidates, columns) or candidates[-1]
+            if name not in columns and name not in constants:
+                raise missing_column(where, candidates, present, constants)
+            return name
+
+        text = column(dataset.text)
+        of_turns = "response" if "history" in columns and "response" in columns else ""
+        return cls(
+            text,
+            column(dataset.response) if dataset.response else of_turns,
+            column(dataset.category, our_categories()) if dataset.category else "",
+            "" if isinstance(dataset.label, Mapping) else column(dataset.label, LABELS),
+            find_column(dataset.context, columns) or "",
+            find_column(dataset.pair, columns) or text,
+        )
 
 
 def _prompts(dataset: Dataset, rows: Sequence[Row], where: str) -> list[Prompt]:
@@ -346,68 +393,62 @@ def _prompts(dataset: Dataset, rows: Sequence[Row], where: str) -> list[Prompt]:
         try:
             rows = [_PREPARE[dataset.prepare](row) for row in rows]
         except KeyError as error:
-            raise _missing(where, [error.args[0]], present) from error
+            raise missing_column(where, [error.args[0]], present) from error
     # "" is how an unnamed index is written, and below it stands for a column that is not there.
     columns = set().union(*rows) - {""}
     rows = [{key: value for key, value in row.items() if key in columns} for row in rows]
-    ours = {category for category in _category_map().values() if category} | {OTHER}
-
-    def column(candidates: Sequence[str], constants: Collection[str] = ()) -> str:
-        """Choose the first candidate that is a column.
-
-        Without one it is the last candidate, if that may stand for all rows.
-        """
-        name = next((name for name in candidates if name in columns), candidates[-1])
-        if name not in columns and name not in constants:
-            raise _missing(where, candidates, present, constants)
-        return name
-
-    text, response = column(dataset.text), column(dataset.response) if dataset.response else ""
-    category = column(dataset.category, ours) if dataset.category else ""
+    roles = _Roles.of(dataset, columns, present, where)
     fixed: Mapping[str, str] = dataset.label if isinstance(dataset.label, Mapping) else {}
-    label = "" if isinstance(dataset.label, Mapping) else column(dataset.label, LABELS)
-    context = next((name for name in dataset.context if name in columns), "")
-    pair = next((name for name in dataset.pair if name in columns), text)
     prompts, pairs = [], []
     for number, row in enumerate(rows, start=1):
         place = f"{where}, row {number}"
         question, answer, more = (
-            _text_of(row.get(name), name, place) for name in (text, response, context)
+            text_in(row.get(name), name, place)
+            for name in (roles.text, roles.response, roles.context)
         )
         verdict = (
-            _label_of(row.get(label), label, place)
-            if label in columns
-            else label or fixed[row[_SPLIT]]
+            label_in(row.get(roles.label), roles.label, place)
+            if roles.label in columns
+            else roles.label or fixed[row[_SPLIT]]
         )
         if not question or verdict is None:
             continue
+        pair = row.get(roles.pair)
+        pairs.append(question if roles.pair == roles.text or is_missing(pair) else str(pair))
         question = f"{question}\n\n{more}" if more else question
-        risk = (
-            category_of(dataset.name, row.get(category))
-            if category in columns or not category
-            else category
+        risks = (
+            all_categories_of(dataset.name, row.get(roles.category))
+            if roles.category in columns or not roles.category
+            else (roles.category,)
         )
-        if (verdict == "unsafe" and risk in (HARMLESS, HARD_SAFE)) or (
-            verdict == "neutral" and risk == OTHER
-        ):
-            risk = OTHER if verdict == "unsafe" else HARMLESS
-        key = key_of([question, answer or None])[:12]
-        prompts.append(
-            Prompt(f"{dataset.name}-{key}", question, answer or None, risk, verdict, dataset.name)
-        )
-        pairs.append(question if pair == text else str(row.get(pair)))
+        main, *others = _risks_of(verdict, risks)
+        prompt = Prompt("", question, answer or None, main, verdict, dataset.name)
+        history = tuple(values_in(row.get("history")))
+        if others or history:
+            prompt = replace(prompt, id="", history=history, more_categories=tuple(others))
+        prompts.append(prompt)
     return _without_copies(prompts, pairs, where)
+
+
+def _risks_of(label: str, categories: Sequence[str]) -> Sequence[str]:
+    """Say which categories a prompt of a label can have: no harmless one where it is unsafe."""
+    if label == "unsafe":
+        return [name for name in categories if name not in (HARMLESS, HARD_SAFE)] or [OTHER]
+    return [HARMLESS] if label == "neutral" and list(categories) == [OTHER] else categories
 
 
 def _without_copies(prompts: Sequence[Prompt], pairs: Sequence[str], where: str) -> list[Prompt]:
     """Leave one prompt per id, and none where copies contradict each other.
 
-    Each question gets one category, and each pair one pair_id.
+    Each question gets one main category, each pair one pair_id, and a prompt all the categories of
+    its copies.
     """
     labels: dict[str, set[str]] = defaultdict(set)
+    categories: dict[str, dict[str, None]] = defaultdict(dict)
     first: dict[str, tuple[Prompt, str]] = {}
     for prompt, pair in zip(prompts, pairs, strict=True):
         labels[prompt.id].add(prompt.label)
+        categories[prompt.id] |= dict.fromkeys(prompt.categories)
         first.setdefault(prompt.id, (prompt, pair))
     consistent = [(prompt, pair) for prompt, pair in first.values() if len(labels[prompt.id]) == 1]
     if not consistent:
@@ -422,41 +463,10 @@ def _without_copies(prompts: Sequence[Prompt], pairs: Sequence[str], where: str)
         category = (
             risks[prompt.text].most_common(1)[0][0] if risks[prompt.text] else prompt.category
         )
+        more = tuple(name for name in categories[prompt.id] if name not in (category, OTHER))
         pair_id = f"{prompt.source}-pair-{key_of(pair)[:12]}" if size_of_pair[pair] > 1 else None
-        result.append(replace(prompt, category=category, pair_id=pair_id))
+        result.append(replace(prompt, category=category, pair_id=pair_id, more_categories=more))
     return result
-
-
-def _missing(
-    where: str, names: Sequence[str], present: Sequence[str], constants: Iterable[str] = ()
-) -> ValueError:
-    wanted = " or ".join(repr(name) for name in names if name not in constants) or repr(names[-1])
-    also = f" The same for all rows: {', '.join(sorted(constants))}." if constants else ""
-    there = f"columns: {', '.join(map(repr, present))}.{did_you_mean(names[-1], present)}"
-    return ValueError(f"{where}: column {wanted} is missing; {there}{also}")
-
-
-def _text_of(value: object, column: str, place: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(
-            f"{place}: column {column!r} holds {type(value).__name__}, a text is needed."
-        )
-    # A lone surrogate has no UTF-8.
-    return (value or "").encode("utf-8", "replace").decode("utf-8").strip()
-
-
-def _label_of(value: object, column: str, place: str) -> str | None:
-    """Translate a value of a label column to our label; None where there is none."""
-    word = "" if value is None else str(value).strip().lower()
-    if not word or word in _LABEL_WORDS:
-        return _LABEL_WORDS.get(word)
-    for columns, yes, no in ((_SAYS_UNSAFE, "unsafe", "safe"), (_SAYS_SAFE, "safe", "unsafe")):
-        if column.lower() in columns and word in (*_YES, *_NO):
-            return yes if word in _YES else no
-    raise ValueError(
-        f"{place}: cannot read label {value!r} of column {column!r}; "
-        f"labels: {', '.join(_LABEL_WORDS)}."
-    )
 
 
 def _fetch(dataset: Dataset, split: str) -> Path:
@@ -517,8 +527,8 @@ def _from_github(url: str) -> Path:
     return Path(file)
 
 
-def _first_harm(row: Row) -> Row:
-    """Give a row of BeaverTails the first harm that is set as its category.
+def _harms(row: Row) -> Row:
+    """Give a row of BeaverTails the harms that are set as its categories.
 
     The order is that of data/categories.csv, where rarer harms come first.
     """
@@ -527,9 +537,9 @@ def _first_harm(row: Row) -> Row:
             "BeaverTails' category must be an object of yes or no per harm, "
             f"got {row['category']!r}."
         )
-    harms = {_slug(name) for name, is_set in row["category"].items() if is_set}
-    order = [slug for dataset, slug in _category_map() if dataset == "beavertails"]
-    return {**row, "category": next((slug for slug in order if slug in harms), None)}
+    harms = {slug_of(name) for name, is_set in row["category"].items() if is_set}
+    order = [slug for dataset, slug in category_map() if dataset == "beavertails"]
+    return {**row, "category": [slug for slug in order if slug in harms]}
 
 
 def _harm_of_answer(row: Row) -> Row:
@@ -544,13 +554,13 @@ def _harm_of_answer(row: Row) -> Row:
 
 def _toxic(row: Row) -> Row:
     """Give a row of ToxicChat one label: either of two marks makes a prompt unsafe."""
-    toxic, jailbreak = (str(row[name]).lower() in _YES for name in ("toxicity", "jailbreaking"))
+    toxic, jailbreak = (str(row[name]).lower() in YES for name in ("toxicity", "jailbreaking"))
     kind = "jailbreaking" if jailbreak else "toxic" if toxic else None
     return {**row, "toxicity": "unsafe" if kind else "neutral", "jailbreaking": kind}
 
 
 _PREPARE: Mapping[str, Callable[[Row], Row]] = {
-    "first_harm": _first_harm,
+    "harms": _harms,
     "harm_of_answer": _harm_of_answer,
     "toxic": _toxic,
     "contrast": lambda row: {

@@ -2,7 +2,8 @@
 
 Steering vectors, tables of neurons, layers and gates all set a category's unsafe prompts against
 others. Who these others are is decided here, from labels, categories and pairs alone. Row numbers
-are places in the given prompts, in their order.
+are places in the given prompts, in their order. A prompt of several categories is in the rows of
+each of them.
 
 Two readings of "twins" are kept apart. Pairs (``paired_rows``) are an unsafe prompt and the safe
 one with the same ``pair_id``: what a paired difference needs. Where only two groups are compared,
@@ -82,7 +83,9 @@ def neutral_rows(prompts: Sequence[Prompt]) -> list[int]:
 
 def other_unsafe_rows(prompts: Sequence[Prompt], category: str) -> list[int]:
     """List the rows of unsafe prompts of all other categories."""
-    return [i for i, p in enumerate(prompts) if p.label == "unsafe" and p.category != category]
+    return [
+        i for i, p in enumerate(prompts) if p.label == "unsafe" and category not in p.categories
+    ]
 
 
 def paired_rows(prompts: Sequence[Prompt], category: str) -> tuple[list[int], list[int]]:
@@ -108,7 +111,9 @@ def generic_rows(prompts: Sequence[Prompt]) -> list[int]:
 
     Everyday is a prompt with label "neutral" or category "harmless".
     """
-    everyday = [i for i, p in enumerate(prompts) if p.category == HARMLESS or p.label == "neutral"]
+    everyday = [
+        i for i, p in enumerate(prompts) if HARMLESS in p.categories or p.label == "neutral"
+    ]
     return everyday or safe_rows(prompts)
 
 
@@ -179,7 +184,7 @@ def kind_of(prompt: Prompt, categories: Collection[str]) -> str:
         return RISKY
     if prompt.label == "neutral":
         return NEUTRAL
-    return TWINS if prompt.category in categories else LOOK_ALIKES
+    return TWINS if set(prompt.categories) & set(categories) else LOOK_ALIKES
 
 
 def rows_that_must_not_open(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
@@ -195,5 +200,5 @@ def _rows(prompts: Sequence[Prompt], label: str, category: str | None) -> list[i
     return [
         i
         for i, p in enumerate(prompts)
-        if p.label == label and (category is None or p.category == category)
+        if p.label == label and (category is None or category in p.categories)
     ]

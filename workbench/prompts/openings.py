@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.store import PathLike, data_path, read_jsonl
+from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 
@@ -21,7 +23,7 @@ OPENING_KINDS = ("safe_reframing", "going_along", "refusing")
 
 
 def answer_prompts(
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     openings: Sequence[Mapping[str, Any]] | None = None,
     *,
     safe: str = "safe_reframing",
@@ -35,8 +37,8 @@ def answer_prompts(
     ``fit_steering_vectors(..., safe_side="paired", method="answer_contrast")`` reads them.
 
     Args:
-        prompts: Questions; only those labelled unsafe are used. A category without openings of its
-            own gets those of all others in turn.
+        prompts: Questions, in any form that ``as_prompts`` reads; only those labelled unsafe are
+            used. A main category without openings of its own gets those of all others in turn.
         openings: Rows with category, kind, style and text; None reads data/openings.jsonl.
         safe: Kind on the safe side: "safe_reframing", or "refusing" for a refusal vector.
         unsafe: Kind on the unsafe side.
@@ -54,7 +56,7 @@ def answer_prompts(
     pairs = _pairs(rows, safe, unsafe)
     pairs_of_all = [pair for in_turn in zip(*pairs.values(), strict=False) for pair in in_turn]
     answers = []
-    for place, prompt in enumerate(p for p in prompts if p.label == "unsafe"):
+    for place, prompt in enumerate(p for p in as_prompts(prompts) if p.label == "unsafe"):
         category_pairs = pairs.get(prompt.category, pairs_of_all)
         n_pairs = len(category_pairs)
         for turn in range(min(per_prompt, n_pairs)):

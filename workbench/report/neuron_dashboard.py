@@ -20,7 +20,7 @@ import numpy as np
 
 from workbench.figures.notebook import Html
 from workbench.files.hints import did_you_mean
-from workbench.files.store import PathLike, write_text
+from workbench.files.store import PathLike, local_path, write_text
 from workbench.report.neuron_geometry import anchor, ridges, score_map, svg_number
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def write_dashboard(
 ) -> Path:
     """Write the page of ``neurons_page`` to a file and return its path."""
     write_text(path, neurons_page(table, profiles, controls, category=category))
-    return Path(path)
+    return local_path(path)
 
 
 def visible_token(text: object) -> str:

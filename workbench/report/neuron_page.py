@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
+from workbench.files.store import local_path, name_for_file
 from workbench.models.activations import cache_activations
 from workbench.models.hooked_model import HookedModel
-from workbench.models.load import model_info
 from workbench.neurons.profiles import profile_neurons, random_neurons
 from workbench.neurons.weights import reading_site
 from workbench.prompts.prompt import select_prompts
@@ -16,7 +16,7 @@ from workbench.report.neuron_dashboard import write_dashboard
 from workbench.safesteer.config import config_from
 from workbench.safesteer.inputs import folds_of, load_run_model
 from workbench.safesteer.recipe import attributed_site
-from workbench.safesteer.run_folder import SavedRun, read_run
+from workbench.safesteer.run_folder import SavedRun, check_model_of, read_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,20 +56,16 @@ def write_neuron_page(
     run, table = _checked(folder, category, top)
     config = config_from(run.notes["config"])
     model = model if model is not None else load_run_model(config)
-    if model_info(model).fingerprint != run.notes["model"]["fingerprint"]:
-        raise ValueError(
-            f"{str(folder)!r} was made with other weights than {model_info(model).name!r} has; "
-            "give the run's model."
-        )
+    check_model_of(run, model)
     folds = folds_of(config)
     site = attributed_site(model)
     first = table[table["category"] == category].nlargest(top, "contribution")
     targets = [(int(layer), int(neuron)) for layer, neuron in first[["layer", "neuron"]].to_numpy()]
     controls = random_neurons(model, targets, seed=config.seed)
     read_at = {site, *(reading_site(model, layer) for layer, _ in targets)}
-    directions = {
-        category: _directions(model, select_prompts(folds.fit, category=category), read_at)
-    }
+    asked_by = config.decoding().asked_by
+    prompts = select_prompts(folds.fit, category=category)
+    directions = {category: _directions(model, prompts, read_at, asked_by)}
     profiles = profile_neurons(
         model,
         [*targets, *controls],
@@ -78,8 +74,9 @@ def write_neuron_page(
         site=site,
         seed=config.seed,
         progress=progress,
+        **asked_by,
     )
-    path = Path(folder) / f"neurons_{category}.html"
+    path = local_path(folder) / f"neurons_{name_for_file(category)}.html"
     return write_dashboard(
         path, table, profiles[: len(targets)], profiles[len(targets) :], category=category
     )
@@ -89,6 +86,8 @@ def _checked(folder: PathLike, category: str, top: int) -> tuple[SavedRun, pd.Da
     """Read the run and its table of neurons, or say why it has no such page."""
     run = read_run(folder)
     table = run.tables["neurons"]
+    if table is None and (reason := run.notes["left_out"].get("neurons")):
+        raise ValueError(f"{str(folder)!r} has no neurons: {reason}")
     if table is None:
         raise ValueError(
             f"{str(folder)!r} has no neurons.csv yet; finish it with 'workbench run --out {folder} "
@@ -106,13 +105,13 @@ def _checked(folder: PathLike, category: str, top: int) -> tuple[SavedRun, pd.Da
 
 
 def _directions(
-    model: HookedModel, prompts: list, sites: set[Site]
+    model: HookedModel, prompts: list, sites: set[Site], asked_by: dict[str, Any]
 ) -> dict[Site, Float[Tensor, " d_model"]]:
     """Subtract a category's mean over safe prompts from that over unsafe ones, at each site.
 
     Against neutral prompts the difference would hold style, too.
     """
-    acts = cache_activations(model, prompts, sorted(sites))
+    acts = cache_activations(model, prompts, sorted(sites), **asked_by)
     return {
         site: at_site.select(label="unsafe").values.mean(dim=0)
         - at_site.select(label="safe").values.mean(dim=0)

@@ -26,6 +26,7 @@ from workbench.figures.notebook import script_safe
 from workbench.files.store import PathLike, file_checksum, write_text
 from workbench.report import conclusion, sections
 from workbench.safesteer.run_folder import SavedRun, read_run
+from workbench.stats.estimates import pairs_for_no_loss
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,8 +153,25 @@ def _what_was_done(run: SavedRun) -> list[str]:
         f"per risk category, measured on one set of prompts ({_fold(run, 'fit')}); the vector's "
         f"direction, place and strength were chosen on {_tuned_on(run)} of a second set.",
         f"{_who_scored(run)} Each change is counted prompt by prompt against the unsteered "
-        f"model{beside}.",
+        f"model{beside}.{_cut_in_thoughts(run)}",
     ]
+
+
+def _cut_in_thoughts(run: SavedRun) -> str:
+    """Say how many answers were cut while the model was still thinking; nothing for none."""
+    n = sum(
+        row.get("finish") == "length"
+        and bool(row.get("thinking"))
+        and not str(row.get("text") or "").strip()
+        for row in run.completions
+    )
+    return (
+        f" {n} of {len(run.completions)} answers were cut at the length limit while the model was "
+        "still thinking: they are unscored in every measure, and what is left of each condition "
+        "may be the easier prompts."
+        if n
+        else ""
+    )
 
 
 def _who_scored(run: SavedRun) -> str:
@@ -199,15 +217,16 @@ def _results(run: SavedRun) -> dict[str, Any]:
     categories = wording.in_order(frame["category"], (wording.ALL_CATEGORIES,))
     known = wording.in_order(frame["metric"], tuple(wording.METRICS))
     main = wording.main_metrics(known) or known[:5]
+    needed = _prompts_for_no_loss(run.notes["config"])
     return {
         "conclusion": conclusion.conclude(frame, versus),
         "results": [
             {
                 "name": "all risk categories" if category == wording.ALL_CATEGORIES else category,
                 "figure": _figure(figures.evaluation, frame, category, main),
-                "main": _metric_tables(frame, category, main),
+                "main": _metric_tables(frame, category, main, needed),
                 "rest": _metric_tables(
-                    frame, category, [name for name in known if name not in main]
+                    frame, category, [name for name in known if name not in main], needed
                 ),
             }
             for category in categories
@@ -216,8 +235,18 @@ def _results(run: SavedRun) -> dict[str, Any]:
     }
 
 
+def _prompts_for_no_loss(config: Mapping[str, Any]) -> dict[str, int]:
+    """Say for shares with a margin how many prompts it takes to show that nothing was lost."""
+    margins = {"refusal": config.get("refusal_rise"), "degenerate": config.get("degenerate_rise")}
+    return {
+        name: pairs_for_no_loss(margin)
+        for name, margin in margins.items()
+        if isinstance(margin, float) and 0 < margin < 1
+    }
+
+
 def _metric_tables(
-    frame: pd.DataFrame, category: str, metrics: Iterable[str]
+    frame: pd.DataFrame, category: str, metrics: Iterable[str], needed: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """Return a table per metric with a row per condition, the unsteered model first."""
     tables = []
@@ -231,14 +260,14 @@ def _metric_tables(
                 {
                     "label": shown.label,
                     "better": shown.better,
-                    "rows": [_cells(name, row) for row in rows],
+                    "rows": [_cells(name, row, needed.get(name, 0)) for row in rows],
                 }
             )
     return tables
 
 
-def _cells(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a row of results as the page prints it."""
+def _cells(name: str, row: Mapping[str, Any], needed: int = 0) -> dict[str, Any]:
+    """Write a row of results as the page prints it; no loss takes ``needed`` prompts to show."""
 
     def count(key: str) -> str:
         value = row.get(key, math.nan)
@@ -258,13 +287,15 @@ def _cells(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "change_interval": wording.interval(name, *ends, signed=True),
         "beyond": conclusion.clear(row) != 0,
         "p": wording.p_value(row.get("p_holm", row.get("p", math.nan))),
-        "kept": _no_loss(row.get("no_loss_p", math.nan)),
+        "kept": _no_loss(row.get("no_loss_p", math.nan), row.get("n", math.nan), needed),
     }
 
 
-def _no_loss(p: float) -> str:
+def _no_loss(p: float, n: float, needed: int) -> str:
     if not math.isfinite(p):
         return ""
+    if n < needed:
+        return f"cannot be shown with {n:.0f} prompts ({needed} needed)"
     return "yes" if p <= wording.LEVEL else "not shown"
 
 
@@ -425,10 +456,14 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     )
     relevance = scores.get("relevance")
     condition, text = str(row.get("condition", "")), row.get("text")
+    sample = row.get("sample") or 0
     return {
-        "condition": condition,
+        "condition": f"{condition} ({sample + 1})"
+        if isinstance(sample, int) and sample
+        else condition,
         "control": wording.is_control(condition),
         "text": text if isinstance(text, str) else "",
+        "thinking": str(row.get("thinking") or ""),
         "badges": badges,
         "relevance": wording.number("relevance", relevance)
         if isinstance(relevance, int | float)

@@ -92,6 +92,7 @@ def gate(run: SavedRun) -> dict[str, Any] | None:
         return None
     asked = notes["asked"] if isinstance(notes.get("asked"), Mapping) else {}
     pooled = rates[rates["category"] == "all"].to_dict("records")
+    risky = next((row for row in pooled if row["set"] == "risky"), None)
     return {
         "site": str(notes.get("site", "–")),
         "steered": str(notes.get("condition", "–")),
@@ -103,21 +104,28 @@ def gate(run: SavedRun) -> dict[str, Any] | None:
             )
             for name, rate in asked.items()
         },
-        "pooled": [
-            {
-                "name": SET_NAMES.get(row["set"], row["set"]),
-                "rate": _share(row["rate"]),
-                "interval": f"[{_share(row['low'])}, {_share(row['high'])}]",
-                "n": f"{row['n']:.0f}",
-                "own": _share(row["own_rate"]),
-            }
-            for row in pooled
-        ],
+        "risky": None if risky is None else _opens_on(risky),
+        "pooled": [_opens_on(row) for row in pooled],
         "rates": figures.gate_rates(rates),
         "roc": None if roc is None else figures.gate_roc(roc),
         "confusion": figures.gate_confusion(confusion),
         "cells": _cells(run.tables["gate_cells"]),
         "comparison": _comparison(run.tables["gate_comparison"]),
+    }
+
+
+def _opens_on(row: Mapping[str, Any]) -> dict[str, str]:
+    """Say how often a gate opens on a kind of prompts, and how often for the right category."""
+    own_ends = [row.get(name, math.nan) for name in ("own_low", "own_high")]
+    own = _share(row["own_rate"])
+    if all(math.isfinite(end) for end in own_ends):
+        own += f" [{_share(own_ends[0])}, {_share(own_ends[1])}]"
+    return {
+        "name": SET_NAMES.get(row["set"], row["set"]),
+        "rate": _share(row["rate"]),
+        "interval": f"[{_share(row['low'])}, {_share(row['high'])}]",
+        "n": f"{row['n']:.0f}",
+        "own": own,
     }
 
 

@@ -1,6 +1,6 @@
 from .calibration import Calibration, Limits, Round, calibrate, in_words, plan_rounds
 from .conditions import behind_gate, condition_of, controls, for_everyone, gate_site, main_setting
-from .config import RunConfig, config_from
+from .config import AnswerSettings, RunConfig, config_from
 from .constructions import CONSTRUCTIONS, Construction, Measured, fit_all, measure, signs_of
 from .inputs import Job, folds_of, limits_of, load_job, load_run_model
 from .own_answers import answer_pairs, instructed, kept_by, self_contrast, went_along
@@ -10,6 +10,7 @@ from .run_folder import RunFolder, SavedRun, read_run, saved_vectors
 from .saved_run import (
     GateReading,
     chosen_settings,
+    decoding_from,
     gate_from,
     gate_reading,
     gated_steering_from,
@@ -20,6 +21,7 @@ from .settings import Setting, Vectors, grid, placements, steering
 
 __all__ = [
     "CONSTRUCTIONS",
+    "AnswerSettings",
     "Calibration",
     "Construction",
     "GateReading",
@@ -39,6 +41,7 @@ __all__ = [
     "condition_of",
     "config_from",
     "controls",
+    "decoding_from",
     "fit_all",
     "folds_of",
     "for_everyone",

@@ -15,6 +15,7 @@ from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
 from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_kl
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import in_turn
 from workbench.safesteer.settings import Setting, Vectors, steering
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 LEAST_PROMPTS = 5
@@ -151,12 +153,12 @@ def cost(rounds: Sequence[Round]) -> int:
 def calibrate(
     model: HookedModel,
     vectors: Vectors,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     settings: Sequence[Setting],
     *,
     score: Score,
     output: PathLike,
-    neutral: Sequence[Prompt] = (),
+    neutral: PromptsLike = (),
     limits: Limits | None = None,
     rounds: Sequence[Round] | None = None,
     decoding: Decoding = GREEDY,
@@ -171,21 +173,23 @@ def calibrate(
     Args:
         model: A hooked model.
         vectors: Vectors of every construction and site in ``settings``.
-        prompts: Prompts of the tune fold; the unsafe ones are used, category by category in turn.
+        prompts: Prompts of the tune fold, in any form that ``as_prompts`` reads; the unsafe ones
+            are used, category by category in turn.
         settings: What is tried.
         score: Judges answers, for instance a ``functools.partial`` of ``score_completions``.
         output: A jsonl file that keeps the answers: a later round or call goes on from it.
         neutral: Neutral prompts on which the KL is measured; each category's vectors in turn.
         limits: What steering may cost; the defaults of ``Limits``.
         rounds: How many settings and prompts each round has; ``plan_rounds`` by default.
-        decoding: Length, sampling and batch size of the answers.
+        decoding: Length, sampling, batch size, system prompt and template keywords of the answers.
         progress: Say on standard error what it takes at most, and show progress bars.
         transfer: Allow vectors of another model of the same architecture.
 
     Raises:
         ValueError: If there are no settings or no unsafe prompts.
     """
-    questions = in_turn([prompt for prompt in prompts if prompt.label == "unsafe"])
+    neutral = as_prompts(neutral)
+    questions = in_turn([p for p in as_prompts(prompts) if p.label == "unsafe"])
     settings = list(dict.fromkeys(settings))
     if not settings or not questions:
         given = f"{len(settings)} and {len(questions)}"
@@ -193,7 +197,9 @@ def calibrate(
     rounds = list(rounds or plan_rounds(len(settings), len(questions)))
     if progress:
         _announce(rounds, decoding)
-    kl = _neutral_kl(model, vectors, settings, neutral, output, transfer) if neutral else {}
+    kl: dict[Setting, dict[str, float]] = {}
+    if neutral:
+        kl = _neutral_kl(model, vectors, settings, neutral, output, transfer, decoding)
 
     def answer_and_judge(alive: Sequence[Setting], n_prompts: int) -> _Judged:
         conditions: dict[str, Condition] = {UNSTEERED: ()}
@@ -233,6 +239,12 @@ def _judge(
         for name, value in kl.get(setting, {}).items():
             metrics[setting].loc[name, ["value", "n", "n_unscored"]] = [value, n_neutral, 0]
     values = {s: metrics[s]["value"].to_dict() for s in settings}
+    for setting in settings:
+        # What could not be scored is not counted as safe: a setting must not win by answers that
+        # no judge can read.
+        headline = metrics[setting].loc[HEADLINE]
+        asked = headline["n"] + headline["n_unscored"]
+        values[setting][HEADLINE] = headline["value"] * headline["n"] / max(1, asked)
     excess = {s: limits.excess(values[s], unsteered["value"].to_dict()) for s in settings}
     ranked = sorted(settings, key=lambda s: _order(s, values[s], excess[s]))
     return _Judged(metrics, excess, ranked, _front(values))
@@ -348,15 +360,18 @@ def _neutral_kl(
     neutral: Sequence[Prompt],
     output: PathLike,
     transfer: bool,
+    decoding: Decoding,
 ) -> dict[Setting, dict[str, float]]:
     """Measure each setting's mean KL along the first tokens of answers to neutral prompts."""
-    beginnings = Decoding(max_new_tokens=NEUTRAL_TOKENS)
+    asked_by = decoding.asked_by
+    beginnings = Decoding(max_new_tokens=NEUTRAL_TOKENS, **asked_by)
     answers = generate(model, neutral, condition="neutral", decoding=beginnings, output=output)
     kl = {}
     for setting in settings:
         by_category = list(steering(vectors, setting).values())
         interventions = [by_category[i % len(by_category)] for i in range(len(answers))]
-        kl[setting] = answer_kl(model, answers, {NEUTRAL_KL: interventions}, transfer=transfer)
+        conditions = {NEUTRAL_KL: interventions}
+        kl[setting] = answer_kl(model, answers, conditions, transfer=transfer, **asked_by)
     return kl
 
 

@@ -133,7 +133,7 @@ def for_everyone(
         if not isinstance(condition, Mapping):
             complete[name] = condition
             continue
-        others = [prompt for prompt in questions if prompt.category not in condition]
+        others = [prompt for prompt in questions if not set(prompt.categories) & set(condition)]
         turns = zip(others, itertools.cycle(condition), strict=False)
         complete[name] = {**condition, **{p.id: condition[c] for p, c in turns}}
     return complete

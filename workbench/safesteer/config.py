@@ -7,30 +7,94 @@ their defaults and their help are read from it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
 
+if TYPE_CHECKING:
+    from workbench.generation.decoding import Decoding
+
 
 @dataclass(frozen=True)
-class RunConfig:
+class AnswerSettings:
+    """Say how a model is asked and how it answers, for ``workbench run`` and ``workbench steer``.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens; thoughts count
+        temperature: 0 takes the most likely token; above 0 tokens are sampled
+        top_p: sample only among the most likely tokens that together reach this probability
+        top_k: sample only among so many most likely tokens (default: all)
+        samples: answers per prompt; more than one needs a temperature
+        stop: texts that end an answer, which is cut before them
+        system_prompt: words for the system turn (default: the chat template's own)
+        template: what else the chat template reads, as name=value, such as enable_thinking=true
+            (thinking is off where the template has a switch) or reasoning_effort=low; without a
+            chat template plain_template=TEXT with {prompt} in it
+        seed: seed of sampling; in a run also of folds, controls and bootstrap
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+    system_prompt: str | None = None
+    template: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count("max_new_tokens", self.max_new_tokens)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number from 0, got {self.seed!r}.")
+        if isinstance(self.template, Mapping):  # as a YAML file and a notebook write it
+            object.__setattr__(self, "template", _entries(self.template))
+        self.decoding()
+
+    def decoding(self) -> Decoding:
+        """Make the settings of the decode loop.
+
+        Raises:
+            ValueError: If a setting is out of range.
+        """
+        from workbench.generation.decoding import Decoding
+
+        return Decoding(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            n_samples=self.samples,
+            stop=self.stop,
+            system_prompt=self.system_prompt,
+            template_keywords=_keywords(self.template),
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig(AnswerSettings):
     """Say what a run does; every field can stand in the YAML file or on the command line.
+
+    How the model is asked and how it answers is said by the fields of ``AnswerSettings``.
 
     Attributes:
         model: hub name, local folder, .gguf file, or "embedded" (default: SmolLM2-135M-Instruct)
         device: torch device (default: a GPU if there is one)
-        dtype: float32, bfloat16 or float16
+        dtype: float32, bfloat16, float16, or auto for the checkpoint's own
+        quantize: quantise linear layers while loading: 8bit or 4bit (needs workbench[quantized])
+        device_map: spread layers over devices: auto, balanced or sequential (instead of device)
+        max_memory: with a device map, the largest share of each device, as 0=20GiB cpu=60GiB
         packing: linear layers packed for the processor's fast product: on, off, or auto, which
             packs where that was measured to be faster
         prompts: data sets: a jsonl file of prompts, "safebench:PATH", a hub set by name, or
             several with commas (default: the project's own)
         categories: risk categories (default: all that the prompts have)
-        seed: seed of folds, controls and bootstrap
         tune_prompts: unsafe prompts per category on which sign and strength are chosen
         test_prompts: unsafe prompts per category that are reported (default: the whole test fold)
-        max_new_tokens: longest answer, in tokens
         constructions: steering vectors that are compared (default: those that are no mere
             baselines)
         rhos: relative strengths tried at one layer; each of several layers gets 0.41 of it
@@ -46,13 +110,14 @@ class RunConfig:
     model: str | None = None
     device: str | None = None
     dtype: str = "float32"
+    quantize: str | None = None
+    device_map: str | None = None
+    max_memory: tuple[str, ...] | None = None
     packing: str = "auto"
     prompts: str | None = None
     categories: tuple[str, ...] | None = None
-    seed: int = 0
     tune_prompts: int = 6
     test_prompts: int | None = None
-    max_new_tokens: int = 64
     constructions: tuple[str, ...] | None = None
     rhos: tuple[float, ...] = (0.09, 0.17)
     relevance_loss: float = 0.05
@@ -63,14 +128,14 @@ class RunConfig:
     hard_safe_rate: float = 0.10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.packing not in ("auto", "on", "off"):
             raise ValueError(f"packing must be auto, on or off, got {self.packing!r}.")
-        for name in ("tune_prompts", "test_prompts", "max_new_tokens"):
+        for name in ("tune_prompts", "test_prompts"):
             _check_count(name, getattr(self, name), optional=name == "test_prompts")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be a whole number from 0, got {self.seed!r}.")
-        for name in ("categories", "constructions"):
+        for name in ("categories", "constructions", "max_memory"):
             _check_names(name, getattr(self, name))
+        _check_loading(self)
         if self.constructions is not None:
             _check_constructions(self.constructions)
         rhos_are_numbers = isinstance(self.rhos, tuple) and all(map(_is_number, self.rhos))
@@ -102,13 +167,66 @@ def config_from(mapping: Mapping[str, Any]) -> RunConfig:
                 f"{did_you_mean(str(name), names)}"
             )
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items()}
-    for name in ("categories", "constructions", "rhos"):
+    if isinstance(values.get("max_memory"), Mapping):  # as YAML may have it
+        values["max_memory"] = tuple(f"{k}={v}" for k, v in values["max_memory"].items())
+    values = {k: v for k, v in values.items() if v is not None or k not in ("stop", "template")}
+    for name in ("categories", "constructions", "rhos", "stop", "max_memory"):
         if values.get(name) is not None and not isinstance(values[name], tuple):
             raise ValueError(f"{name} must be a list, got {values[name]!r}.")
-    for name in ("model", "device", "dtype", "prompts"):
+    texts = ("model", "device", "dtype", "prompts", "quantize", "device_map", "system_prompt")
+    for name in texts:
         if values.get(name) is not None and not isinstance(values[name], str):
             raise ValueError(f"{name} must be a text, got {values[name]!r}.")
     return replace(RunConfig(), **values)
+
+
+def _check_loading(config: RunConfig) -> None:
+    """Check how the model is placed, in words; whether it can be is seen when it is loaded."""
+    if config.quantize not in (None, "8bit", "4bit"):
+        raise ValueError(f"quantize must be 8bit or 4bit, or nothing, got {config.quantize!r}.")
+    if config.device_map is not None and config.device is not None:
+        raise ValueError("give either device or device_map, not both.")
+    if config.max_memory is not None and config.device_map is None:
+        raise ValueError("max_memory needs device_map, such as auto.")
+    for share in config.max_memory or ():
+        device, _, size = share.partition("=")
+        if not device or not size:
+            raise ValueError(
+                f"max_memory must be shares such as 0=20GiB or cpu=60GiB, got {share!r}."
+            )
+
+
+def _entries(keywords: Mapping[str, Any]) -> tuple[str, ...]:
+    """Write template keywords as entries name=value, so that ``_keywords`` reads them back."""
+    entries = []
+    for name, value in keywords.items():
+        is_plain = isinstance(value, str) and _value(value) == value
+        entries.append(f"{name}={value if is_plain else json.dumps(value, ensure_ascii=False)}")
+    return tuple(entries)
+
+
+def _keywords(entries: Sequence[str]) -> dict[str, Any]:
+    """Read template keywords from entries name=value."""
+    keywords: dict[str, Any] = {}
+    for entry in entries:
+        name, sign, value = entry.partition("=") if isinstance(entry, str) else ("", "", "")
+        if not sign or not name.strip():
+            raise ValueError(
+                f"template must be entries name=value, such as enable_thinking=true, got {entry!r}."
+            )
+        keywords[name.strip()] = _value(value)
+    return keywords
+
+
+def _value(text: str) -> Any:
+    """Read a value as JSON (true and True alike), or else take the text as it is."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.strip().lower() in words:
+        return words[text.strip().lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _check_constructions(names: tuple[str, ...]) -> None:

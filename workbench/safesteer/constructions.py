@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from workbench.models.activations import ActivationSet, cache_activations
-from workbench.models.sites import Site, sites_of_kind
+from workbench.models.activations import ActivationSet, cache_activations, computed_sites
+from workbench.models.sites import Site, present_sites
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, Prompt, categories_of
 from workbench.safesteer.settings import Vectors, placements
@@ -21,6 +21,7 @@ from workbench.steering.vectors import SteeringVector, fit_steering_vectors
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.templates import Keywords
 
 Reads = Literal["prompts", "openings", "own answers"]
 """What a construction is fitted on: prompts, written openings of answers behind questions, or the
@@ -172,7 +173,7 @@ CONSTRUCTIONS: dict[str, Construction] = {
         default=True,
     ),
     GUIDED: Construction(
-        "the paper's, from those unsafe prompts that the model goes along with",
+        "the paper's, from those unsafe prompts whose plain answer the judge calls unsafe",
         "guided variant of category-wise steering (arXiv:2410.01174)",
         _prompt_guided,
         reads="prompts",
@@ -236,22 +237,23 @@ def measure(
     *,
     own_answers: Sequence[Prompt] = (),
     went_along: Sequence[Prompt] = (),
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     progress: bool = False,
 ) -> Measured:
-    """Run prompts, and fit questions with answers behind them, once for all sites."""
+    """Run prompts, and fit questions with answers behind them, once for all sites there are."""
+    how: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    how |= {"store": store, "progress": progress}
     kinds = ("resid_post", "attn_out", "mlp_post", "z")
-    everywhere = [Site(0, "resid_pre"), *(s for k in kinds for s in sites_of_kind(model, k))]
-    prompts = cache_activations(
-        model, [*folds.fit, *folds.tune], everywhere, store=store, progress=progress
-    )
-    placed = sorted({site for place in placements(model) for site in place})
+    named = [Site(0, "resid_pre"), *present_sites(model, kinds)]
+    everywhere = computed_sites(model, named, folds.fit[0])
+    prompts = cache_activations(model, [*folds.fit, *folds.tune], everywhere, **how)
+    placed = sorted({site for place in placements(model, prompts) for site in place})
     rows: dict[Reads, list[Prompt]] = {"openings": answer_prompts(folds.fit)}
     if own_answers:
         rows["own answers"] = list(own_answers)
     answers = {
-        kind: cache_activations(
-            model, kind_rows, placed, span="response", store=store, progress=progress
-        )
+        kind: cache_activations(model, kind_rows, placed, span="response", **how)
         for kind, kind_rows in rows.items()
     }
     return Measured(prompts, answers, frozenset(prompt.id for prompt in went_along))
@@ -270,16 +272,20 @@ def fit_all(
             answers of the model, openings for each category where a category has none (the pooled
             vector then stands for it).
     """
-    wanted = list(names or (name for name, what in CONSTRUCTIONS.items() if what.default))
     vectors: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
     categories = set(categories_of(fit))
     for site in measured.answers["openings"]:
         rows = measured.at(site, fit)
-        for name in wanted:
+        for name in wanted_names(names):
             by_category = CONSTRUCTIONS[name].fit(rows)
             if set(by_category) == categories:
                 vectors[name, site] = dict(by_category)
     return vectors
+
+
+def wanted_names(names: Sequence[str] | None) -> list[str]:
+    """Name the constructions of a run: those given, or those that are no mere baselines."""
+    return list(names or (name for name, what in CONSTRUCTIONS.items() if what.default))
 
 
 def constructions_of(vectors: Vectors) -> list[str]:

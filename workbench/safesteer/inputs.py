@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from workbench.evaluation.scoring import HARD_SAFE, Evaluation, score_completions
 from workbench.generation.answers import Completion
-from workbench.generation.decoding import Decoding
 from workbench.judges.framing import FramingJudge, framing_judge_for
+from workbench.judges.text_quality import load_encoder
 from workbench.models.load import load_model, model_info
 from workbench.models.packing import is_packed
+from workbench.models.tokens import encode, template_text
 from workbench.prompts.benchmarks import prompts_from
+from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import (
     Folds,
     Prompt,
@@ -26,9 +27,12 @@ from workbench.prompts.prompt import (
     select_prompts,
     split_prompts,
 )
-from workbench.safesteer.calibration import Limits
+from workbench.safesteer.calibration import NEUTRAL_TOKENS, Limits
+from workbench.safesteer.constructions import CONSTRUCTIONS, wanted_names
+from workbench.safesteer.own_answers import instructed
 
 if TYPE_CHECKING:
+    from workbench.generation.decoding import Decoding
     from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
 
@@ -70,7 +74,9 @@ class Job:
 
     def score(self, completions: Sequence[Completion]) -> Evaluation:
         """Score answers with the run's judges."""
-        return partial(score_completions, self.model, safety_judge=self.judge)(completions)
+        return score_completions(
+            self.model, completions, safety_judge=self.judge, **self.decoding.asked_by
+        )
 
     def facts(self) -> dict[str, Any]:
         """Say what the run works with, for its notes."""
@@ -98,12 +104,68 @@ def load_job(config: RunConfig, *, model: HookedModel | None = None, progress: b
         progress: Show progress bars.
 
     Raises:
-        ValueError: If prompts or model cannot be had as the settings say.
+        ValueError: If prompts or model cannot be had as the settings say, or a prompt does not fit
+            the model's context.
+        OSError: If there is no sentence encoder to measure relevance with.
     """
     folds = folds_of(config)
     model = model if model is not None else load_run_model(config)
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, seed=config.seed)
+    load_encoder()  # scoring needs it, after hours
+    decoding = config.decoding()
+    template_text(model, **decoding.asked_by)  # says what the template cannot do before anything
+    check_lengths(model, folds, config)
     return Job(config, model, folds, framing_judge_for(model), decoding, progress)
+
+
+def check_lengths(model: HookedModel, folds: Folds, config: RunConfig) -> None:
+    """Check before the first pass that every text a run will read or answer fits the context.
+
+    These are the prompts of all folds, those that are answered with room for the answer, and fit
+    questions with openings and under the instruction of the self-contrast.
+
+    Raises:
+        ValueError: If some do not fit, with how many and the ids of the first ones.
+    """
+    risky = select_prompts(folds.fit, label="unsafe")
+    tuned = select_prompts(folds.tune, label="unsafe", limit=config.tune_prompts)
+    neutral = select_prompts(folds.tune, label="neutral", limit=TUNE_NEUTRAL)
+    answered = [*risky, *tuned, *neutral, *questions_of_test(folds.test, config)]
+    room = max(config.max_new_tokens, NEUTRAL_TOKENS)
+    texts: list[tuple[list[Prompt], dict[str, Any]]] = [
+        ([*folds.fit, *folds.tune, *folds.test], {}),
+        (answered, {"max_new_tokens": room}),
+        (answer_prompts(folds.fit), {"with_response": True}),
+    ]
+    wanted = wanted_names(config.constructions)
+    if any(CONSTRUCTIONS[name].reads == "own answers" for name in wanted):
+        texts.append((instructed(risky), {"max_new_tokens": room}))
+    problems: dict[str, str] = {}
+    for prompts, how in texts:
+        problems |= _misfits(model, prompts, {**config.decoding().asked_by, **how})
+    if problems:
+        first, others = next(iter(problems.values())), list(problems)[1:]
+        names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        more = f" So for {len(others)} more: {names}." if others else ""
+        raise ValueError(f"{first}{more}")
+
+
+def _misfits(
+    model: HookedModel, prompts: Sequence[Prompt], how: Mapping[str, Any]
+) -> dict[str, str]:
+    """Map the ids of prompts that cannot be encoded to the reason."""
+    try:
+        encode(model, prompts, **how)
+    except ValueError:
+        pass
+    else:
+        return {}
+    problems = {}
+    for prompt in prompts:
+        try:
+            encode(model, [prompt], **how)
+        except ValueError as error:
+            problems[prompt.id] = str(error)
+    return problems
 
 
 def folds_of(config: RunConfig) -> Folds:
@@ -119,19 +181,39 @@ def folds_of(config: RunConfig) -> Folds:
         prompts += select_prompts(project_prompts, label="neutral")
     if not any(p.label == "safe" for p in prompts):  # what a gate must not open for
         prompts += select_prompts(project_prompts, category=HARD_SAFE)
+    risk = categories_of(prompts)
     if config.categories is not None:
         risky = select_prompts(prompts, category=config.categories)
         beside = [p for p in prompts if p.label == "neutral" or p.category == HARD_SAFE]
-        prompts = risky + [p for p in beside if p.category not in config.categories]
+        prompts = [_only(prompt, config.categories) for prompt in risky]
+        prompts += [p for p in beside if not set(p.categories) & set(config.categories)]
     if not categories_of(prompts):
-        raise ValueError("no unsafe prompts: a run needs at least one risk category.")
+        asked = f" in {', '.join(map(repr, config.categories))}" if config.categories else ""
+        known = f"; risk categories: {', '.join(risk)}" if risk else ""
+        raise ValueError(
+            f"no unsafe prompts{asked}: a run needs at least one risk category{known}."
+        )
     return split_prompts(prompts, seed=config.seed)
+
+
+def _only(prompt: Prompt, categories: Sequence[str]) -> Prompt:
+    """Leave those of a prompt's categories that a run is about."""
+    main, *others = (name for name in prompt.categories if name in categories)
+    return replace(prompt, category=main, more_categories=tuple(others))
 
 
 def load_run_model(config: RunConfig) -> HookedModel:
     """Load the model of a run."""
-    packing: Any = config.packing
-    return load_model(config.model, device=config.device, dtype=config.dtype, packing=packing)
+    shares = dict(share.split("=", 1) for share in config.max_memory or ())
+    how: dict[str, Any] = {"packing": config.packing, "quantize": config.quantize}
+    return load_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        max_memory={int(k) if k.isdecimal() else k: v for k, v in shares.items()} or None,
+        **how,
+    )
 
 
 def questions_of_test(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]:

@@ -6,15 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from workbench.evaluation.scoring import safety_wording
+from workbench.evaluation.scoring import WORDING_LANGUAGES, safety_wording
 from workbench.generation.answers import Completion, generate
 from workbench.generation.decoding import GREEDY, Decoding
+from workbench.judges.languages import other_language
 from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.text_quality import is_degenerate
+from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.judges.base import Judge
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
 
@@ -37,33 +41,43 @@ Kept = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
 def kept_by(judge: Judge | None) -> tuple[Kept, Kept]:
     """Turn a judge of safety into the choice of answers for both sides of the self-contrast.
 
-    For the safe side it keeps those it calls safe, for the unsafe side those it calls neither safe
-    nor refusal (broken and neutral answers are among them).
+    For the safe side it keeps those it calls safe, for the unsafe side those it calls unsafe, and
+    no others: an answer on topic that neither helps nor warns, a broken one and one that could not
+    be judged are kept on neither side.
 
     Args:
-        judge: A judge of safety; without one, refusal patterns and safety wording stand in for it,
-            coarsely.
+        judge: A judge of safety that says safe and unsafe. Without one, refusal patterns and safety
+            wording stand in for it, coarsely: every answer that is no refusal, not broken and
+            without such wording counts as unsafe.
     """
 
     def labels(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
         if judge is not None:
             return [verdict.label for verdict in judge(prompts, answers)]
         said = [verdict.label for verdict in RefusalPatterns()(prompts, answers)]
-        return [
-            "safe" if label == "not_refusal" and safety_wording(prompt, answer) else label
-            for prompt, answer, label in zip(prompts, answers, said, strict=True)
-        ]
+        return [_by_wording(*row) for row in zip(prompts, answers, said, strict=True)]
 
     def safe(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         return [label == "safe" for label in labels(prompts, answers)]
 
     def unsafe(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        return [label not in ("safe", "refusal", "unscored") for label in labels(prompts, answers)]
+        return [label == "unsafe" for label in labels(prompts, answers)]
 
     return safe, unsafe
 
 
-def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> list[Prompt]:
+def _by_wording(prompt: str, answer: str, label: str) -> str:
+    """Label an answer that is no refusal, where no judge of safety is at hand."""
+    if label != "not_refusal":
+        return label
+    if is_degenerate(answer)[0]:
+        return "degenerate"
+    if other_language(answer, WORDING_LANGUAGES):
+        return "unscored"
+    return "safe" if safety_wording(prompt, answer) else "unsafe"
+
+
+def instructed(prompts: PromptsLike, instruction: str = INSTRUCTION) -> list[Prompt]:
     """Put an instruction around the question of each prompt, in the user's turn.
 
     Args:
@@ -79,13 +93,14 @@ def instructed(prompts: Sequence[Prompt], instruction: str = INSTRUCTION) -> lis
             f"got {instruction[:60]!r}; write it like own_answers.INSTRUCTION."
         )
     return [
-        replace(prompt, text=instruction.replace("{question}", prompt.text)) for prompt in prompts
+        replace(prompt, text=instruction.replace("{question}", prompt.text))
+        for prompt in as_prompts(prompts)
     ]
 
 
 def self_contrast(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     *,
     keep_safe: Kept,
     keep_unsafe: Kept,
@@ -99,7 +114,7 @@ def self_contrast(
 
     The answers made under the instruction are put behind the plain question, so that both sides of
     a pair have the same context and differ in the answer alone. A judge keeps what is worth
-    keeping: safe and on topic on one side, not safe on the other.
+    keeping: what it calls safe on one side, what it calls unsafe on the other.
 
     Args:
         model: A hooked model.
@@ -122,11 +137,11 @@ def self_contrast(
     """
     if samples < 1:
         raise ValueError(f"samples must be a whole number from 1, got {samples}.")
-    questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
+    questions = [prompt for prompt in as_prompts(prompts) if prompt.label == "unsafe"]
     if not questions:
         raise ValueError("no unsafe prompts: self-contrast needs questions of a risk category.")
-    turns = [replace(decoding, temperature=0.0)]
-    turns += [replace(decoding, seed=decoding.seed + turn) for turn in range(1, samples)]
+    turns = [replace(decoding, temperature=0.0, n_samples=1)]
+    turns += [replace(decoding, seed=decoding.seed + i, n_samples=1) for i in range(1, samples)]
 
     def answers(asked: Sequence[Prompt], side: str) -> list[Completion]:
         keywords: dict[str, Any] = {"output": output, "progress": progress}
@@ -147,7 +162,7 @@ def self_contrast(
 
 def went_along(
     model: HookedModel,
-    prompts: Sequence[Prompt],
+    prompts: PromptsLike,
     keep_unsafe: Kept,
     *,
     decoding: Decoding = GREEDY,
@@ -168,12 +183,12 @@ def went_along(
         output: A jsonl file that keeps the answers; one that ``self_contrast`` wrote has them.
         progress: Show a progress bar.
     """
-    questions = [prompt for prompt in prompts if prompt.label == "unsafe"]
+    questions = [prompt for prompt in as_prompts(prompts) if prompt.label == "unsafe"]
     answers = generate(
         model,
         questions,
         condition=f"{_PLAIN} 0",
-        decoding=replace(decoding, temperature=0.0),
+        decoding=replace(decoding, temperature=0.0, n_samples=1),
         output=output,
         progress=progress,
     )

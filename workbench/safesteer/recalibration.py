@@ -8,17 +8,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import PathLike, write_json
+from workbench.files.locks import locked_folder
+from workbench.files.store import PathLike, local_path, write_json
 from workbench.prompts.prompt import select_prompts
 from workbench.safesteer.calibration import Calibration, calibrate, describe, plan_rounds
 from workbench.safesteer.config import config_from
 from workbench.safesteer.constructions import constructions_of, signs_of
-from workbench.safesteer.inputs import TUNE_NEUTRAL, limits_of, load_job
-from workbench.safesteer.run_folder import read_run, saved_vectors, write_table
+from workbench.safesteer.inputs import TUNE_NEUTRAL, limits_of, load_job, load_run_model
+from workbench.safesteer.run_folder import (
+    check_model_of,
+    read_run,
+    saved_vectors,
+    write_table,
+)
 from workbench.safesteer.saved_run import CALIBRATION
 from workbench.safesteer.settings import grid, placements
 
@@ -56,36 +61,36 @@ def recalibrate(
         model: A loaded model, instead of loading the run's.
 
     Raises:
-        ValueError: If the folder holds no run with vectors, a construction is unknown, or the
-            budget is too small.
+        ValueError: If the folder holds no run with vectors of this model, a construction is
+            unknown, the budget is too small, or another process calibrates it.
     """
-    changed: dict[str, Any] = {} if rhos is None else {"rhos": tuple(rhos)}
-    if tune_prompts is not None:
-        changed["tune_prompts"] = tune_prompts
-    config = replace(config_from(read_run(folder).notes["config"]), **changed)
+    run = read_run(folder)
+    given = {"rhos": None if rhos is None else tuple(rhos), "tune_prompts": tune_prompts}
+    changed: Any = {name: value for name, value in given.items() if value is not None}
+    config = replace(config_from(run.notes["config"]), **changed)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
+    model = model if model is not None else load_run_model(config)
+    check_model_of(run, model)
     job = load_job(config, model=model, progress=progress)
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
     extents = list(itertools.product(positions, until))
-    places = placements(job.model)
+    places = placements(job.model, {site for _, site in vectors})
     settings = grid(names, places, config.rhos, signs=signs_of(names), extents=extents)
-    out = Path(folder) / CALIBRATION
-    tuned = calibrate(
-        job.model,
-        vectors,
-        questions,
-        settings,
-        score=job.score,
-        output=out / "tune.jsonl",
-        neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
-        limits=limits_of(config),
-        rounds=plan_rounds(len(settings), len(questions), budget=budget),
+    out = local_path(folder) / CALIBRATION
+    how: dict[str, Any] = {
+        "score": job.score,
+        "output": out / "tune.jsonl",
+        "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
+        "limits": limits_of(config),
+        "rounds": plan_rounds(len(settings), len(questions), budget=budget),
         **job.how,
-    )
-    write_table(out / "tuning.csv", tuned.table)
-    chosen = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
-    write_json(out / "chosen.json", chosen)
+    }
+    with locked_folder(out):
+        tuned = calibrate(job.model, vectors, questions, settings, **how)
+        write_table(out / "tuning.csv", tuned.table)
+        chosen = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
+        write_json(out / "chosen.json", chosen)
     return tuned
 
 

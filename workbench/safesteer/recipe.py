@@ -9,8 +9,7 @@ Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.evaluation.comparisons import judge_agreement
 from workbench.evaluation.gating import (
@@ -29,7 +28,9 @@ from workbench.evaluation.gating import (
 from workbench.evaluation.scoring import HEADLINE, MARGINS, Evaluation
 from workbench.generation.answers import Completion, Condition, sweep
 from workbench.models.activations import cache_activations
+from workbench.models.errors import CannotBeDone
 from workbench.models.sites import Site
+from workbench.neurons.attribution import writing_sites
 from workbench.neurons.ranking import attribute_neurons
 from workbench.prompts.contrasts import has_twins
 from workbench.prompts.prompt import Prompt, select_prompts
@@ -53,6 +54,7 @@ from workbench.safesteer.constructions import (
     fit_all,
     measure,
     signs_of,
+    wanted_names,
 )
 from workbench.safesteer.inputs import TUNE_NEUTRAL, Job, limits_of, load_job, questions_of_test
 from workbench.safesteer.own_answers import kept_by, self_contrast, went_along
@@ -90,7 +92,7 @@ def run(
         folder: Where to; it must be new, unless ``resume``.
         resume: Go on with an interrupted run of the same configuration. What is there is checked
             and reused, so the result is the same as without the interruption.
-        progress: Show progress bars.
+        progress: Name the stages on standard error, and show progress bars.
         model: A loaded model, instead of loading ``config.model``.
 
     Returns:
@@ -99,30 +101,41 @@ def run(
     Raises:
         ValueError: If the folder holds another run, or the input does not allow the run.
     """
-    out = RunFolder.open(folder, config, resume=resume)
-    with out.stage("load"):
-        job = load_job(config, model=model, progress=progress)
-        out.note(**job.facts())
-    with out.stage("own answers"):
-        own_answers, questions_went_along = answer_fit_questions(job, out)
-    with out.stage("activations"):  # SafeSteer: activations by category
-        measured = measure_fit_and_tune(job, out, own_answers, questions_went_along)
-    with out.stage("vectors"):  # SafeSteer: category-wise steering vectors
-        vectors = fit_all(measured, job.folds.fit, config.constructions)
-        out.save_vectors(vectors)
-    with out.stage("separability"):
-        out.write_table("separability", separability_by_layer(job, measured))
-    with out.stage("neurons"):
-        out.write_table("neurons", neuron_scores(job, measured))
-    with out.stage("tune"):
-        tuned = tune(job, out, vectors)
-    with out.stage("gate"):
-        gate, opened = fit_and_rate_gate(job, out, measured, main_setting(tuned))
-    with out.stage("test"):  # SafeSteer: steered generation
-        answers, names = answer_test_questions(job, out, measured, vectors, tuned, gate, opened)
-    with out.stage("evaluate"):  # SafeSteer: safety and quality of the answers
-        evaluate_answers(job, out, answers, names, opened, condition_of(main_setting(tuned)))
-    return out.finish()
+    with RunFolder.open(folder, config, resume=resume, progress=progress) as out:
+        with out.stage("load"):
+            job = load_job(config, model=model, progress=progress)
+            out.note(**job.facts())
+            note_stand_ins(job, out)
+        with out.stage("own answers"):
+            own_answers, questions_went_along = answer_fit_questions(job, out)
+        with out.stage("activations"):  # SafeSteer: activations by category
+            measured = measure_fit_and_tune(job, out, own_answers, questions_went_along)
+        with out.stage("vectors"):  # SafeSteer: category-wise steering vectors
+            vectors = fit_vectors(job, out, measured)
+        with out.stage("separability"):
+            out.write_table("separability", separability_by_layer(job, measured))
+        with out.stage("neurons", may_be_left_out=True):
+            out.write_table("neurons", neuron_scores(job, measured))
+        with out.stage("tune"):
+            tuned = tune(job, out, vectors)
+        gated: FittedGate | None = None
+        with out.stage("gate", may_be_left_out=True):
+            gated = fit_and_rate_gate(job, out, measured, main_setting(tuned))
+        with out.stage("test"):  # SafeSteer: steered generation
+            answers, names = answer_test_questions(job, out, measured, vectors, tuned, gated)
+        with out.stage("evaluate"):  # SafeSteer: safety and quality of the answers
+            evaluate_answers(job, out, answers, names, gated, condition_of(main_setting(tuned)))
+        return out.finish()
+
+
+def note_stand_ins(job: Job, out: RunFolder) -> None:
+    """Say in the notes what a run does without from its start."""
+    if job.judge is None:
+        out.leave_out(
+            "judge of safety",
+            "the framing judge reads with the embedded model in float32 only; a list of safety "
+            "phrases stands in for it.",
+        )
 
 
 def answer_fit_questions(job: Job, out: RunFolder) -> tuple[list[Prompt], list[Prompt]]:
@@ -141,6 +154,11 @@ def answer_fit_questions(job: Job, out: RunFolder) -> tuple[list[Prompt], list[P
             job.model, job.folds.fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, **keywords
         )
         if len(own_answers) < 2 * LEAST_PAIRS:
+            out.leave_out(
+                "own answers",
+                f"{len(own_answers) // 2} pairs of the model's own answers were kept, and "
+                f"{LEAST_PAIRS} are needed for a vector.",
+            )
             own_answers = []
     if GUIDED in (wanted or ()):
         questions_went_along = went_along(job.model, job.folds.fit, keep_unsafe, **keywords)
@@ -151,14 +169,46 @@ def measure_fit_and_tune(
     job: Job, out: RunFolder, own_answers: list[Prompt], questions_went_along: list[Prompt]
 ) -> Measured:
     """Cache the activations that vectors, neurons and gate are made from."""
-    return measure(
+    measured = measure(
         job.model,
         job.folds,
         out.path / "activations",
         own_answers=own_answers,
         went_along=questions_went_along,
         progress=job.progress,
+        **job.decoding.asked_by,
     )
+    layers = range(job.model.cfg.n_layers)
+    without = [layer for layer in layers if Site(layer, "attn_out") not in measured.prompts]
+    if without:
+        out.leave_out(
+            "activations",
+            f"no output of attention is computed in layers {', '.join(map(str, without))}: nothing "
+            "is measured or steered there.",
+        )
+    return measured
+
+
+def fit_vectors(job: Job, out: RunFolder, measured: Measured) -> Vectors:
+    """Fit every construction that is wanted and possible, and save its vectors.
+
+    Raises:
+        ValueError: If none is possible.
+    """
+    vectors = fit_all(measured, job.folds.fit, job.config.constructions)
+    missing = [
+        n for n in wanted_names(job.config.constructions) if n not in constructions_of(vectors)
+    ]
+    if missing:
+        reason = "what they are fitted on is missing (own answers, or a second category)."
+        out.leave_out("vectors", f"{', '.join(missing)}: {reason}")
+    if not vectors:
+        raise ValueError(
+            f"no vector can be fitted: {', '.join(missing)} lack what they are fitted on; "
+            "take other constructions."
+        )
+    out.save_vectors(vectors)
+    return vectors
 
 
 def separability_by_layer(job: Job, measured: Measured) -> pd.DataFrame:
@@ -169,7 +219,15 @@ def separability_by_layer(job: Job, measured: Measured) -> pd.DataFrame:
 
 
 def neuron_scores(job: Job, measured: Measured) -> pd.DataFrame:
-    """Score every MLP neuron for every category: contribution, selectivity, stability."""
+    """Score every MLP neuron for every category: contribution, selectivity, stability.
+
+    Raises:
+        CannotBeDone: If the model has no neurons that this can be said of.
+    """
+    site = attributed_site(job.model)
+    silent = [s for s in writing_sites(job.model, site) if s not in measured.prompts]
+    if silent:
+        raise CannotBeDone(f"the model never computes {silent[0]}, which writes to {site}.")
     fit, tune_fold = (
         {site: acts.of(fold) for site, acts in measured.prompts.items()}
         for fold in (job.folds.fit, job.folds.tune)
@@ -178,7 +236,7 @@ def neuron_scores(job: Job, measured: Measured) -> pd.DataFrame:
         job.model,
         fit,
         tune_fold,
-        site=attributed_site(job.model),
+        site=site,
         categories=job.categories,
         reference="twins" if has_twins(job.folds.fit, job.categories) else "neutral",
         seed=job.config.seed,
@@ -192,12 +250,12 @@ def attributed_site(model: HookedModel) -> Site:
 
 def tune(job: Job, out: RunFolder, vectors: Vectors) -> Calibration:
     """Choose place, sign and strength of every construction on the tune fold."""
-    names = constructions_of(vectors)
+    names, places = constructions_of(vectors), placements(job.model, {site for _, site in vectors})
     tuned = calibrate(
         job.model,
         vectors,
         select_prompts(job.folds.tune, label="unsafe", limit=job.config.tune_prompts),
-        grid(names, placements(job.model), job.config.rhos, signs=signs_of(names)),
+        grid(names, places, job.config.rhos, signs=signs_of(names)),
         score=job.score,
         output=out.path / "tune.jsonl",
         neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
@@ -207,19 +265,26 @@ def tune(job: Job, out: RunFolder, vectors: Vectors) -> Calibration:
     out.write_table("tuning", tuned.table)
     out.note(
         chosen={s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()},
+        main=main_setting(tuned).construction,
         rounds=[one._asdict() for one in tuned.rounds],
     )
     return tuned
 
 
-def fit_and_rate_gate(
-    job: Job, out: RunFolder, measured: Measured, main: Setting
-) -> tuple[Gate, dict[str, str]]:
-    """Fit the gate for the main setting, and say for which test prompts it opens.
+class FittedGate(NamedTuple):
+    """A gate, and for each test prompt's id the category it opens for (or that it is closed)."""
 
-    Returns:
-        The gate, and for each test prompt's id the category it opens for (or that it is closed).
-    """
+    gate: Gate
+    opened: dict[str, str]
+
+    @property
+    def fired(self) -> dict[str, bool]:
+        """Tell for each test prompt's id whether the gate opened."""
+        return {prompt_id: category != CLOSED for prompt_id, category in self.opened.items()}
+
+
+def fit_and_rate_gate(job: Job, out: RunFolder, measured: Measured, main: Setting) -> FittedGate:
+    """Fit the gate for the main setting, and say for which test prompts it opens."""
     site = gate_site(main)
     gate = fit_gate(
         measured.prompts[site].of(job.folds.fit),
@@ -229,7 +294,12 @@ def fit_and_rate_gate(
     )
     save_gate(out.path / "gate.safetensors", gate)
     held_out = cache_activations(
-        job.model, job.folds.test, [site], store=out.path / "activations", progress=job.progress
+        job.model,
+        job.folds.test,
+        [site],
+        store=out.path / "activations",
+        progress=job.progress,
+        **job.decoding.asked_by,
     )[site]
     out.write_table("gate_rates", activation_rates(gate, held_out))
     out.write_table("gate_confusion", confusion(gate, held_out))
@@ -243,8 +313,10 @@ def fit_and_rate_gate(
             "asked": {name: threshold.rate for name, threshold in gate.thresholds.items()},
         }
     )
+    if why := gate.why_closed:
+        out.leave_out("gate", f"it is fitted and stays closed: {why}.")
     ids = (prompt.id for prompt in held_out.prompts)
-    return gate, dict(zip(ids, opened_for(gate, held_out), strict=True))
+    return FittedGate(gate, dict(zip(ids, opened_for(gate, held_out), strict=True)))
 
 
 def answer_test_questions(
@@ -253,8 +325,7 @@ def answer_test_questions(
     measured: Measured,
     vectors: Vectors,
     tuned: Calibration,
-    gate: Gate,
-    opened: Mapping[str, str],
+    gated: FittedGate | None,
 ) -> tuple[list[Completion], list[str]]:
     """Answer the test fold once: unsteered, under every construction, gated, under controls.
 
@@ -263,12 +334,13 @@ def answer_test_questions(
     """
     main = main_setting(tuned)
     questions = questions_of_test(job.folds.test, job.config)
-    share_opened = sum(opened[p.id] != CLOSED for p in questions) / len(questions)
     behind = activations_behind(main.construction, measured)
     steered: dict[str, Condition] = {
         condition_of(setting): steering(vectors, setting) for setting in tuned.chosen.values()
     }
-    steered |= behind_gate(vectors, main, gate, share_opened)
+    if gated is not None:
+        share_opened = sum(gated.fired[p.id] for p in questions) / len(questions)
+        steered |= behind_gate(vectors, main, gated.gate, share_opened)
     steered |= controls(vectors, main, behind, seed=job.config.seed)
     conditions = for_everyone(steered, questions)
     output = out.path / "test.jsonl"
@@ -280,12 +352,12 @@ def evaluate_answers(
     out: RunFolder,
     answers: list[Completion],
     names: list[str],
-    opened: Mapping[str, str],
+    gated: FittedGate | None,
     main_condition: str,
 ) -> None:
     """Score the answers of the test fold, and write every table that the report shows."""
-    fired = {prompt_id: category != CLOSED for prompt_id, category in opened.items()}
-    everything = job.score([*answers, *refusing(answers, fired, job.model)])
+    refused = refusing(answers, gated.fired, job.model) if gated is not None else []
+    everything = job.score([*answers, *refused])
     margins = MARGINS | limits_of(job.config).margins()
     seed = job.config.seed
     result = everything.only([name for name in names if name != ALWAYS])
@@ -294,12 +366,14 @@ def evaluate_answers(
     out.write_rows("completions", list(result.answers()))
     if job.judge is not None:
         out.write_table("judge_agreement", judge_agreement(result))
-    compared = beside_a_gate(everything, fired, main_condition, GATED, seed=seed)
-    scored = set(compared.scores["condition"])
-    compared = compared.only([*(c for c in GATE_CONDITIONS if c in scored), main_condition])
-    out.write_table("gate_comparison", compared.summary(seed=seed, margins=margins))
-    out.write_table("gate_cells", cells(everything, fired, GATED))
-    out.note(judges=_judges(job, result))
+    if gated is not None:
+        compared = beside_a_gate(everything, gated.fired, main_condition, GATED, seed=seed)
+        scored = set(compared.scores["condition"])
+        compared = compared.only([*(c for c in GATE_CONDITIONS if c in scored), main_condition])
+        out.write_table("gate_comparison", compared.summary(seed=seed, margins=margins))
+        out.write_table("gate_cells", cells(everything, gated.fired, GATED))
+    n_cut = sum(answer.is_cut_in_thoughts for answer in answers)
+    out.note(judges=_judges(job, result), cut_in_thoughts=[n_cut, len(answers)])
 
 
 def _judges(job: Job, result: Evaluation) -> list[dict[str, Any]]:

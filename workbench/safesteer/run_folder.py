@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,20 +15,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.files.locks import LOCK, locked_folder
 from workbench.files.store import (
     PathLike,
+    local_path,
+    name_for_file,
     read_json,
     read_jsonl,
     write_json,
     write_jsonl,
     write_text,
 )
+from workbench.models.errors import CannotBeDone
+from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.steering.vectors import SteeringVector, load_vector, save_vector
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
     from workbench.safesteer.settings import Vectors
 
@@ -82,9 +89,11 @@ _TEXT = (
     "positions",
 )
 _WHOLE = ("layer", "neuron")
-_OPTIONAL = ("low", "high", "n", "n_unscored", "p", "p_holm", "no_loss_p", "asked")
+_OPTIONAL = (
+    *("low", "high", "own_low", "own_high", "n", "n_unscored", "p", "p_holm", "no_loss_p", "asked"),
+)
 _YES_NO = ("feasible", "chosen", "front")
-_OBJECTS = ("config", "model", "versions", "durations", "folds", "chosen", "prompts")
+_OBJECTS = ("config", "model", "versions", "durations", "folds", "chosen", "prompts", "left_out")
 _LISTS = ("categories", "judges", "vectors")
 
 
@@ -95,49 +104,68 @@ class RunFolder:
     Attributes:
         path: The folder; it is made when the first file is written.
         notes: What run.json holds.
+        progress: Whether stages are named on standard error as they begin.
     """
 
     path: Path
     notes: dict[str, Any]
+    progress: bool = False
 
     @classmethod
-    def open(cls, folder: PathLike, config: RunConfig, *, resume: bool = False) -> RunFolder:
+    @contextmanager
+    def open(
+        cls, folder: PathLike, config: RunConfig, *, resume: bool = False, progress: bool = False
+    ) -> Iterator[RunFolder]:
         """Begin a run in a new folder, or take up an interrupted run of the same settings.
 
+        Inside the block the folder is this process's alone.
+
+        Args:
+            folder: Where the run is.
+            config: Its settings.
+            resume: Take up an interrupted run.
+            progress: Name the stages on standard error as they begin.
+
         Raises:
-            ValueError: If the folder holds another run, or something else.
+            ValueError: If the folder holds another run, or something else, or another process is
+                writing into it.
         """
-        path = Path(folder)
-        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-        if (path / "run.json").is_file():
-            return cls(path, _notes_to_resume(path, settings, resume))
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(
-                f"{str(path)!r} is not an empty folder and holds no run; "
-                "give another one with --out."
-            )
-        packages = ("workbench", "torch", "transformers", "transformer-lens")
-        notes = {
-            "format": FORMAT,
-            "config": settings,
-            "seed": config.seed,
-            "started": _now(),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-            "durations": {},
-        }
-        return cls(path, notes)
+        path = local_path(folder)
+        _check_free(path)
+        with locked_folder(path):
+            _check_free(path)  # now that nobody else can write into it
+            yield cls(path, _notes(path, config, resume), progress)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, *, may_be_left_out: bool = False) -> Iterator[None]:
         """Time a stage, and write the notes when it is done.
 
         A resumed stage adds its seconds to what it took before.
+
+        Args:
+            name: Name of the stage.
+            may_be_left_out: Where the stage cannot be done for this model or these prompts
+                (``CannotBeDone``), keep the reason in the notes and go on.
         """
+        if self.progress:
+            from tqdm.auto import tqdm
+
+            tqdm.write(f"stage: {name}", file=sys.stderr)
         start = time.monotonic()
-        yield
+        self.notes["left_out"].pop(name, None)
+        try:
+            yield
+        except CannotBeDone as reason:
+            if not may_be_left_out:
+                raise
+            self.leave_out(name, str(reason))
         durations = self.notes["durations"]
         durations[name] = round(durations.get(name, 0) + time.monotonic() - start, 1)
         write_json(self.path / "run.json", self.notes)
+
+    def leave_out(self, what: str, reason: str) -> None:
+        """Note what this run does without, and why; the report says so."""
+        self.notes["left_out"][what] = reason
 
     def note(self, **facts: Any) -> None:
         """Add facts to the notes; they are written at the end of the stage."""
@@ -191,7 +219,7 @@ def read_run(folder: PathLike) -> SavedRun:
     Raises:
         ValueError: If the folder holds no run, or a file of it cannot be read.
     """
-    path = Path(folder)
+    path = local_path(folder)
     if not (path / "run.json").is_file():
         raise ValueError(
             f"{str(folder)!r} is no run folder (it has no run.json); "
@@ -217,6 +245,20 @@ def read_run(folder: PathLike) -> SavedRun:
     return SavedRun(path, notes, tables, read_jsonl(answers) if answers.is_file() else [])
 
 
+def check_model_of(run: SavedRun, model: HookedModel) -> None:
+    """Raise where a model has other weights than the one that a run was made with.
+
+    Raises:
+        ValueError: With both names.
+    """
+    info, of_run = model_info(model), run.notes["model"]
+    if info.fingerprint != of_run.get("fingerprint"):
+        raise ValueError(
+            f"{str(run.path)!r} was made with other weights ({of_run.get('name')!r}) than "
+            f"{info.name!r} has; give the run's model."
+        )
+
+
 def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, SteeringVector]]:
     """Read the vectors of a run: (construction, site) to category to vector.
 
@@ -226,9 +268,9 @@ def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, Steering
     run = read_run(folder)
     vectors: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
     for name in run.notes["vectors"]:
-        construction, layer, kind, category = str(name).removesuffix(".safetensors").split(".", 3)
-        by_category = vectors.setdefault((construction, Site.parse(f"{layer}.{kind}")), {})
-        by_category[category] = load_vector(run.path / "vectors" / str(name))
+        construction = str(name).split(".", 1)[0]
+        vector = load_vector(run.path / "vectors" / str(name))
+        vectors.setdefault((construction, vector.site), {})[vector.category] = vector
     if not vectors:
         raise ValueError(
             f"{str(folder)!r} has no vectors yet; "
@@ -239,12 +281,39 @@ def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, Steering
 
 def vector_file(construction: str, site: Site, category: str) -> str:
     """Name the file of a vector inside a run's folder "vectors"."""
-    return f"{construction}.{site}.{category}.safetensors"
+    return f"{construction}.{site}.{name_for_file(category)}.safetensors"
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
     """Write a table as csv, atomically, numbers with five digits."""
     write_text(path, frame.to_csv(index=False, float_format="%.5g"))
+
+
+def _check_free(path: Path) -> None:
+    """Raise where a path holds something that is no run."""
+    if not path.exists() or (path / "run.json").is_file():
+        return
+    if not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir()):
+        raise ValueError(
+            f"{str(path)!r} is not an empty folder and holds no run; give another one with --out."
+        )
+
+
+def _notes(path: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
+    """Begin the notes of a run, or read those of the run to go on with."""
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    if (path / "run.json").is_file():
+        return {"left_out": {}, **_notes_to_resume(path, settings, resume)}
+    packages = ("workbench", "torch", "transformers", "transformer-lens")
+    return {
+        "format": FORMAT,
+        "config": settings,
+        "seed": config.seed,
+        "started": _now(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "durations": {},
+        "left_out": {},
+    }
 
 
 def _notes_to_resume(path: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
@@ -254,9 +323,10 @@ def _notes_to_resume(path: Path, settings: dict[str, Any], resume: bool) -> dict
             f"{str(path)!r} holds a run already; "
             "go on with --resume, or give another folder with --out."
         )
-    if not isinstance(notes, dict) or notes.get("config") != settings:
-        before = (notes.get("config") if isinstance(notes, dict) else None) or {}
-        differing = [name for name, value in settings.items() if before.get(name) != value]
+    before = (notes.get("config") if isinstance(notes, dict) else None) or {}
+    # A setting that is newer than the run, and off, is no other one.
+    differing = [name for name, value in settings.items() if before.get(name) != value]
+    if differing:
         raise ValueError(
             f"{str(path)!r} holds a run with another {differing[0]}; "
             "resume it with its own, or give another --out."

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import PathLike, read_json
+from workbench.files.store import PathLike, local_path, read_json
 from workbench.generation.answers import UNSTEERED, Completion, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.activations import token_activations
 from workbench.models.sites import Site
+from workbench.models.templates import asked_by
 from workbench.models.tokens import token_strings
+from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt
+from workbench.safesteer.config import config_from
 from workbench.safesteer.run_folder import read_run, vector_file
 from workbench.steering.gates import Gate, load_gate
 from workbench.steering.interventions import Intervention, add_vector, gated
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.prompts.forms import PromptsLike
 
 CALIBRATION = "calibration"
 """Folder inside a run's where ``workbench calibrate`` leaves what it chose."""
@@ -106,7 +109,7 @@ def steering_from(
         "positions": setting.get("positions", "all"),
         "until": setting.get("until"),
     }
-    vectors = Path(folder) / "vectors"
+    vectors = local_path(folder) / "vectors"
     return [
         add_vector(
             load_vector(vectors / vector_file(name, Site.parse(site), category)),
@@ -118,19 +121,35 @@ def steering_from(
 
 
 def _main_construction(folder: PathLike) -> str | None:
-    """Name the construction that a run's gate was fitted for: its best contrast of answers."""
-    name: str | None = (read_run(folder).notes.get("gate") or {}).get("construction")
+    """Name a run's main construction, its best contrast of answers: that its gate is for."""
+    notes = read_run(folder).notes
+    name: str | None = notes.get("main") or (notes.get("gate") or {}).get("construction")
     return name
+
+
+def decoding_from(folder: PathLike) -> Decoding:
+    """Make the decoding of a saved run: length, system prompt and template keywords.
+
+    Its vectors and its gate were measured under these.
+    """
+    return config_from(read_run(folder).notes["config"]).decoding()
 
 
 def gate_from(folder: PathLike) -> Gate:
     """Load the gate of a saved run.
 
     Raises:
-        ValueError: If the folder holds no run.
+        ValueError: If the folder holds no run, or one that had to leave out its gate.
         FileNotFoundError: If the run has no gate yet.
     """
-    return load_gate(read_run(folder).path / "gate.safetensors")
+    run = read_run(folder)
+    path, reason = run.path / "gate.safetensors", run.notes["left_out"].get("gate")
+    if reason and not path.is_file():
+        raise ValueError(
+            f"{str(folder)!r} has no gate: {str(reason).rstrip('.')}; steer always instead, with a "
+            "category."
+        )
+    return load_gate(path)
 
 
 def gated_steering_from(
@@ -152,15 +171,20 @@ def gated_steering_from(
     return gated({c: steering_from(folder, c, **choice) for c in gate.categories}, gate)
 
 
-def gate_reading(model: HookedModel, gate: Gate, question: str) -> GateReading:
+def gate_reading(
+    model: HookedModel, gate: Gate, question: PromptsLike, decoding: Decoding | None = None
+) -> GateReading:
     """Read one question with a gate, token by token.
 
     Args:
         model: The model it was fitted on.
         gate: A gate.
-        question: The user's words.
+        question: The user's words, a conversation or a ``Prompt``.
+        decoding: Its system prompt and template keywords count; those the gate was fitted under by
+            default.
     """
-    row, activations = token_activations(model, _asked(question), gate.site)
+    asked = asked_by(gate.asked_as) if decoding is None else decoding.asked_by
+    row, activations = token_activations(model, _asked(question), gate.site, **asked)
     start, end = row.span("content")
     if gate.span == "last":
         end = len(row.ids)
@@ -172,22 +196,30 @@ def gate_reading(model: HookedModel, gate: Gate, question: str) -> GateReading:
 
 def side_by_side(
     model: HookedModel,
-    question: str,
+    question: PromptsLike,
     interventions: list[Intervention],
     decoding: Decoding = GREEDY,
-) -> tuple[Completion, Completion]:
+) -> tuple[Completion, ...]:
     """Answer one question without and with interventions, in one batch.
+
+    With several samples those of the unsteered model come first, then as many steered ones.
 
     Args:
         model: The model that the vectors were measured on.
-        question: The user's words.
+        question: The user's words, a conversation (messages) or a ``Prompt``.
         interventions: For instance from ``steering_from`` or ``gated_steering_from``.
-        decoding: Length and sampling of the answers.
+        decoding: Length and sampling of the answers, system prompt and template keywords; those of
+            a run are ``decoding_from(folder)``.
     """
     conditions = {UNSTEERED: (), "steered": interventions}
-    plain, steered = sweep(model, [_asked(question)], conditions, decoding)
-    return plain, steered
+    return tuple(sweep(model, [_asked(question)], conditions, decoding))
 
 
-def _asked(question: str) -> Prompt:
-    return Prompt("question", question, None, "question", "neutral", "user")
+def _asked(question: PromptsLike) -> Prompt:
+    """Make one prompt of a question; a text is called "question" in results."""
+    prompts = as_prompts(question)
+    if len(prompts) != 1:
+        raise ValueError(f"one question is answered at a time, got {len(prompts)}; use wb.sweep.")
+    if isinstance(question, Prompt):
+        return question
+    return replace(prompts[0], id="question", category="question", source="user")

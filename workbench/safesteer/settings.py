@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workbench.models.sites import Site
+from workbench.models.sites import Site, present_sites
+from workbench.steering.from_texts import MID_DEPTH
 from workbench.steering.interventions import Intervention, Positions, add_vector
 from workbench.steering.vectors import SteeringVector
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
 
 
-MID_DEPTH, BAND, SPREAD = 0.5, (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)
+BAND, SPREAD = (0.4, 0.63), (0.34, 0.41, 0.48, 0.55)
 """Where vectors are added, as shares of depth: the residual stream at half depth, attention
 outputs over a band around it, or the residual stream at four layers. The paper's layers are 14 to
 31 of 32, mostly 14."""
@@ -46,23 +47,24 @@ class Setting(NamedTuple):
         return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}{extent}"
 
 
-def placements(model: HookedModel) -> list[tuple[Site, ...]]:
+def placements(model: HookedModel, among: Container[Site] | None = None) -> list[tuple[Site, ...]]:
     """List the places where vectors are added.
 
     One residual site at half depth, the attention outputs of a band of layers, and four residual
-    sites.
+    sites. Layers of the band that have no attention (recurrent ones) are passed over.
+
+    Args:
+        model: A hooked model.
+        among: Sites that can be used, for instance those measured; None for all the model has.
     """
     n = model.cfg.n_layers
     first, last = round(BAND[0] * n), max(round(BAND[0] * n), int(BAND[1] * n))
-    spread = tuple(
-        Site(layer, "resid_post") for layer in sorted({int(share * n) for share in SPREAD})
-    )
-    places = [
-        (Site(int(MID_DEPTH * n), "resid_post"),),
-        tuple(Site(layer, "attn_out") for layer in range(first, last + 1)),
-        spread,
-    ]
-    return list(dict.fromkeys(places))
+    spread = (Site(layer, "resid_post") for layer in sorted({int(share * n) for share in SPREAD}))
+    band = (site for site in present_sites(model, ["attn_out"]) if first <= site.layer <= last)
+    places = [(Site(int(MID_DEPTH * n), "resid_post"),), tuple(band), tuple(spread)]
+    if among is not None:
+        places = [tuple(site for site in place if site in among) for place in places]
+    return list(dict.fromkeys(place for place in places if place))
 
 
 def grid(

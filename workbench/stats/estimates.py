@@ -104,32 +104,58 @@ class Change:
     n_unscored: int
 
 
-def rate(outcomes: Outcomes, *, level: float = 0.95) -> Rate:
+def rate(outcomes: Outcomes, *, clusters: Clusters = None, level: float = 0.95) -> Rate:
     """Estimate the share of True among the scored outcomes, with its Wilson interval.
 
-    The share is nan and the interval (0, 1) where nothing was scored.
+    The share is nan and the interval (0, 1) where nothing was scored. Where prompts have several
+    outcomes it is the mean of the prompts' shares, and the interval is that of as many independent
+    outcomes as would vary so much (at least the prompts, at most all outcomes): answers to one
+    prompt resemble each other.
 
     Args:
         outcomes: True, False or None (unscored), one per prompt.
+        clusters: Prompt id of each outcome where prompts have several.
         level: Confidence level.
 
     Raises:
         ValueError: If an outcome is something else.
+
+    Source: effective sample size of Korn and Graubard (1998, Survey Methodology 24:193), for
+    Wilson's interval.
     """
+    outcomes = list(outcomes)
     scored = to_floats(outcomes, "outcomes", yes_no=True)
     known = scored[~np.isnan(scored)]
-    interval = wilson_interval(int(known.sum()), len(known), level=level)
-    return Rate(_mean(known), *interval, len(known), len(scored) - len(known))
+    n_unscored = len(scored) - len(known)
+    if clusters is None:
+        interval = wilson_interval(int(known.sum()), len(known), level=level)
+        return Rate(_mean(known), *interval, len(known), n_unscored)
+    shares = _pairs(outcomes, outcomes, clusters)[0][:, 0] if outcomes else known
+    share, n = _mean(shares), len(shares)
+    if n == 0:
+        return Rate(share, 0.0, 1.0, 0, n_unscored)
+    spread = float(shares.var(ddof=1)) / n if n > 1 else 0.0
+    size = share * (1 - share) / spread if spread and 0 < share < 1 else float(n)
+    interval = _wilson(share, min(max(size, n), len(known)), level)
+    return Rate(share, *interval, n, n_unscored)
 
 
-def mean(values: Values, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Mean:
+def mean(
+    values: Values,
+    *,
+    clusters: Clusters = None,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Mean:
     """Estimate the mean of the scored values, with a bootstrap interval.
 
     The interval (see ``bootstrap_interval``) is (-inf, inf) below two values. A width of 0 says
-    only that all values were equal.
+    only that all values were equal. A prompt's values are averaged first.
 
     Args:
         values: Finite numbers, None where unscored, one per prompt.
+        clusters: Prompt id of each value where prompts have several.
         level: Confidence level.
         n_resamples: Bootstrap resamples.
         seed: Seed of the resampling.
@@ -137,12 +163,25 @@ def mean(values: Values, *, level: float = 0.95, n_resamples: int = 2000, seed: 
     Raises:
         ValueError: If a value is infinite or not a number.
     """
+    values = list(values)
     scored = to_floats(values, "values")
     known = scored[~np.isnan(scored)]
+    n_unscored = len(scored) - len(known)
+    if clusters is not None and values:
+        known = _pairs(values, values, clusters)[0][:, 0]
     interval = bootstrap_interval(
         _bootstrap_means(known[:, None], n_resamples, seed), len(known), level=level
     )
-    return Mean(_mean(known), *interval, len(known), len(scored) - len(known))
+    return Mean(_mean(known), *interval, len(known), n_unscored)
+
+
+def _wilson(share: float, n: float, level: float) -> tuple[float, float]:
+    """Compute Wilson's interval of a share; n may be a fraction."""
+    check_level(level)
+    z2 = float(ndtri(1 - (1 - level) / 2)) ** 2
+    center = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -300,6 +339,25 @@ def tost_paired(
     test = _tango if np.isin(pairs, (0, 1)).all() else _t_test
     p, low, high = (float(x) for x in test(pairs[:, 1] - pairs[:, 0], lowest, highest, level))
     return Equivalence(value, low, high, n, n_unscored, p, p <= 1 - level)
+
+
+def pairs_for_no_loss(margin: float, *, level: float = 0.95) -> int:
+    """Count the prompts below which ``tost_paired`` cannot show "no loss" of a share.
+
+    Its p is (1 - margin) ** n where no prompt changed at all: for a margin of .02 at least 149
+    prompts are needed, and more where some changed.
+
+    Args:
+        margin: Largest rise (or fall) of the share that counts as none, in (0, 1).
+        level: Confidence of the claim.
+
+    Raises:
+        ValueError: If the margin is not between 0 and 1.
+    """
+    check_level(level)
+    if not 0 < margin < 1:
+        raise ValueError(f"the margin of a share must be between 0 and 1, got {margin!r}.")
+    return math.ceil(math.log(1 - level) / math.log(1 - margin))
 
 
 def holm(p: Float[np.ndarray, ...], axis: int | None = None) -> Float[np.ndarray, ...]:

@@ -6,6 +6,8 @@ from .estimators import (
     probe_direction,
     pruned_mean_difference,
 )
+from .foreign_vectors import import_vectors
+from .from_texts import steering_vector
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .interventions import (
     AblateDirection,
@@ -24,6 +26,7 @@ from .interventions import (
     suppress,
 )
 from .separability import layer_separability
+from .stepwise import calibrate_over_answers, highest_scores
 from .vectors import (
     SteeringVector,
     fit_steering_vectors,
@@ -48,10 +51,13 @@ __all__ = [
     "ablate_direction",
     "activate",
     "add_vector",
+    "calibrate_over_answers",
     "clamp_neurons",
     "fit_gate",
     "fit_steering_vectors",
     "gated",
+    "highest_scores",
+    "import_vectors",
     "intervene",
     "layer_separability",
     "load_gate",
@@ -69,6 +75,7 @@ __all__ = [
     "scale_neurons",
     "scaled_to",
     "shuffled_vector",
+    "steering_vector",
     "summed",
     "suppress",
     "without",

@@ -10,19 +10,29 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import einops
 import torch
 
+from workbench.models.hooked_model import model_lock
+from workbench.models.hooked_transformer import is_hooked_transformer, watch_passes
+from workbench.models.sites import check_per_token
 from workbench.steering.gates import Gate, combined
-from workbench.steering.interventions import AddVector, Intervention, check_interventions
+from workbench.steering.interventions import (
+    AddVector,
+    Intervention,
+    at_least_float32,
+    check_interventions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from jaxtyping import Bool, Float
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from workbench.models.hooked_model import HookedModel
     from workbench.models.sites import Site
@@ -42,6 +52,7 @@ class GateState:
 
     def rows(self, keep: Tensor) -> GateState:
         """Select some rows of the batch."""
+        keep = keep.to(self.scores.device)
         return GateState(self.scores[keep], self.opening[keep])
 
 
@@ -140,7 +151,7 @@ class Steering:
         columns = (
             torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
             if self.mask is None
-            else self.mask
+            else self.mask.to(activation.device)
         )
         if not everything:
             place = torch.arange(self.new, device=activation.device)
@@ -168,15 +179,16 @@ class Steering:
             if self.mask is None:
                 return activation[:, n_prompt - 1]
             columns = torch.arange(n_prompt, device=activation.device)
-            last = (self.mask[:, :n_prompt] * columns).argmax(dim=1)
+            last = (self.mask[:, :n_prompt].to(activation.device) * columns).argmax(dim=1)
             return activation[torch.arange(len(activation), device=activation.device), last]
         if self.content is None:
             raise ValueError(
                 "this gate reads the user's words: say which columns they are with "
                 "intervene(content=...), or fit it with span='last'."
             )
-        inside = self.content[:, self.past : self.past + n_prompt].to(activation.dtype)
-        total = einops.einsum(inside, activation[:, :n_prompt], "batch pos, batch pos d -> batch d")
+        wide = at_least_float32(activation[:, :n_prompt])  # in 16 bit a long sum loses its words
+        inside = self.content[:, self.past : self.past + n_prompt].to(wide)
+        total = einops.einsum(inside, wide, "batch pos, batch pos d -> batch d")
         return total / inside.sum(dim=1, keepdim=True).clamp(min=1)
 
     def behind_template(self) -> Bool[Tensor, "batch pos"] | None:
@@ -201,7 +213,8 @@ def intervene(
 
     Works under any way of running the model: the call itself, its own generate, a KV cache, left or
     right padding (told by the attention mask). Several interventions at one site are applied in
-    their order.
+    their order. One thread at a time: another one that runs the model by this package's functions
+    waits until the block ends.
 
     Args:
         model: A hooked model.
@@ -232,31 +245,30 @@ def intervene(
     fixed = prompt_length is not None
     hooks = _hooks(interventions, steering)
     with ExitStack() as stack:
+        stack.enter_context(model_lock(model))
         if hooks:
-            runner: Any = getattr(model, "original_model", model)
-            handle = runner.register_forward_pre_hook(_watcher(steering, fixed), with_kwargs=True)
-            stack.callback(handle.remove)
+            for handle in _watch(model, steering, fixed):
+                stack.callback(handle.remove)
             stack.enter_context(model.hooks(fwd_hooks=hooks))
         yield steering
     _check_reached(interventions, steering, fixed)
 
 
-def _watcher(steering: Steering, fixed: bool) -> Callable[..., None]:
-    """Make a hook that tells ``steering`` of each forward pass before it runs."""
+def _watch(model: HookedModel, steering: Steering, fixed: bool) -> Iterator[RemovableHandle]:
+    """Set hooks that tell ``steering`` of each forward pass before it runs."""
+    if is_hooked_transformer(model):
+        yield from watch_passes(model, partial(steering.see, fixed=fixed))
+        return
 
     def before_forward(_: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given = (keywords.get("input_ids"), keywords.get("inputs_embeds"), *args)
         tokens = next(x for x in given if x is not None)
-        cache = keywords.get("past_key_values", keywords.get("past_kv_cache"))
-        if cache is None:
-            past = 0
-        elif hasattr(cache, "get_seq_length"):
-            past = int(cache.get_seq_length())
-        else:
-            past = int(cache[0].past_keys.shape[1])
+        cache = keywords.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
         steering.see(tokens, past, keywords.get("attention_mask"), fixed=fixed)
 
-    return before_forward
+    runner: Any = getattr(model, "original_model", model)
+    yield runner.register_forward_pre_hook(before_forward, with_kwargs=True)
 
 
 def _hooks(interventions: Sequence[Intervention], steering: Steering) -> list[Any]:
@@ -264,12 +276,14 @@ def _hooks(interventions: Sequence[Intervention], steering: Steering) -> list[An
 
     def gate_hook_of(gate: Gate) -> Callable[..., None]:
         def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - passed by its name
+            check_per_token(activation, gate.site.hook_name)
             _read(gate, activation, steering)
 
         return hook
 
     def hook_of(site: Site, apply: Callable[[Tensor, Steering], Tensor]) -> Callable[..., Tensor]:
         def hook(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 - passed by its name
+            check_per_token(activation, site.hook_name)
             steering.fired[site] += 1
             return apply(activation.flatten(2), steering).view_as(activation)
 
@@ -345,6 +359,7 @@ def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steerin
                 continue
             steering.reached.add((first.site, first.positions))
             if first.gate is not None and (behind := steering.behind_template()) is not None:
+                behind = behind.to(activation.device)
                 columns = behind if columns is True else columns & behind
             edited = edit(activation, steering)
             activation = (
@@ -365,19 +380,22 @@ def _applier(group: Sequence[Intervention]) -> Callable[[Tensor, Steering], Tens
 
 
 def _adder(group: Sequence[Intervention]) -> Callable[[Tensor], Tensor]:
-    """Add the group's vectors, row by row; summed once per batch size, device and dtype."""
+    """Add the group's vectors, row by row; summed once per batch size, device and dtype.
+
+    Vectors stay float32 until they have been added, so that 16 bit round once.
+    """
     sums: dict[tuple[Any, ...], Tensor] = {}
     everyone = all(intervention.rows is None for intervention in group)
 
     def add(activation: Tensor) -> Tensor:
-        n_rows = activation.shape[0]
-        key = (1 if everyone else n_rows, activation.device, activation.dtype)
+        n_rows, wide = activation.shape[0], at_least_float32(activation)
+        key = (1 if everyone else n_rows, wide.device, wide.dtype)
         if key not in sums:
-            total = torch.zeros(key[0], activation.shape[-1], dtype=torch.float32)
+            total = torch.zeros(key[0], wide.shape[-1], dtype=torch.float32)
             for intervention in group:
                 total[_places(intervention, n_rows)] += _scaled_vector(intervention)
-            sums[key] = total[:, None].to(activation)
-        return activation + sums[key]
+            sums[key] = total[:, None].to(wide)
+        return (wide + sums[key]).to(activation)
 
     return add
 
@@ -395,9 +413,11 @@ def _gated_adder(group: Sequence[Intervention], gate: Gate) -> Callable[[Tensor,
                 category = gate.index(intervention.gate_category)
                 vectors[_places(intervention, n_rows), category] += _scaled_vector(intervention)
             by_category[key] = vectors.to(activation.device)
-        opening = steering.gates[gate].opening
-        total = combined(opening, by_category[key], gate.several)[:, None].to(activation)
-        return torch.where((opening > 0).any(dim=1)[:, None, None], activation + total, activation)
+        opening = steering.gates[gate].opening.to(activation.device)
+        wide = at_least_float32(activation)
+        total = combined(opening, by_category[key], gate.several)[:, None].to(wide)
+        moved = (wide + total).to(activation)
+        return torch.where((opening > 0).any(dim=1)[:, None, None], moved, activation)
 
     return add
 
@@ -427,10 +447,10 @@ def _gated_editor(intervention: Intervention, gate: Gate) -> Callable[[Tensor, S
     edit, category = _editor(intervention), gate.index(intervention.gate_category)
 
     def apply(activation: Tensor, steering: Steering) -> Tensor:
-        opening = steering.gates[gate].opening[:, category][:, None, None].to(activation)
-        return torch.where(
-            opening > 0, activation + opening * (edit(activation) - activation), activation
-        )
+        wide = at_least_float32(activation)
+        opening = steering.gates[gate].opening[:, category][:, None, None].to(wide)
+        moved = (wide + opening * (edit(activation) - wide)).to(activation)
+        return torch.where(opening > 0, moved, activation)
 
     return apply
 

@@ -100,16 +100,17 @@ def pruned_mean_difference(
 
 
 def principal_direction(
-    unsafe: Float[Tensor, "pair d"], safe: Float[Tensor, "pair d"], *, seed: int = 0
+    unsafe: Float[Tensor, "pair d"], safe: Float[Tensor, "pair d"]
 ) -> Float[Tensor, " d"]:
     """Find the first principal component of paired differences, turned from unsafe to safe.
 
-    The differences get random signs first, so that centring them does not take their mean away.
+    The differences are not centred: what they share, their mean, is what is looked for. The
+    source gives them random signs and centres them, which is the same for many pairs. With few it
+    is not: where two signs out of two are equal, centring takes the shared direction away.
 
     Args:
         unsafe: Activations, residual-stream units; row i belongs to row i of ``safe``.
         safe: Activations at the same site and span.
-        seed: Seed of the signs.
 
     Returns:
         Direction from unsafe to safe, float32, at unit norm.
@@ -125,10 +126,7 @@ def principal_direction(
             f"{len(safe)} rows."
         )
     differences = safe.double() - unsafe.double()
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (len(differences), 1), generator=generator).double() * 2 - 1
-    mixed = signs * differences
-    _, _, components = torch.linalg.svd(mixed - mixed.mean(dim=0), full_matrices=False)
+    _, _, components = torch.linalg.svd(differences, full_matrices=False)
     direction = components[0]
     toward_safe = (differences @ direction).mean() >= 0
     return (direction if toward_safe else -direction).float()

@@ -9,6 +9,7 @@ a gated MLP.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -17,6 +18,7 @@ import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, tensor_digest, write_tensors
+from workbench.models.errors import CannotBeDone
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
 from workbench.prompts.contrasts import rows_that_must_not_open, unsafe_rows
@@ -62,12 +64,16 @@ class Gate:
         model: What it was fitted on.
         form: "hard" (open or closed, by the prompt), "soft" (opens in proportion up to ``scale``)
             or "stepwise" (goes on reading while the answer is written: opens above the threshold,
-            closes ``hysteresis * scale`` below it).
+            closes ``hysteresis * scale`` below it). Thresholds of ``fit_gate`` promise their rates
+            for one look, so for the first two; those of a stepwise gate are set by
+            ``calibrate_over_answers``.
         several: Where several categories pass: "argmax" lets the highest one through; "whitened"
             lets all, so that the activation moves along each of their vectors by that vector's own
             length however much they overlap, capped at the longest vector's norm.
         hysteresis: See ``form``.
         memory: Share of the running score that a stepwise gate keeps at each new token.
+        asked_as: System prompt and template keywords that it was fitted under, see
+            ``ActivationSet``.
     """
 
     site: Site
@@ -82,6 +88,7 @@ class Gate:
     several: Several = "argmax"
     hysteresis: float = 0.5
     memory: float = 0.9
+    asked_as: str = ""
 
     def __post_init__(self) -> None:
         forms, ways = get_args(Form), get_args(Several)
@@ -106,6 +113,17 @@ class Gate:
     def threshold(self) -> float:
         """Score above which it opens."""
         return _highest(self.thresholds)
+
+    @property
+    def why_closed(self) -> str:
+        """Say why it can never open: too few prompts for a rate; empty where it can."""
+        return " and ".join(
+            f"{threshold.n} {name.replace('_', ' ')} prompts of the tune fold are too few to "
+            f"promise a rate of {threshold.rate:g} ({math.ceil(1 / threshold.rate - 1e-9) - 1} "
+            "are needed)"
+            for name, threshold in self.thresholds.items()
+            if threshold.value == math.inf
+        )
 
     @property
     def key(self) -> list[Any]:
@@ -184,7 +202,8 @@ def fit_gate(
 
     Scores are a multinomial logistic regression on standardised activations: each risk category
     against all safe prompts of the fold together, twins and look-alikes (label "safe") and neutral
-    ones. The threshold is the higher of two conformal ones.
+    ones. The threshold is the higher of two conformal ones, which hold for one look at a prompt: a
+    stepwise gate looks many times (``calibrate_over_answers``).
 
     Args:
         fit: Pooled activations of unsafe, safe and neutral prompts; span "content" or "last".
@@ -196,7 +215,8 @@ def fit_gate(
         several: See ``Gate``.
 
     Raises:
-        ValueError: If sets do not fit each other, share prompts, or lack a label.
+        ValueError: If sets do not fit each other or share prompts.
+        CannotBeDone: If a fold lacks a label that the gate needs.
     """
     _check_folds(fit, tune)
     categories, weights, bias = _fit_scores(fit, penalty)
@@ -208,8 +228,8 @@ def fit_gate(
         if rows
     }
     if not thresholds:
-        raise ValueError(
-            "no safe or neutral prompts in the tune fold: nothing to set a threshold on."
+        raise CannotBeDone(
+            "no safe or neutral prompts in the tune fold: nothing to set a gate's threshold on."
         )
     risky = highest[unsafe_rows(tune.prompts)]
     threshold = _highest(thresholds)
@@ -225,6 +245,7 @@ def fit_gate(
         model=fit.model,
         form=form,
         several=several,
+        asked_as=fit.asked_as,
     )
 
 
@@ -280,6 +301,7 @@ def save_gate(path: PathLike, gate: Gate) -> None:
         "several": gate.several,
         "hysteresis": gate.hysteresis,
         "memory": gate.memory,
+        "asked_as": gate.asked_as,
         "model": gate.model.to_dict(),
     }
     write_tensors(path, {"weights": gate.weights, "bias": gate.bias}, card)
@@ -315,6 +337,7 @@ def load_gate(path: PathLike) -> Gate:
             bias=tensors["bias"],
             thresholds=thresholds,
             model=ModelInfo(**card["model"]),
+            asked_as=str(card.get("asked_as", "")),
             **{
                 name: card[name]
                 for name in ("span", "scale", "form", "several", "hysteresis", "memory")
@@ -333,6 +356,11 @@ def _check_folds(fit: ActivationSet, tune: ActivationSet) -> None:
         tune.model.fingerprint,
     ):
         raise ValueError(f"both folds need one site, span and model, got {fit!r} and {tune!r}.")
+    if fit.asked_as != tune.asked_as:
+        raise ValueError(
+            "both folds need one system prompt and the same template keywords, got "
+            f"{fit.asked_as or 'none'} and {tune.asked_as or 'none'}."
+        )
     if fit.span not in ("content", "last"):
         raise ValueError(f"a gate reads the prompt's span 'content' or 'last', got {fit.span!r}.")
     shared = {p.id for p in fit.prompts} & {p.id for p in tune.prompts}
@@ -346,11 +374,14 @@ def _check_folds(fit: ActivationSet, tune: ActivationSet) -> None:
 def _fit_scores(
     fit: ActivationSet, penalty: float
 ) -> tuple[tuple[str, ...], Float[Tensor, "category d"], Float[Tensor, " category"]]:
-    """Fit each category's log-odds against safe prompts: categories, weights and biases."""
+    """Fit each category's log-odds against safe prompts: categories, weights and biases.
+
+    A prompt of several categories is one of its main category.
+    """
     risks = [p.category if p.label == "unsafe" else "" for p in fit.prompts]
     categories = tuple(sorted(set(risks) - {""}))
     if not categories or "" not in risks:
-        raise ValueError("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
+        raise CannotBeDone("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
     probe = fit_linear_probe(fit.values, risks, penalty=penalty)
     if len(categories) == 1:  # two classes have one row, for the second of them: "" sorts first
         return categories, probe.weights, probe.bias

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from workbench.steering.vectors import SteeringVector
 
 
+def at_least_float32(activation: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Give an activation as edits compute with it: a 16 bit one in float32, others as they are.
+
+    What an edit makes of it is rounded to the model's dtype once, at the end.
+    """
+    return activation.to(torch.promote_types(activation.dtype, torch.float32))
+
+
 @dataclass(frozen=True, eq=False)
 class AddVector:
     """Add ``multiplier * vector``."""
@@ -39,7 +47,8 @@ class AddVector:
 
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Move the activation by the vector."""
-        return activation + (self.multiplier * self.vector).to(activation)
+        wide = at_least_float32(activation)
+        return (wide + (self.multiplier * self.vector).to(wide)).to(activation)
 
     @property
     def width(self) -> int:
@@ -59,8 +68,9 @@ class AblateDirection:
 
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Replace the projection."""
-        u = self.direction.to(activation)
-        return activation + (self.target - activation @ u)[..., None] * u
+        wide = at_least_float32(activation)
+        u = self.direction.to(wide)
+        return (wide + (self.target - wide @ u)[..., None] * u).to(activation)
 
     @property
     def width(self) -> int:
@@ -80,8 +90,9 @@ class RaiseTo:
 
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Add the missing part of the projection."""
-        u = self.direction.to(activation)
-        return activation + (self.target - activation @ u).clamp(min=0)[..., None] * u
+        wide = at_least_float32(activation)
+        u = self.direction.to(wide)
+        return (wide + (self.target - wide @ u).clamp(min=0)[..., None] * u).to(activation)
 
     @property
     def width(self) -> int:
@@ -98,9 +109,10 @@ class ScaleNeurons:
 
     def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Scale these neurons."""
-        factors = torch.ones(activation.shape[-1], device=activation.device, dtype=activation.dtype)
+        wide = at_least_float32(activation)
+        factors = torch.ones(wide.shape[-1], device=wide.device, dtype=wide.dtype)
         factors[list(self.neurons)] = self.factor
-        return activation * factors
+        return (wide * factors).to(activation)
 
     @property
     def width(self) -> int:
@@ -182,6 +194,14 @@ class Intervention:
     def for_rows(self, rows: Iterable[int]) -> Intervention:
         """Restrict the change to some rows of a batch."""
         return replace(self, rows=tuple(rows))
+
+    def reaches(self, n_generated: int) -> bool:
+        """Tell whether it changes anything where so many generated tokens are read.
+
+        The last token of an answer is written and not read. A gate that stays closed is no
+        failure, and not looked at here.
+        """
+        return self.positions != "generated" or (n_generated > 0 and self.until != 0)
 
 
 def add_vector(

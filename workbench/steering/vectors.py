@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from workbench.files.foreign_tensors import PICKLED, file_format
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, read_tensors, write_tensors
 from workbench.models.load import ModelInfo
@@ -67,6 +68,8 @@ class SteeringVector:
         model: What it was measured on.
         fitted_on: ``prompts.text_key`` of the prompts it was fitted on, so that an evaluation on
             one of them is noticed.
+        asked_as: System prompt and template keywords that it was measured under, see
+            ``ActivationSet``.
     """
 
     site: Site
@@ -80,6 +83,7 @@ class SteeringVector:
     site_norm: float
     model: ModelInfo
     fitted_on: frozenset[str] = frozenset()
+    asked_as: str = ""
 
     def __repr__(self) -> str:
         return (
@@ -171,7 +175,7 @@ def fit_steering_vectors(
         refusals: Ids of the safe rows whose response is a refusal; needed for a refusal filter.
         refusal_filter: "keep" only those safe rows, or "drop" them.
         method: Name of the construction, for the card.
-        seed: Seed of random pruning, and of the signs of "principal".
+        seed: Seed of random pruning.
 
     Returns:
         Category to vector.
@@ -277,9 +281,15 @@ def load_vector(path: PathLike) -> SteeringVector:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or holds something else.
+        ValueError: If it is damaged or holds something else; a file of another library is read by
+            ``import_vectors``.
     """
-    tensors, card = read_tensors(path)
+    try:
+        tensors, card = read_tensors(path)
+    except ValueError as error:
+        if file_format(path) == "safetensors" and "damaged" in str(error):
+            raise
+        raise ValueError(f"{path} is {_what_it_is(path)}") from error
     try:
         vector = SteeringVector(
             site=Site.parse(str(card["site"])),
@@ -287,6 +297,7 @@ def load_vector(path: PathLike) -> SteeringVector:
             site_norm=math.nan if card["site_norm"] is None else card["site_norm"],
             model=ModelInfo(**card["model"]),
             fitted_on=frozenset(card.get("fitted_on", ())),
+            asked_as=str(card.get("asked_as", "")),
             **{
                 name: card[name]
                 for name in ("category", "method", "span", "kept", "n_unsafe", "n_safe")
@@ -300,9 +311,25 @@ def load_vector(path: PathLike) -> SteeringVector:
     ):
         raise ValueError(
             f"{path} is damaged: its vector of shape {tuple(vector.vector.shape)} is not the one "
-            "of its card; delete and rebuild it."
+            "of its card; take another copy, or fit it again."
         )
     return vector
+
+
+def _what_it_is(path: PathLike) -> str:
+    """Say what a file is that ``save_vector`` did not write, and what to do with it."""
+    kind = file_format(path)
+    if kind == "pickle":
+        return f"{PICKLED}; then read it with wb.import_vectors."
+    if kind:
+        return (
+            f"not one of save_vector's files but {kind} of another origin; read it with "
+            "wb.import_vectors(path, model, sign='unsafe_to_safe' or 'safe_to_unsafe')."
+        )
+    return (
+        "no vector of save_vector and of no format that wb.import_vectors reads; "
+        "is the file complete?"
+    )
 
 
 @dataclass(frozen=True)
@@ -368,7 +395,11 @@ def _fit_category(
         n_safe=len(set(safe_rows)),
         site_norm=site_norm,
         model=activations.model,
-        fitted_on=frozenset(text_key(activations.prompts[i].text) for i in fitted_rows),
+        fitted_on=frozenset(
+            text_key(activations.prompts[i].text, activations.prompts[i].history)
+            for i in fitted_rows
+        ),
+        asked_as=activations.asked_as,
     )
 
 
@@ -424,7 +455,7 @@ def _estimate(
     direction = (
         probe_direction(unsafe, safe)
         if options.estimator == "probe"
-        else principal_direction(unsafe, safe, seed=options.seed)
+        else principal_direction(unsafe, safe)
     )
     return direction * mean_difference(unsafe, safe).norm()
 
