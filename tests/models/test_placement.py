@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ from workbench.steering.interventions import (
 
 IDS = torch.tensor([[9, 40, 41, 60, 7, 88, 120, 33]])
 WITHOUT_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is None
+offloads = pytest.mark.skipif(
+    version("transformer-lens").startswith("3."),
+    reason="TransformerLens 3 refuses weights on disk",
+)
 needs_bitsandbytes = pytest.mark.skipif(
     WITHOUT_BITSANDBYTES, reason="bitsandbytes is an extra: pip install 'workbench[quantized]'"
 )
@@ -104,6 +109,7 @@ def offloaded(family_path) -> Any:
     return load_model(family_path("llama3"), device_map={**SPREAD, **places})
 
 
+@offloads
 def test_a_device_map_says_where_layers_go(tiny, offloaded) -> None:
     places = {
         name.split(".layers.")[1][0]: parameter.device.type
@@ -115,6 +121,7 @@ def test_a_device_map_says_where_layers_go(tiny, offloaded) -> None:
         torch.testing.assert_close(offloaded(IDS), tiny(IDS), rtol=0, atol=1e-5)
 
 
+@offloads
 def test_weights_on_disk_have_the_fingerprint_of_those_here(tiny, offloaded) -> None:
     assert model_info(offloaded).fingerprint == model_info(tiny).fingerprint
 
@@ -129,6 +136,7 @@ def test_a_model_without_values_has_a_fingerprint_of_names_and_shapes(tiny_path)
     assert len(fingerprint(empty)) == 16
 
 
+@offloads
 def test_activations_and_steered_answers_do_not_depend_on_where_layers_lie(tiny, offloaded) -> None:
     from workbench.steering.interventions import add_vector
     from workbench.steering.vectors import random_vector
@@ -145,6 +153,15 @@ def test_activations_and_steered_answers_do_not_depend_on_where_layers_lie(tiny,
         for model in (tiny, offloaded)
     ]
     assert answers[0] == answers[1]
+
+
+def test_weights_on_disk_are_hooked_or_refused_in_one_line(tiny_path) -> None:
+    places = {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(4)}
+    if version("transformer-lens").startswith("3."):
+        message = refusal(tiny_path, device_map={**SPREAD, **places})
+        assert "unsupported offload targets: ['disk']" in message
+    else:
+        assert load_model(tiny_path, device_map={**SPREAD, **places})(IDS).isfinite().all()
 
 
 def test_a_string_lets_accelerate_choose(tiny, tiny_path) -> None:
@@ -166,6 +183,7 @@ def test_a_placement_that_cannot_be_is_one_line(tiny_path, keywords: dict, messa
     assert message in refusal(tiny_path, **keywords)
 
 
+@offloads
 def test_inputs_go_to_the_embedding(tiny, offloaded, tiny_path) -> None:
     assert input_device(tiny) == torch.device("cpu")
     assert input_device(offloaded) == torch.device("cpu")
@@ -177,6 +195,7 @@ def test_inputs_go_to_the_embedding(tiny, offloaded, tiny_path) -> None:
         torch.testing.assert_close(on_disk(IDS), tiny(IDS), rtol=0, atol=1e-5)
 
 
+@offloads
 def test_a_model_that_was_placed_is_not_moved_and_not_packed(tiny_path, monkeypatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,6 +210,7 @@ def test_a_model_that_was_placed_is_not_moved_and_not_packed(tiny_path, monkeypa
     assert not is_packed(model)
 
 
+@offloads
 def test_packing_leaves_alone_what_accelerate_has_put_in_a_layers_place(offloaded) -> None:
     hf_model = offloaded.original_model
     with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from workbench.models.forward import KeyValueCache, reading
+from workbench.models.hooked_model import hook_points
 from workbench.models.sites import Site
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def first_layer_not_finite(
     Arguments are those of ``not_finite``.
     """
     sites = [Site(layer, "resid_post") for layer in range(model.cfg.n_layers)]
-    sites = [site for site in sites if site.hook_name in model.hook_dict]
+    present = hook_points(model)
+    sites = [site for site in sites if site.hook_name in present]
     is_real = mask[row, -tokens.shape[1] :]
     found: list[int] = []
 

@@ -129,6 +129,15 @@ def model_lock(model: HookedModel) -> threading.RLock:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
+def hook_points(model: HookedModel) -> Mapping[str, Any]:
+    """List a model's hook points by name, aliases included.
+
+    It waits for a pass of another thread, which has some of them out of the way.
+    """
+    with model_lock(model):
+        return model.hook_dict
+
+
 def vocabulary_width(model: HookedModel) -> int:
     """Count the logits of a token: entries of the unembedding, which may pass the tokenizer's."""
     config: Any = getattr(hugging_face_model(model), "config", None)

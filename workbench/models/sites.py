@@ -14,6 +14,7 @@ import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.models.errors import CannotBeDone
+from workbench.models.hooked_model import hook_points
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -130,9 +131,9 @@ def present_sites(model: HookedModel, kinds: Iterable[str]) -> list[Site]:
     Layers that do not compute a kind (recurrent ones have no heads, a mixture of experts no
     neurons) are passed over.
     """
-    hook_points = model.hook_dict
+    present = hook_points(model)
     sites = [Site(layer, kind) for kind in kinds for layer in range(model.cfg.n_layers)]
-    return [site for site in sites if _why_missing(site, hook_points) is None]
+    return [site for site in sites if _why_missing(site, present) is None]
 
 
 def check_sites(model: HookedModel, sites: Iterable[Site]) -> None:
@@ -145,14 +146,14 @@ def check_sites(model: HookedModel, sites: Iterable[Site]) -> None:
         CannotBeDone: If the architecture has no such hook point, or, for mlp_post, no neurons that
             all tokens share (a mixture of experts).
     """
-    n_layers, hook_points = model.cfg.n_layers, model.hook_dict
+    n_layers, present = model.cfg.n_layers, hook_points(model)
     name = str(getattr(model.cfg, "model_name", "the model")).rstrip("/").rsplit("/", 1)[-1]
     for site in sites:
         if site.layer >= n_layers:
             raise ValueError(
                 f"no hook point for {site!r}: {name!r} has {n_layers} layers (0-{n_layers - 1})."
             )
-        reason = _why_missing(site, hook_points)
+        reason = _why_missing(site, present)
         if reason is not None:
             raise CannotBeDone(f"no hook point for {site!r}: {name!r} {reason}")
 

@@ -25,7 +25,7 @@ from workbench.models.batches import (
 from workbench.models.errors import CannotBeDone
 from workbench.models.finite import not_finite
 from workbench.models.forward import reading
-from workbench.models.hooked_model import input_device
+from workbench.models.hooked_model import hook_points, input_device
 from workbench.models.load import model_info
 from workbench.models.sites import INNER_HOOK_NAMES, Site, check_sites
 from workbench.models.templates import Keywords, asked_as, asked_by
@@ -275,7 +275,7 @@ def _mlp_gate_readers(model: HookedModel, layer: int) -> list[_Reader]:
     activation_function = getattr(mlp, "act_fn", None) or getattr(
         getattr(mlp, "original_component", None), "act_fn", None
     )
-    if names[1] not in model.hook_dict or activation_function is None:
+    if names[1] not in hook_points(model) or activation_function is None:
         raise CannotBeDone(
             f"the MLP of layer {layer} shows no gate and value to split its neurons into: it is "
             "not gated, or fused."
@@ -352,8 +352,9 @@ def _together(
     check_sites(model, [site])
     norm = output_norm(model, site)
     names = [*others, site.hook_name, *([norm] if norm else [])]
+    present = hook_points(model)
     for name in names:
-        if name not in model.hook_dict:
+        if name not in present:
             raise CannotBeDone(
                 f"layer {site.layer} does not compute {name}, which this split needs."
             )

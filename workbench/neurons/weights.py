@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from workbench.models.hooked_model import hook_points
 from workbench.models.hooked_transformer import norm_of_block
 from workbench.models.sites import Site
 from workbench.models.tokens import token_strings, vocabulary_size
@@ -87,7 +88,7 @@ def reading_site(model: HookedModel, layer: int) -> Site:
     It is resid_mid, or resid_pre where attention and MLP work side by side (Pythia).
     """
     site = Site(layer, "resid_mid")
-    return site if site.hook_name in model.hook_dict else Site(layer, "resid_pre")
+    return site if site.hook_name in hook_points(model) else Site(layer, "resid_pre")
 
 
 def vocabulary_of(
