@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
 import torch
+from helpers.architectures import tiny_architecture
 from helpers.runs import settings
 from helpers.tiny_models import tiny_model
 from helpers.unusual_models import layer_norm_behind_mlp, tiny_mixtral
@@ -14,14 +16,14 @@ from helpers.unusual_models import layer_norm_behind_mlp, tiny_mixtral
 from workbench.files.store import read_json
 from workbench.generation.decoding import GREEDY
 from workbench.models.errors import CannotBeDone
-from workbench.models.load import load_model
+from workbench.models.load import hooked, load_model
 from workbench.models.sites import Site, check_sites, present_sites
 from workbench.prompts.prompt import load_prompts, save_prompts, split_prompts
 from workbench.report.neuron_page import write_neuron_page
 from workbench.report.page import write_report
 from workbench.safesteer import recipe
 from workbench.safesteer.constructions import measure
-from workbench.safesteer.inputs import Job
+from workbench.safesteer.inputs import Job, load_job
 from workbench.safesteer.recipe import run
 from workbench.safesteer.run_folder import read_run, saved_vectors
 from workbench.safesteer.saved_run import gated_steering_from, steering_from
@@ -67,6 +69,17 @@ def test_what_was_left_out_is_left_out_again_after_an_interruption(
     after = read_run(tmp_path).notes["left_out"]
     assert after["neurons"] == before["neurons"]
     assert (tmp_path / "evaluation.csv").is_file()
+
+
+def test_a_run_says_which_faster_ways_its_model_did_not_take(
+    finished: Path, few_prompts: Path, tmp_path: Path
+) -> None:
+    assert read_json(finished / "run.json")["slow_ways"] == {}
+    copy = shutil.copytree(finished, tmp_path / "run")
+    assert "slow ways</th><td>none" in write_report(copy).read_text()
+    hf_model, tokenizer = tiny_architecture("FalconForCausalLM")
+    job = load_job(settings(few_prompts), model=hooked(hf_model, tokenizer, "falcon"))
+    assert set(job.facts()["slow_ways"]) == {"fused"}
 
 
 def test_a_mixture_of_experts_names_no_site_for_its_neurons(mixtral: Any) -> None:

@@ -488,7 +488,13 @@ def _how_it_was_made(run: SavedRun) -> dict[str, Any]:
         )
     )
     return {
-        "model": {name: _short(value) for name, value in notes["model"].items()},
+        "model": {
+            **{name: _short(value) for name, value in notes["model"].items()},
+            "slow_ways": "; ".join(
+                f"{way} ({reason})" for way, reason in notes.get("slow_ways", {}).items()
+            )
+            or "none",
+        },
         "config": {name: _short(value) for name, value in notes["config"].items()},
         "versions": notes["versions"],
         "durations": durations | ({"together": _duration(total)} if durations else {}),

@@ -16,6 +16,7 @@ from workbench.judges.text_quality import load_encoder
 from workbench.models.load import load_model, model_info
 from workbench.models.packing import is_packed
 from workbench.models.tokens import encode, template_text
+from workbench.models.trusted_paths import untrusted_paths
 from workbench.prompts.benchmarks import prompts_from
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import (
@@ -83,6 +84,7 @@ class Job:
         return {
             "model": model_info(self.model).to_dict(),
             "packed": is_packed(self.model),
+            "slow_ways": dict(untrusted_paths(self.model)),
             "categories": self.categories,
             "folds": {
                 name: dict(Counter(p.label for p in fold))
