@@ -51,7 +51,7 @@ test-tl3: setup-tl3
 test-harness:
 	$(PYTHON) -m venv .venv-harness
 	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt torch
-	.venv-harness/bin/python -m pip install -qq --editable '.[dev,harness]'
+	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt --editable '.[dev,harness]'
 	.venv-harness/bin/python -m pytest tests/integrations
 
 lint: setup
