@@ -25,6 +25,7 @@ from workbench.models.batches import (
 from workbench.models.finite import check_finite
 from workbench.models.forward import forward, reading
 from workbench.models.hooked_model import input_device
+from workbench.models.templates import asked_by
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.silencing import (
     Method,
@@ -108,7 +109,8 @@ def neuron_effect(
 
     All sets share batches (rows = sets x prompts), and the unedited model is one of them. In the
     measured passes neurons are changed from the user's first word on, never in the template before
-    it; in generated answers they are changed at all positions.
+    it; in generated answers they are changed at all positions. Prompts are asked with the system
+    prompt and template keywords that the reference was measured under.
 
     Args:
         model: What the reference was measured on.
@@ -346,7 +348,7 @@ class _Run:
         # What comes after the last token that is read cannot change it.
         encoded = [
             dataclasses.replace(row, ids=row.ids[: max(row.span(span)[1] for span in spans)])
-            for row in encode(self.model, prompts)
+            for row in encode(self.model, prompts, **asked_by(self.reference.asked_as))
         ]
         projections = np.empty((len(self.sets), len(prompts), len(vectors)))
         for one in self._passes(
@@ -370,7 +372,8 @@ class _Run:
         """Compute the KL divergence of next-token distributions, unedited to edited, in nats."""
         divergences = np.empty((len(self.sets), len(prompts)))
         plain: Tensor
-        for one in self._passes(encode(self.model, prompts), lambda row: row.content[0]):
+        encoded = encode(self.model, prompts, **asked_by(self.reference.asked_as))
+        for one in self._passes(encoded, lambda row: row.content[0]):
             with intervene(self.model, one.interventions):
                 logits, _ = forward(self.model, one.batch.tokens, one.mask, cache=one.cache())
                 one.check_finite(self.model, logits)
@@ -403,7 +406,11 @@ class _Run:
             self.model,
             prompts,
             conditions,
-            decoding=Decoding(max_new_tokens=max_new_tokens, batch_size=self.batch_size),
+            decoding=Decoding(
+                max_new_tokens=max_new_tokens,
+                batch_size=self.batch_size,
+                **asked_by(self.reference.asked_as),
+            ),
         )
         questions = [answer.prompt.text for answer in answers]
         texts = [answer.text for answer in answers]
@@ -543,6 +550,13 @@ def _check(
     for name, number in plan.targets.items():
         if not plan.sets[number]:
             raise ValueError(f"target {name!r} has no neurons.")
+    nothing = "no system prompt"
+    for vector in vectors:
+        if vector.asked_as != reference.asked_as:
+            raise ValueError(
+                f"the vector at {vector.site} was measured under {vector.asked_as or nothing}, the "
+                f"reference under {reference.asked_as or nothing}: measure both alike."
+            )
     # number of layers whose neurons come before each place where effects are read
     ends = [v.site.layer + (v.site.kind in ("mlp_out", "resid_post")) for v in vectors]
     for neuron in (neuron for neurons in plan.sets for neuron in neurons):

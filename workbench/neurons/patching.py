@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.templates import Keywords
     from workbench.neurons.silencing import Neuron
     from workbench.prompts.forms import PromptsLike
 
@@ -149,6 +150,7 @@ def contrast_activations(
     interventions: Sequence[Intervention],
     *,
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 16,
     transfer: bool = False,
 ) -> ActivationContrast:
@@ -163,6 +165,7 @@ def contrast_activations(
         completions: Answers of the unsteered model, from ``generate``; empty ones are left out.
         interventions: The steering.
         system_prompt: As it was when the answers were made.
+        template_keywords: As they were when the answers were made.
         batch_size: Answers per pass.
         transfer: Allow vectors of another model of the same architecture.
 
@@ -178,7 +181,8 @@ def contrast_activations(
         raise ValueError(
             "no answers to contrast: give completions of the unsteered model that hold tokens."
         )
-    encoded = encode(model, [answer.prompt for answer in answers], system_prompt=system_prompt)
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    encoded = encode(model, [answer.prompt for answer in answers], **asked_by)
     sums = _ContrastSums.of(model)
     with torch.no_grad():
         lengths = [len(answer.tokens) for answer in answers]
@@ -203,6 +207,7 @@ def patched_answers(
     max_new_tokens: int = 48,
     batch_size: int = 48,
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     transfer: bool = False,
 ) -> list[Completion]:
     """Write answers of one run whose neurons take, at every step, the other run's values.
@@ -221,6 +226,7 @@ def patched_answers(
         max_new_tokens: Length limit of an answer.
         batch_size: Answers per batch; the rows are twice as many.
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         transfer: Allow vectors of another model of the same architecture.
 
     Returns:
@@ -241,7 +247,8 @@ def patched_answers(
             "give at least one prompt, one set of neurons, max_new_tokens and batch_size of at "
             "least 1."
         )
-    encoded = encode(model, prompts, system_prompt=system_prompt, max_new_tokens=max_new_tokens)
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    encoded = encode(model, prompts, max_new_tokens=max_new_tokens, **asked_by)
     masks = torch.stack([_as_mask(model, members) for members in neurons.values()])
     is_necessity = direction == "necessity"
     loop = _PairLoop(model, interventions, is_necessity, positions, max_new_tokens, transfer)
@@ -264,6 +271,8 @@ def patching_effect(
     positions: Positions = "all",
     max_new_tokens: int = 48,
     batch_size: int = 48,
+    system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     transfer: bool = False,
     seed: int = 0,
 ) -> list[PatchingEffect]:
@@ -280,6 +289,8 @@ def patching_effect(
         positions: See ``patched_answers``.
         max_new_tokens: Length limit of an answer.
         batch_size: Answers per batch.
+        system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         transfer: Allow vectors of another model of the same architecture.
         seed: Seed of the bootstrap.
 
@@ -291,7 +302,8 @@ def patching_effect(
     """
     _check(model, interventions, transfer)
     prompts = as_prompts(prompts)
-    decoding = Decoding(max_new_tokens=max_new_tokens, batch_size=2 * batch_size)
+    asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords or {}}
+    decoding = Decoding(max_new_tokens=max_new_tokens, batch_size=2 * batch_size, **asked_by)
     runs = {"unsteered": [], "steered": list(interventions)}
     both = sweep(model, prompts, runs, decoding=decoding, transfer=transfer)
     unsteered, steered = _scored(score, both).reshape(2, -1)
@@ -308,6 +320,7 @@ def patching_effect(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             transfer=transfer,
+            **asked_by,
         )
         scores = _scored(score, answers)
         effects += _effects(neurons, direction, answers, scores, run, other, seed)

@@ -60,12 +60,15 @@ class NeuronReference:
         safe: Those on the safe ones.
         prompt_ids: Prompts it was measured on; effects are measured on others.
         model: What ran.
+        asked_as: System prompt and template keywords that it was measured under, see
+            ``ActivationSet``.
     """
 
     unsafe: Float[Tensor, "unsafe layer d_mlp"]
     safe: Float[Tensor, "safe layer d_mlp"]
     prompt_ids: frozenset[str]
     model: ModelInfo
+    asked_as: str = ""
 
     @cached_property
     def means(self) -> tuple[Float[Tensor, "layer d_mlp"], Float[Tensor, "layer d_mlp"]]:
@@ -110,7 +113,8 @@ def neuron_reference(
         for side in (unsafe, safe)
     )
     ids = frozenset(prompt.id for prompt in [*unsafe, *safe])
-    return NeuronReference(of_unsafe, of_safe, ids, activations[sites[0]].model)
+    measured = activations[sites[0]]
+    return NeuronReference(of_unsafe, of_safe, ids, measured.model, measured.asked_as)
 
 
 @dataclass(frozen=True, eq=False)

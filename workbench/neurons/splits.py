@@ -155,6 +155,7 @@ def split_mlp_gate(
     layers: Sequence[int] | None = None,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 16,
 ) -> MlpGateSplit:
     """Split the contributions of a gated MLP's neurons into gate, value and covariance.
@@ -169,6 +170,7 @@ def split_mlp_gate(
         layers: Which layers; all of them by default.
         span: Which tokens are pooled.
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         batch_size: Rows per batch.
 
     Raises:
@@ -178,7 +180,7 @@ def split_mlp_gate(
     readers: list[_Reader] = []
     for layer in layers:
         readers += _mlp_gate_readers(model, layer)
-    asked = {"system_prompt": system_prompt}
+    asked = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     means = _class_means(model, unsafe, reference, readers, span, asked, batch_size)
     u = unit_vector(direction)
     parts: list[list[Tensor]] = [[], [], []]
@@ -203,6 +205,7 @@ def head_sources(
     layers: Sequence[int] | None = None,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 16,
 ) -> dict[str, Float[Tensor, "layer head"]]:
     """Split heads' contributions by the role of the token they read from (``ROLES``).
@@ -218,6 +221,7 @@ def head_sources(
         layers: Which layers; all of them by default.
         span: Which tokens are pooled (those that read).
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         batch_size: Rows per batch.
 
     Raises:
@@ -227,7 +231,7 @@ def head_sources(
     readers: list[_Reader] = []
     for layer in layers:
         readers += _source_readers(model, layer)
-    asked = {"system_prompt": system_prompt}
+    asked = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     means = _class_means(model, unsafe, reference, readers, span, asked, batch_size)
     u = unit_vector(direction)
     per_layer = []
