@@ -123,7 +123,7 @@ def _cell(try_it: Callable[[], str]) -> str:
 def _line(error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).split("\n")[0].replace("|", "/")
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{kind}{text}"[:160]
+    return f"{kind}{text}"
 
 
 if __name__ == "__main__":

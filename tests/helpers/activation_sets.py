@@ -36,7 +36,7 @@ PROMPTS = [
     for i, text in enumerate(TEXTS)
 ]
 SITES = [Site(3, "resid_post"), Site(1, "attn_out"), Site(2, "mlp_post"), Site(0, "z")]
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE = {"rtol": 1e-5, "atol": 3e-5}  # values reach 16, whose last bit in float32 is 1e-6
 few = settings(max_examples=12, deadline=None)
 
 

@@ -280,6 +280,18 @@ def test_layers_below_the_steered_one_do_not_move(model: HookedModel, plain: lis
     assert float(contrast.rms[2:].min()) > 1e-3
 
 
+def test_steering_behind_the_last_neurons_moves_none_of_them(
+    model: HookedModel, plain: list
+) -> None:
+    with pytest.raises(ValueError, match=r"L3.resid_post comes after the last neurons"):
+        contrast_activations(model, plain, [push(layer=3)])
+    both, first = (
+        contrast_activations(model, plain, steering)
+        for steering in ([push(), push(layer=3)], [push()])
+    )
+    assert torch.equal(both.rms, first.rms)
+
+
 def test_empty_answers_are_left_out_of_a_contrast_and_nothing_at_all_is_an_error(
     model: HookedModel, plain: list
 ) -> None:

@@ -176,11 +176,10 @@ def contrast_activations(
     an aligned model.
     """
     _check(model, interventions, transfer)
+    acting = _before_the_last_neurons(model, interventions)
     answers = [completion for completion in completions if completion.tokens]
     if not answers:
-        raise ValueError(
-            "no answers to contrast: give completions of the unsteered model that hold tokens."
-        )
+        raise ValueError("no answers to contrast: give completions that hold tokens.")
     asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     encoded = encode(model, [answer.prompt for answer in answers], **asked_by)
     sums = _ContrastSums.of(model)
@@ -190,7 +189,7 @@ def contrast_activations(
         alike = widths_to_keep_apart(model, widths)
         for batch in batches_by_length(lengths, batch_size, alike=alike):
             rows, texts = [encoded[i] for i in batch], [answers[i].tokens for i in batch]
-            sums.add(model, rows, texts, interventions, transfer)
+            sums.add(model, rows, texts, acting, transfer)
     n_tokens = sum(len(answer.tokens) for answer in answers)
     rms, mean = (sums.squares / n_tokens).sqrt(), sums.differences / n_tokens
     return ActivationContrast(rms, mean, len(answers), n_tokens, model_info(model))
@@ -243,10 +242,7 @@ def patched_answers(
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; directions: {', '.join(DIRECTIONS)}.")
     if not prompts or not neurons or max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(
-            "give at least one prompt, one set of neurons, max_new_tokens and batch_size of at "
-            "least 1."
-        )
+        raise ValueError("give at least one prompt, one set of neurons, one token and one row.")
     asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     encoded = encode(model, prompts, max_new_tokens=max_new_tokens, **asked_by)
     masks = torch.stack([_as_mask(model, members) for members in neurons.values()])
@@ -281,8 +277,7 @@ def patching_effect(
     Args:
         model: A hooked model.
         prompts: What to answer.
-        neurons: Name to neurons (layer, neuron); put matched controls beside a target as sets of
-            their own.
+        neurons: Name to neurons (layer, neuron); matched controls are sets of their own.
         interventions: The steering.
         score: F, a number for each answer.
         directions: Which of "sufficiency" and "necessity".
@@ -304,24 +299,20 @@ def patching_effect(
     prompts = as_prompts(prompts)
     asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords or {}}
     decoding = Decoding(max_new_tokens=max_new_tokens, batch_size=2 * batch_size, **asked_by)
+    options = asked_by | {
+        "positions": positions,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "transfer": transfer,
+    }
     runs = {"unsteered": [], "steered": list(interventions)}
     both = sweep(model, prompts, runs, decoding=decoding, transfer=transfer)
     unsteered, steered = _scored(score, both).reshape(2, -1)
     effects: list[PatchingEffect] = []
     for direction in directions:
         run, other = (unsteered, steered) if direction == "sufficiency" else (steered, unsteered)
-        answers = patched_answers(
-            model,
-            prompts,
-            neurons,
-            interventions,
-            direction=direction,
-            positions=positions,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            transfer=transfer,
-            **asked_by,
-        )
+        options["direction"] = direction
+        answers = patched_answers(model, prompts, neurons, interventions, **options)
         scores = _scored(score, answers)
         effects += _effects(neurons, direction, answers, scores, run, other, seed)
     return effects
@@ -530,6 +521,20 @@ def _as_mask(model: HookedModel, neurons: Sequence[Neuron]) -> Bool[Tensor, "lay
             )
         mask[layer, neuron] = True
     return mask
+
+
+def _before_the_last_neurons(
+    model: HookedModel, interventions: Sequence[Intervention]
+) -> list[Intervention]:
+    """Keep the interventions that can move a neuron: not those behind the last layer's."""
+    behind = [Site(model.cfg.n_layers - 1, kind) for kind in ("mlp_out", "resid_post")]
+    acting = [i for i in interventions if i.site not in behind]
+    if not acting:
+        raise ValueError(
+            f"steering at {interventions[0].site} comes after the last neurons, so that none "
+            "can move; steer at an earlier layer."
+        )
+    return acting
 
 
 def _check(model: HookedModel, interventions: Sequence[Intervention], transfer: bool) -> None:
