@@ -409,10 +409,16 @@ def test_what_cannot_be_answered_is_refused(tiny):
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be 0 .greedy. or above"),
+        ({"temperature": float("nan")}, "temperature must be 0 .greedy. or above"),
+        ({"system_prompt": 3}, "system_prompt must be a text, got 3"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
     ):
         with pytest.raises(ValueError, match=message):
             Decoding(**settings)
+    with pytest.raises(TypeError, match=r"decoding must be a wb.Decoding, got 6"):
+        generate(tiny, prompts, [], 6)
+    with pytest.raises(TypeError, match=r"vector must be a SteeringVector, got str; fit_"):
+        add_vector("fraud", rho=0.1)
     with pytest.raises(ValueError, match="nothing to answer"):
         generate(tiny, [])
     with pytest.raises(ValueError, match="nothing to answer"):

@@ -147,6 +147,8 @@ def sweep(
         ValueError: If there is nothing to answer, or an intervention does not fit.
         RuntimeError: If interventions reached no position (a closed gate is no error).
     """
+    if not isinstance(decoding, Decoding):
+        raise TypeError(f"decoding must be a wb.Decoding, got {decoding!r:.60}.")
     prompts = _checked_prompts(prompts, conditions)
     encoded = encode(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +78,10 @@ class Decoding:
             is_optional = name in ("batch_size", "top_k")
             if not (value is None and is_optional) and (not _is_whole(value) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature!r}.")
+        if not isinstance(self.system_prompt, str | None):
+            raise ValueError(f"system_prompt must be a text, got {self.system_prompt!r:.80}.")
         if not _is_whole(self.seed):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
         if not 0 < self.top_p <= 1:

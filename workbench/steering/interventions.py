@@ -234,6 +234,11 @@ def add_vector(
     for name, value in (("multiplier", multiplier), ("rho", rho)):
         if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
             raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    if not hasattr(vector, "multiplier_for"):
+        raise TypeError(
+            f"vector must be a SteeringVector, got {type(vector).__name__}; fit_steering_vectors "
+            "gives one a category, load_vector reads one from a file."
+        )
     if multiplier is None:
         multiplier = vector.multiplier_for(float(rho))  # type: ignore[arg-type]
     edit = AddVector(vector.vector, float(multiplier))
