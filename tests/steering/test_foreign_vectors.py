@@ -104,6 +104,8 @@ def test_the_sign_is_said_and_turns_the_vector(tmp_path):
     there = read(tmp_path / "v.gguf")[POST[2]]
     back = read(tmp_path / "v.gguf", sign="safe_to_unsafe")[POST[2]]
     torch.testing.assert_close(back.vector, -there.vector)
+    with pytest.raises(TypeError, match="give the file first, then the model; got a ModelInfo"):
+        import_vectors(INFO, tmp_path / "v.gguf", sign="unsafe_to_safe")
     with pytest.raises(TypeError, match="sign"):
         import_vectors(tmp_path / "v.gguf", INFO)
     with pytest.raises(ValueError, match="unsafe_to_safe or safe_to_unsafe, got 'positive'"):

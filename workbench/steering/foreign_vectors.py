@@ -7,6 +7,7 @@ measured, is said by who imports it.
 from __future__ import annotations
 
 import math
+import os
 import re
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -76,6 +77,8 @@ def import_vectors(
             is missing that the file does not say.
     """
     _check_said(sign, kind)
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"give the file first, then the model; got a {type(path).__name__}.")
     info = model if isinstance(model, ModelInfo) else model_info(model)
     file_kind, arrays = read_foreign(path)
     rows = _rows_by_site(arrays, info, site, kind, first_layer, path)
