@@ -265,3 +265,10 @@ def test_relative_strength_is_known_where_the_residual_stream_is_given(tiny, tmp
     assert known.multiplier_for(0.1) == pytest.approx(0.1 * norm / np.linalg.norm(row(1)))
     with pytest.raises(ValueError, match="residual must hold activations of"):
         import_vectors(tmp_path / "v.npy", tiny, residual={}, **options)
+
+
+@pytest.mark.parametrize("key", ["layer_-1", "blocks.-1.hook_resid_post", "layer_1.5", "happy_v2"])
+def test_a_key_that_counts_no_block_is_not_taken_for_one(key, tmp_path):
+    save_file({key: torch.ones(D)}, tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match="does not say the layer"):
+        read(tmp_path / "v.safetensors")

@@ -35,6 +35,7 @@ Sign = Literal["unsafe_to_safe", "safe_to_unsafe"]
 
 # "layer_12", "model.layers[12].mlp", "direction.12", "blocks.12.hook_resid_post", "L12.resid_post"
 _LAYER = re.compile(r"(?:layers?|blocks?|directions?|\bL|\bh)[._\[ -]?(\d+)", re.IGNORECASE)
+_NO_LAYER = re.compile(r"[._\[ ]-\d|\d\.\d")  # a negative number, or one with decimals
 
 
 def import_vectors(
@@ -174,10 +175,8 @@ def _rows_by_site(
 
 def _place(name: str) -> tuple[int | None, str | None]:
     """Read the layer, and the kind where it is a hook point's name, off a key of a file."""
-    numbers = re.findall(r"\d+", name)
-    named = _LAYER.findall(name)
-    layers = numbers if len(numbers) == 1 else named if len(named) == 1 else []
-    if not layers:
+    layers = [name] if name.isdigit() else _LAYER.findall(name)
+    if len(layers) != 1 or _NO_LAYER.search(name):
         return None, None
     layer = int(layers[0])
     for kind in RESIDUAL_KINDS:
