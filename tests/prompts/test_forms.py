@@ -253,3 +253,18 @@ def test_a_column_that_comes_twice_is_refused():
 def test_what_is_in_no_form_is_refused(given):
     with pytest.raises(TypeError, match="prompts are given as a text, a list of texts"):
         as_prompts(given)
+
+
+def test_a_series_that_is_a_row_is_one_prompt_and_one_of_texts_is_many():
+    frame = pd.DataFrame({"question": ["first", "second"], "label": ["unsafe", "safe"]})
+    [prompt] = as_prompts(frame.iloc[0])
+    assert (prompt.text, prompt.label) == ("first", "unsafe")
+    assert [p.text for p in as_prompts(frame["question"])] == ["first", "second"]
+
+
+def test_an_instruction_with_an_input_beside_it_is_not_cut_in_half():
+    rows = [{"instruction": "Sum it up.", "input": "A long text."}]
+    with pytest.raises(ValueError, match=r"'instruction' and 'input' make one question together"):
+        as_prompts(rows)
+    assert as_prompts(rows, text="instruction")[0].text == "Sum it up."
+    assert as_prompts([{"instruction": "Sum it up.", "input": ""}])[0].text == "Sum it up."

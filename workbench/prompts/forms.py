@@ -123,6 +123,15 @@ class _Columns(NamedTuple):
         if question is None and messages is None:
             wanted = TEXT_COLUMNS if text is None else (text,)
             raise missing_column("the rows", wanted, present)
+        extra = find_column(("input",), present) if text is None else None
+        beside = [row.get(extra) for row in rows] if extra else []
+        if str(question).lower() == "instruction" and any(
+            isinstance(value, str) and value.strip() for value in beside
+        ):
+            raise ValueError(
+                f"columns {question!r} and {extra!r} make one question together: join them in "
+                "a column 'text', or say text='instruction' to leave the other out."
+            )
         answer = named(response, "response")
         if response is not None and answer is None:
             raise missing_column("the rows", (response,), present)
@@ -152,6 +161,9 @@ def _items_of(given: PromptsLike, text: str | None) -> list[Any]:
             twice = given.columns[given.columns.duplicated()][0]
             raise ValueError(f"column {twice!r} comes twice; rename one of them.")
         return list(given.to_dict("records"))
+    if hasattr(given, "index") and hasattr(given, "to_dict"):  # a series: a row, or a column
+        row = {str(name): value for name, value in given.to_dict().items()}
+        return [row] if find_column(TEXT_COLUMNS, list(row)) else list(given)
     if not isinstance(given, Iterable):
         raise TypeError(f"{_ALLOWED}, got {type(given).__name__}.")
     return list(given)
