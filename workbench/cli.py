@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_whatever_comes()
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
-    except (cyclopts.CycloptsError, ValueError, OSError, RuntimeError) as error:
+    except (cyclopts.CycloptsError, ValueError, TypeError, OSError, RuntimeError) as error:
         message = " ".join(str(error).strip().split("\n")[:1]) or type(error).__name__
         print(f"workbench: {message}", file=sys.stderr)
         return 2

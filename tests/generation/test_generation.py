@@ -411,6 +411,10 @@ def test_what_cannot_be_answered_is_refused(tiny):
         ({"temperature": -1.0}, "temperature must be 0 .greedy. or above"),
         ({"temperature": float("nan")}, "temperature must be 0 .greedy. or above"),
         ({"system_prompt": 3}, "system_prompt must be a text, got 3"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_p": "0.5"}, "top_p must be a number, got '0.5'"),
+        ({"stop": None}, "stop must be texts that are not empty, got None"),
+        ({"template_keywords": {1: 2}}, "names of template_keywords must be texts"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
     ):
         with pytest.raises(ValueError, match=message):

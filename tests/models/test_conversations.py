@@ -92,3 +92,37 @@ def test_a_batch_of_conversations_and_texts_is_answered_as_each_alone(tiny):
     together = sweep(tiny, mixture, {"plain": ()}, SHORT)
     alone = [generate(tiny, [one], decoding=SHORT)[0] for one in mixture]
     assert [c.tokens for c in together] == [c.tokens for c in alone]
+
+
+ONLY_USERS = (
+    "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
+ONLY_THE_LAST = "[{{ messages[-1].content }}]{% if add_generation_prompt %}>{% endif %}"
+
+
+@pytest.mark.parametrize(("template", "asked", "left_out"), [
+    (ONLY_USERS, {"system_prompt": "Be brief."}, "system turn 'Be brief.'"),
+    (ONLY_USERS, {"prompts": [SYSTEM, {"role": "user", "content": "hi"}]}, "system turn"),
+    (ONLY_THE_LAST, {"prompts": CHAT}, r"leaves out the \w+ turn"),
+])  # fmt: skip
+def test_a_turn_that_the_template_leaves_out_is_an_error(
+    tiny, monkeypatch, template, asked, left_out
+):
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
+    asked = {"prompts": "hi", **asked}
+    with pytest.raises(ValueError, match=left_out):
+        encode(tiny, **asked)
+    assert encode(tiny, "hi")  # without such turns the template will do
+
+
+def test_a_template_may_change_the_words_of_a_turn(tiny, monkeypatch):
+    trimmed = (
+        "{% for m in messages %}[{{ m.content.split('</think>')[-1] | trim }}]{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    )
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", trimmed)
+    thought = {"role": "assistant", "content": "<think>hm</think> yes "}
+    user = {"role": "user", "content": "hi"}
+    [row] = encode(tiny, [user, thought, user])
+    assert "[yes][hi]" in tiny.tokenizer.decode(row.ids)

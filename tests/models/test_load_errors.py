@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from workbench.files.hints import one_line
+from workbench.generation.answers import generate
 from workbench.judges._checkpoints import read_checkpoint as read_judge
 from workbench.models import checkpoints
+from workbench.models.activations import cache_activations
 from workbench.models.load import load_model, model_info
+from workbench.models.sites import Site
 
 
 def refusal(*args: Any, **keywords: Any) -> str:
@@ -242,3 +247,42 @@ def test_the_command_line_ends_in_one_line(tiny_path, tmp_path: Path, capsys) ->
     said = capsys.readouterr().err
     assert said.startswith("workbench: cannot load 'packed' (")
     assert said.count("\n") == 1
+
+
+def test_weights_that_the_model_does_not_use_are_named(tiny_path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_path, tmp_path / "biased")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    weights[name] = torch.ones(32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=rf"1 weights of the checkpoint are not used \({name}"):
+        load_model(folder, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(tiny_path, device="cpu")
+
+
+def test_weights_of_another_shape_are_named_with_both(tiny_path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_path, tmp_path / "wide", intermediate_size=80)
+    said = refusal(folder)
+    assert "mlp.down_proj.weight has shape (32, 64), its config.json wants (32, 80)" in said
+
+
+@pytest.mark.parametrize(("keywords", "said"), [
+    ({"device_map": {}}, "device_map must be one of auto"),
+    ({"device_map": 3}, "device_map must be one of auto"),
+    ({"device_map": "auto", "max_memory": "1GiB"}, "max_memory must be a mapping"),
+    ({"device": "meta"}, "device 'meta' cannot be used here"),
+])  # fmt: skip
+def test_a_place_that_is_none_is_said(tiny_path, keywords: dict[str, Any], said: str) -> None:
+    assert said in refusal(tiny_path, **keywords)
+
+
+def test_what_is_no_model_is_told_from_one(tiny_path) -> None:
+    with pytest.raises(TypeError, match="given by its name or path, got 5"):
+        load_model(5)
+    for call in (generate, cache_activations):
+        with pytest.raises(TypeError, match=r"a hooked model is needed, got str; wb.load_model"):
+            call(str(tiny_path), ["hi"], Site(1, "resid_post") if call is not generate else ())

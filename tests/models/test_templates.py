@@ -178,3 +178,11 @@ def test_a_chat_template_stands_between_by_itself(tiny) -> None:
 def test_a_plain_template_needs_a_place_for_the_prompt(chatless, keywords, said) -> None:
     with pytest.raises(ValueError, match=said):
         encode(chatless, [PROMPT], template_keywords=keywords)
+
+
+@pytest.mark.parametrize("value", ["off", "no", "false", None, 0])
+def test_a_switch_of_thoughts_is_true_or_false_and_nothing_that_a_template_misreads(
+    models, value
+) -> None:
+    with pytest.raises(ValueError, match="enable_thinking is a switch: give true or false, got"):
+        template_text(models["switch"], template_keywords={"enable_thinking": value})

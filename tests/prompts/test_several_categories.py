@@ -94,3 +94,11 @@ def test_beavertails_keeps_all_harms_of_an_answer(tmp_path):
     harmful, safe = read_dataset(f"beavertails:{write_jsonl(tmp_path / 'b.jsonl', rows)}")
     assert harmful.categories == ("self_harm", "privacy_violation")
     assert safe.categories == ("self_harm",)
+
+
+def test_categories_given_for_all_are_read_as_those_of_a_cell():
+    [prompt] = as_prompts("q", category="fraud; malware")
+    assert prompt.categories == ("fraud", "malware")
+    assert select_prompts([prompt], category="malware") == [prompt]
+    with pytest.raises(ValueError, match="one name, got 'fraud;malware'; give the others as more_"):
+        Prompt("q", category="fraud;malware")

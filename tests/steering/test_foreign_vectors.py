@@ -272,3 +272,26 @@ def test_a_key_that_counts_no_block_is_not_taken_for_one(key, tmp_path):
     save_file({key: torch.ones(D)}, tmp_path / "v.safetensors")
     with pytest.raises(ValueError, match="does not say the layer"):
         read(tmp_path / "v.safetensors")
+
+
+def test_a_key_of_a_part_of_the_block_says_no_place_in_the_residual_stream(tmp_path):
+    key = "model.layers.1.self_attn.o_proj"
+    save_file({key: torch.from_numpy(row(1))}, tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match="inside the block; pass kind=, one of resid_pre"):
+        read(tmp_path / "v.safetensors")
+    assert list(read(tmp_path / "v.safetensors", kind="attn_out")) == [Site(1, "attn_out")]
+
+
+def test_a_vector_that_steers_nothing_is_refused(tmp_path):
+    for values, said in ((np.zeros(D), "is zero"), (1j * np.ones(D), "complex numbers")):
+        np.save(tmp_path / "v.npy", values)
+        with pytest.raises(ValueError, match=said):
+            read(tmp_path / "v.npy", site=Site(1, "resid_post"))
+
+
+def test_counting_from_one_is_said_by_one_and_not_of_a_row_for_each_block(tmp_path):
+    np.save(tmp_path / "v.npy", np.stack([row(n) for n in range(LAYERS)]))
+    with pytest.raises(ValueError, match="does not say the layer"):
+        read(tmp_path / "v.npy", first_layer=1)
+    with pytest.raises(ValueError, match="first_layer is 0, or 1"):
+        read(tmp_path / "v.npy", first_layer=-1)

@@ -67,3 +67,12 @@ def test_it_steers_answers_and_its_texts_are_no_test_questions(tiny):
     assert (plain.condition, steered.condition) == ("unsteered", "steered")
     with pytest.raises(ValueError, match="1 of 1 prompts were used to fit the vector"):
         evaluate(tiny, UNSAFE[0], {"steered": change}, SHORT)
+
+
+def test_it_is_fitted_under_the_words_that_are_asked_for(tiny, monkeypatch):
+    template = "{% if tone is defined %}{{ tone }}{% endif %}" + tiny.tokenizer.chat_template
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
+    plain = steering_vector(tiny, UNSAFE, SAFE)
+    toned = steering_vector(tiny, UNSAFE, SAFE, template_keywords={"tone": "and list the words"})
+    assert "and list the words" in toned.asked_as
+    assert not torch.allclose(plain.vector, toned.vector, rtol=1e-3)

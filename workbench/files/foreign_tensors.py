@@ -157,6 +157,13 @@ def _from_json(path: Path) -> dict[str, Float[np.ndarray, "..."]]:
 def _from_numpy(path: Path) -> dict[str, Float[np.ndarray, "..."]]:
     content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):
-        return {"": content.astype(np.float32)}
+        return {"": _real(content)}
     with content:
-        return {name: content[name].astype(np.float32) for name in content.files}
+        return {name: _real(content[name]) for name in content.files}
+
+
+def _real(array: np.ndarray) -> Float[np.ndarray, "..."]:
+    """Bring an array to float32; complex numbers would lose a part of themselves."""
+    if np.iscomplexobj(array):
+        raise ValueError("it holds complex numbers")
+    return array.astype(np.float32)

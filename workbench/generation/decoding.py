@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 
@@ -78,6 +79,10 @@ class Decoding:
             is_optional = name in ("batch_size", "top_k")
             if not (value is None and is_optional) and (not _is_whole(value) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} must be a number, got {value!r:.40}.")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature!r}.")
         if not isinstance(self.system_prompt, str | None):
@@ -94,8 +99,10 @@ class Decoding:
 
     def _freeze(self) -> None:
         """Bring mappings and lists into a form that nobody can change; check what is in them."""
-        stop: Any = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        stop: Any = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(
+            isinstance(text, str) and text for text in stop
+        ):
             raise ValueError(f"stop must be texts that are not empty, got {self.stop!r:.80}.")
         try:
             keywords = FrozenKeywords(self.template_keywords)
@@ -105,7 +112,9 @@ class Decoding:
                 "template_keywords must be a mapping from names to JSON values, "
                 f"got {self.template_keywords!r:.80}."
             ) from error
-        object.__setattr__(self, "stop", stop)
+        if not all(isinstance(name, str) for name in keywords):
+            raise ValueError(f"names of template_keywords must be texts, got {keywords!r:.80}.")
+        object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "template_keywords", keywords)
 
     @property

@@ -394,7 +394,11 @@ def pooled_batches(
 
 
 def _as_tuple(sites: Sequence[Site] | Site) -> tuple[Site, ...]:
-    return (sites,) if isinstance(sites, Site) else tuple(dict.fromkeys(sites))
+    several = (sites,) if isinstance(sites, str | Site) else tuple(dict.fromkeys(sites))
+    wrong = next((site for site in several if not isinstance(site, Site)), None)
+    if wrong is not None:
+        raise TypeError(f"sites are given as wb.Site(layer, kind), got {wrong!r:.60}.")
+    return several
 
 
 def _measurement(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,15 +252,27 @@ def read_checkpoint(
             use_safetensors=True,
             attn_implementation="eager",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **placement.keywords(config),
             **_safely(revision),
         )
     hf_model, loading = loaded
+    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+        raise ValueError(
+            f"cannot load {shown!r}: {name} has shape {tuple(stored)}, its config.json wants "
+            f"{tuple(wanted)}; the two belong to different models."
+        )
     if loading["missing_keys"]:  # transformers fills them with random numbers
         missing = sorted(loading["missing_keys"])
         raise ValueError(
             f"cannot load {shown!r}: {len(missing)} weights are missing ({missing[0]} ...); its "
-            "config.json belongs to another model."
+            "files are incomplete, or its config.json belongs to another model."
+        )
+    if unused := sorted(loading["unexpected_keys"]):
+        warnings.warn(
+            f"{shown!r}: {len(unused)} weights of the checkpoint are not used ({unused[0]} ...), "
+            "so the model may not be the one that was trained; compare its config.json.",
+            stacklevel=4,
         )
     if (packed := quantization(hf_model.config)) and getattr(
         hf_model, "hf_quantizer", None

@@ -129,6 +129,19 @@ def model_lock(model: HookedModel) -> threading.RLock:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
+def check_hooked(model: Any) -> None:
+    """Raise unless something is a hooked model.
+
+    Raises:
+        TypeError: If it is a path, or a model without hook points.
+    """
+    if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
+        raise TypeError(
+            f"a hooked model is needed, got {type(model).__name__}; wb.load_model makes one of a "
+            "name, a folder or a .gguf file."
+        )
+
+
 def hook_points(model: HookedModel) -> Mapping[str, Any]:
     """List a model's hook points by name, aliases included.
 

@@ -129,6 +129,8 @@ def load_model(
     Raises:
         ValueError: If the model cannot be found, read or placed as asked, with what to do.
     """
+    if not isinstance(name_or_path, str | Path | None):
+        raise TypeError(f"a model is given by its name or path, got {name_or_path!r:.60}.")
     placement = _parse_placement(device, dtype, quantize, device_map, max_memory)
     if name_or_path is None:  # the packaged copy has no revisions: who asks for one wants the hub's
         from_hub = revision is not None or on_hub_or_cached(DEFAULT_MODEL, None)
@@ -275,6 +277,8 @@ def _parse_device(device: str | torch.device | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         parsed = torch.device(device)
+        if parsed.type == "meta":  # where tensors have no values
+            raise NotImplementedError
         torch.empty(1, device=parsed)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
@@ -309,6 +313,15 @@ def _parse_placement(
         raise ValueError("give either device or device_map, not both.")
     if max_memory is not None and device_map is None:
         raise ValueError("max_memory needs device_map, such as device_map='auto'.")
+    if not isinstance(device_map, str | Mapping | None) or device_map == {}:
+        raise ValueError(
+            f"device_map must be one of {', '.join(DEVICE_MAPS)}, or a mapping of module names to "
+            f"devices, got {device_map!r:.60}."
+        )
+    if not isinstance(max_memory, Mapping | None):
+        raise ValueError(
+            f"max_memory must be a mapping such as {{0: '20GiB'}}, got {max_memory!r}."
+        )
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
         raise ValueError(
             f"unknown device_map {device_map!r}; allowed: {', '.join(DEVICE_MAPS)}, or a mapping "

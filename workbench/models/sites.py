@@ -14,7 +14,7 @@ import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.models.errors import CannotBeDone
-from workbench.models.hooked_model import hook_points
+from workbench.models.hooked_model import check_hooked, hook_points
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -146,6 +146,7 @@ def check_sites(model: HookedModel, sites: Iterable[Site]) -> None:
         CannotBeDone: If the architecture has no such hook point, or, for mlp_post, no neurons that
             all tokens share (a mixture of experts).
     """
+    check_hooked(model)
     n_layers, present = model.cfg.n_layers, hook_points(model)
     name = str(getattr(model.cfg, "model_name", "the model")).rstrip("/").rsplit("/", 1)[-1]
     for site in sites:

@@ -64,6 +64,8 @@ def checked_keywords(tokenizer: Any, keywords: Keywords) -> dict[str, Any]:
                 f"the model's chat template never reads {name!r}; {known}; leave it out."
                 f"{did_you_mean(name, settings)}"
             )
+        if name in THINKING_SWITCHES and not isinstance(keywords[name], bool):
+            raise ValueError(f"{name} is a switch: give true or false, got {keywords[name]!r:.40}.")
     if not any(switch in keywords for switch in THINKING_SWITCHES):
         keywords |= {switch: False for switch in THINKING_SWITCHES if switch in reads}
     return keywords

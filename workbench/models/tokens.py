@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from workbench.models.hooked_model import hugging_face_model
+from workbench.models.hooked_model import check_hooked, hugging_face_model
 from workbench.models.templates import (
     Keywords,
     checked_keywords,
@@ -121,6 +121,7 @@ def encode(
         ValueError: If a prompt does not fit the context, has no response where one is needed or two
             system turns, or the template has no system turn or does not read a keyword.
     """
+    check_hooked(model)
     given = with_response or behind_thoughts
     around: dict[tuple[Message, ...], _Around] = {}
     limit = int(getattr(model.cfg, "n_ctx", 0) or 0)
@@ -239,10 +240,7 @@ def template_text(
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise ValueError(
-            "the model has no tokenizer; give it the one it was trained with, by "
-            "model.set_tokenizer(AutoTokenizer.from_pretrained(...))."
-        )
+        raise ValueError("the model has no tokenizer; give it its own: model.set_tokenizer(...).")
     if not has_chat_template(model):
         bos = getattr(tokenizer, "bos_token", None) or "" if _adds_bos(tokenizer) else ""
         said = [system_prompt or "", *(message.content.strip() for message in history)]
@@ -268,6 +266,7 @@ def template_text(
             f"the model's chat template refuses these messages ({error}); "
             f"{what or 'give it another template'}."
         ) from error
+    _check_turns_are_held(tokenizer, messages[:-1], keywords)
     if text.count(_MARK) != 1 + sum(message.content.count(_MARK) for message in history):
         raise ValueError(
             "the model's chat template does not hold the user's words once, as they are; give it "
@@ -275,6 +274,32 @@ def template_text(
         )
     before, _, after = text.rpartition(_MARK)
     return before, after
+
+
+def _check_turns_are_held(
+    tokenizer: Any, turns: Sequence[Mapping[str, str]], keywords: Mapping[str, Any]
+) -> None:
+    """Raise where the chat template leaves out a turn before the user's words.
+
+    The words themselves may be changed (trimmed, rid of thoughts), so marks stand in for them.
+    """
+    if not turns:
+        return
+    marks = [f"\u2063turn {number}\u2063" for number in range(len(turns))]
+    marked = [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
+    text = tokenizer.apply_chat_template(
+        [*marked, {"role": "user", "content": _MARK}],
+        tokenize=False,
+        add_generation_prompt=True,
+        **keywords,
+    )
+    for turn, mark in zip(turns, marks, strict=True):
+        if mark not in text:
+            raise ValueError(
+                f"the model's chat template leaves out the {turn['role']} turn "
+                f"{turn['content']!r:.60}: the model would never read it; leave it out, or say it "
+                "in the user's words."
+            )
 
 
 def _check_one_system_turn(prompt: Prompt, system_prompt: str | None) -> None:

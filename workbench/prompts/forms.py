@@ -78,11 +78,17 @@ def as_prompts(
         raise ValueError(f"{column!r} names a column, but what is given has no columns.")
     for_all: dict[str, Any] = {}
     if category is not None and (columns is None or columns.category is None):
-        for_all["category"] = category
+        for_all |= _categories_of_all(category)
     if label is not None and (columns is None or columns.label is None):
         for_all["label"] = _label_word(label)
     made = (_prompt_of(item, columns, for_all, f"row {i}") for i, item in enumerate(items, 1))
     return list(_with_ids_of_their_own(made))
+
+
+def _categories_of_all(category: str) -> dict[str, Any]:
+    """Read the category that was given for all prompts, as a cell of a table is read."""
+    main, *others = names_in(category) or [category]
+    return {"category": main, "more_categories": tuple(others)} if others else {"category": main}
 
 
 class _Columns(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -116,6 +117,11 @@ class Prompt:
             value = getattr(self, name)
             if not isinstance(value, str) or not (value.strip() or (name == "id" and not value)):
                 raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
+        if re.search("[;|]", self.category):
+            raise ValueError(
+                f"category must be one name, got {self.category!r}; give the others as "
+                "more_categories"
+            )
         if self.label not in LABELS:
             raise ValueError(f"label must be one of {', '.join(LABELS)}, got {self.label!r}")
         for name in ("response", "pair_id"):

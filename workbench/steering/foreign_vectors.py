@@ -35,6 +35,7 @@ Sign = Literal["unsafe_to_safe", "safe_to_unsafe"]
 
 # "layer_12", "model.layers[12].mlp", "direction.12", "blocks.12.hook_resid_post", "L12.resid_post"
 _LAYER = re.compile(r"(?:layers?|blocks?|directions?|\bL|\bh)[._\[ -]?(\d+)", re.IGNORECASE)
+_INSIDE = re.compile(r"attn|attention|mlp|ffn|feed_?forward|resid_(?:pre|mid)|_proj", re.IGNORECASE)
 _NO_LAYER = re.compile(r"[._\[ ]-\d|\d\.\d")  # a negative number, or one with decimals
 
 
@@ -78,6 +79,8 @@ def import_vectors(
             is missing that the file does not say.
     """
     _check_said(sign, kind)
+    if first_layer not in (0, 1):
+        raise ValueError(f"first_layer is 0, or 1 where blocks count from 1; got {first_layer!r}.")
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"give the file first, then the model; got a {type(path).__name__}.")
     info = model if isinstance(model, ModelInfo) else model_info(model)
@@ -146,10 +149,15 @@ def _rows_by_site(
             raise ValueError(
                 f"{path}: {name!r} is at {said_kind!r}, got kind={kind!r}; leave kind out."
             )
+        if (inside := _INSIDE.search(name)) and not (said_kind or kind or site):
+            raise ValueError(
+                f"{path}: {name!r} is at {inside[0]!r}, inside the block; pass kind=, one of "
+                f"{', '.join(RESIDUAL_KINDS)}."
+            )
         at_kind = said_kind or kind or (site.kind if site is not None else "resid_post")
         if layer is not None:
             found = {layer - first_layer: array}
-        elif array.ndim == 2 and len(array) == info.n_layers > 1:
+        elif array.ndim == 2 and len(array) == info.n_layers > 1 and not first_layer:
             found = dict(enumerate(array))
         elif len(arrays) == 1 and site is not None:
             found = {site.layer: array}
@@ -195,6 +203,8 @@ def _checked(
             f"{path}: the vector at {site} has shape {row.shape}, but {info.name!r} has width "
             f"{info.d_model}; is it the right model?"
         )
+    if not values.any():
+        raise ValueError(f"{path}: the vector at {site} is zero: there is nothing to steer with.")
     if not np.isfinite(values).all():
         raise ValueError(f"{path}: the vector at {site} has values that are no finite numbers.")
     return torch.from_numpy(values.astype(np.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.models.activations import cache_activations
 from workbench.models.sites import Site
@@ -13,6 +13,7 @@ from workbench.steering.vectors import SteeringVector, fit_steering_vectors
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.templates import Keywords
     from workbench.prompts.forms import PromptsLike
 
 
@@ -29,6 +30,7 @@ def steering_vector(
     category: str = OTHER,
     span: str = "content",
     system_prompt: str | None = None,
+    template_keywords: Keywords = None,
     batch_size: int = 32,
 ) -> SteeringVector:
     """Fit a steering vector from unsafe and safe texts: the difference of their mean activations.
@@ -47,6 +49,7 @@ def steering_vector(
         span: Which tokens are read, see ``cache_activations``; "response" where both sides have
             answers.
         system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads, see ``Decoding``.
         batch_size: Largest number of rows per batch.
 
     Returns:
@@ -71,9 +74,8 @@ def steering_vector(
         for prompt in prompts
     ]
     site = Site(int(MID_DEPTH * model.cfg.n_layers) if layer is None else layer, "resid_post")
-    activations = cache_activations(
-        model, rows, site, span=span, system_prompt=system_prompt, batch_size=batch_size
-    )
+    asked: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
+    activations = cache_activations(model, rows, site, span=span, batch_size=batch_size, **asked)
     [vector] = fit_steering_vectors(activations[site], categories=[category]).values()
     return vector
 

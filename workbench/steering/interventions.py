@@ -487,9 +487,11 @@ def _check_source(source: ModelInfo, info: ModelInfo, *, transfer: bool) -> None
     if source.fingerprint == info.fingerprint:
         return
     if not transfer:
+        there, here = (f"{i.name!r} ({i.weights}, {i.dtype})" for i in (source, info))
+        others = "other weights or another chat template; " if there == here else ""
         raise ValueError(
-            f"steering vector was fitted on {source.name!r} ({source.weights}) but the model is "
-            f"{info.name!r} ({info.weights}); refit it, or pass transfer=True."
+            f"steering vector was fitted on {there} but the model is {here}; {others}refit it, or "
+            "pass transfer=True."
         )
     if source.architecture != info.architecture:
         raise ValueError(
