@@ -14,7 +14,6 @@ from workbench.generation import _decode_loop as decoding
 from workbench.generation.answers import generate, sweep
 from workbench.generation.decoding import Decoding
 from workbench.models.forward import (
-    cache_bytes,
     forward,
     plain,
     prefix_cache,
@@ -201,7 +200,8 @@ def test_prefixes_count_in_the_memory_of_a_batch(tiny, monkeypatch) -> None:
     sweep(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=2))
     tokens = loops[0].n_prefix * len(loops[0].groups)
     assert len(loops[0].groups) == 5
-    assert cache_bytes(loops[0].prefix) == tokens * per_token > 0
+    layers = loops[0].prefix.layers
+    assert sum(x.keys.nbytes + x.values.nbytes for x in layers) == tokens * per_token > 0
     _, each = decoding.rows_that_fit(tiny, 50)
     monkeypatch.setattr(decoding, "MEMORY", 10 * each)
     assert decoding.rows_that_fit(tiny, 50)[0] == 10

@@ -368,15 +368,6 @@ def joined_caches(caches: Sequence[KeyValueCache]) -> KeyValueCache:
     return caches[0]
 
 
-def cache_bytes(cache: KeyValueCache) -> int:
-    """Count the bytes that a cache holds."""
-    held: list[Any] = []
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            held += value.values() if isinstance(value, dict) else [value]
-    return sum(one.nbytes for one in held if isinstance(one, torch.Tensor))
-
-
 def is_fast() -> bool:
     """Tell whether the fast routes are on, as they are outside ``plain``."""
     return _fast.get()
