@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sklearn import metrics
 from statsmodels.stats.inter_rater import cohens_kappa as reference_kappa
 
-from workbench.stats.agreement import cohen_kappa, measure_agreement
-from workbench.stats.estimates import Rate, wilson_interval
+from workbench.stats.agreement import Agreement, cohen_kappa, measure_agreement
+from workbench.stats.estimates import Estimate, Rate, wilson_interval
 
 
 @quick
@@ -70,3 +70,84 @@ def test_agreement_counts_what_a_judge_left_unscored() -> None:
     plain = json.loads(json.dumps(result.to_dict()))
     assert plain["accuracy"]["n"] == 2
     assert plain["kappa"]["value"] == 1.0
+
+
+def parts_of(agreement: Agreement) -> list[Estimate]:
+    return [
+        agreement.accuracy,
+        agreement.precision,
+        agreement.recall,
+        agreement.specificity,
+        agreement.kappa,
+    ]
+
+
+def ends_of(agreement: Agreement) -> list[tuple[float, float]]:
+    return [(part.low, part.high) for part in parts_of(agreement)]
+
+
+@quick
+@given(two_ratings)
+def test_specificity_is_the_recall_of_the_other_side(ratings: list[tuple[bool, bool]]) -> None:
+    predicted, truth = zip(*ratings, strict=True)
+    turned = measure_agreement([not x for x in predicted], [not x for x in truth])
+    assert repr(measure_agreement(predicted, truth).specificity) == repr(turned.recall)
+
+
+@quick
+@given(two_ratings)
+def test_one_answer_per_prompt_gives_the_interval_without_clusters(
+    ratings: list[tuple[bool, bool]],
+) -> None:
+    predicted, truth = zip(*ratings, strict=True)
+    plain = measure_agreement([*predicted, None], [*truth, True])
+    clustered = measure_agreement(
+        [*predicted, None], [*truth, True], clusters=range(len(ratings) + 1)
+    )
+    np.testing.assert_allclose(ends_of(clustered)[:4], ends_of(plain)[:4], atol=1e-12)
+    np.testing.assert_allclose(ends_of(clustered)[4], ends_of(plain)[4], atol=0.05)
+    for one, other in zip(parts_of(clustered), parts_of(plain), strict=True):
+        assert (one.n, one.n_unscored) == (other.n, other.n_unscored)
+
+
+@quick
+@given(two_ratings, st.integers(2, 6))
+def test_copies_of_every_answer_under_its_prompt_narrow_no_interval(
+    ratings: list[tuple[bool, bool]], copies: int
+) -> None:
+    predicted, truth = zip(*ratings, strict=True)
+    prompts = [f"prompt {i}" for i in range(len(ratings))]
+    plain = measure_agreement(predicted, truth)
+    copied = measure_agreement(predicted * copies, truth * copies, clusters=prompts * copies)
+    # up to the draws of the bootstrap
+    np.testing.assert_allclose(ends_of(copied)[:4], ends_of(plain)[:4], atol=1e-12)
+    np.testing.assert_allclose(ends_of(copied)[4], ends_of(plain)[4], atol=0.05)
+    for one, other in zip(parts_of(copied), parts_of(plain), strict=True):
+        assert one.value == pytest.approx(other.value, nan_ok=True)
+        assert one.n == copies * other.n
+
+
+def test_intervals_of_answers_that_share_prompts_cover_nineteen_times_in_twenty() -> None:
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(40), 6)
+    hits, unclustered = np.zeros(2), np.zeros(2)
+    for _ in range(300):
+        # a judge is right on 85 % of the answers, and on some prompts nearly always
+        right = rng.random(240) < rng.beta(1.7, 0.3, 40)[prompts]
+        truth = (rng.random(40) < 0.5)[prompts]
+        verdicts = np.where(right, truth, ~truth)
+        for counted, clusters in ((hits, prompts.tolist()), (unclustered, None)):
+            result = measure_agreement(verdicts, truth, clusters=clusters)
+            counted += [
+                result.accuracy.low <= 0.85 <= result.accuracy.high,
+                result.kappa.low <= 0.7 <= result.kappa.high,
+            ]
+    assert (hits / 300 > 0.91).all()
+    assert (unclustered / 300 < 0.8).all()
+
+
+def test_clusters_need_an_id_for_each_answer() -> None:
+    for function in (measure_agreement, cohen_kappa):
+        for clusters in (["a"], ["a", None]):
+            with pytest.raises(ValueError, match="clusters need an id, not None, for each of 2"):
+                function([True, False], [True, True], clusters=clusters)

@@ -15,6 +15,7 @@ from sklearn import metrics
 from workbench.stats.selectivity import (
     auroc,
     auroc_interval,
+    auroc_with_interval,
     conformal_threshold,
     hedges_g,
     max_statistic_permutation,
@@ -288,13 +289,84 @@ def test_a_threshold_needs_scores_and_a_rate(scores: list[float], allowed: float
         conformal_threshold(scores, allowed)
 
 
-def test_an_auroc_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("truth", [0.2, 0.5, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize(("n_true", "n_false"), [(10, 10), (12, 82), (82, 12), (50, 50)])
+def test_an_auroc_interval_covers_the_truth_at_least_about_as_often_as_it_says(
+    truth: float, n_true: int, n_false: int
+) -> None:
     rng = np.random.default_rng(0)
-    truth = stats.norm.cdf(1 / np.sqrt(2))
-    labels = np.arange(60) < 25
-    scores = rng.normal(size=(60, 4000)) + labels[:, None]
-    low, high = auroc_interval(auroc(scores, labels), 25, 35)
-    assert 0.92 < np.mean((low <= truth) & (truth <= high)) < 0.975
-    assert auroc_interval(1.0, 5, 5)[0] < 1.0
+    labels = np.arange(n_true + n_false) < n_true
+    shift = np.sqrt(2) * stats.norm.ppf(truth)
+    scores = rng.normal(size=(len(labels), 1500)) + shift * labels[:, None]
+    low, high = auroc_interval(auroc(scores, labels), n_true, n_false)
+    assert np.mean((low <= truth) & (truth <= high)) > 0.935
+    assert ((low >= 0) & (low < high) & (high <= 1)).all()
+
+
+def test_an_auroc_interval_turns_around_with_the_classes() -> None:
+    areas = np.linspace(0, 1, 21)
+    low, high = auroc_interval(areas, 12, 82)
+    np.testing.assert_allclose(auroc_interval(1 - areas, 12, 82), (1 - high, 1 - low), atol=1e-12)
+    np.testing.assert_allclose(auroc_interval(areas, 82, 12), (low, high), atol=1e-12)
+    assert (low[0], high[-1]) == (0, 1)
+
+
+def test_a_full_separation_of_few_rows_is_no_proof() -> None:
+    assert auroc_interval(1.0, 12, 82)[0] == pytest.approx(0.905, abs=0.001)
+    assert auroc_interval(1.0, 5, 5)[0] == pytest.approx(0.643, abs=0.001)
     with pytest.raises(ValueError, match="both classes"):
         auroc_interval(0.5, 0, 3)
+
+
+@quick
+@given(scored_labels(), st.integers(2, 5))
+def test_copies_of_every_row_under_its_prompt_do_not_narrow_the_interval(
+    case: tuple[np.ndarray, np.ndarray], copies: int
+) -> None:
+    scores, labels = case[0][:, 0], case[1]
+    plain = auroc_with_interval(scores, labels)
+    assert (plain.low, plain.high) == auroc_interval(
+        auroc(scores, labels), int(labels.sum()), int((~labels).sum())
+    )
+    one_each = auroc_with_interval(scores, labels, clusters=range(len(scores)))
+    np.testing.assert_allclose((one_each.low, one_each.high), (plain.low, plain.high), atol=1e-9)
+    copied = auroc_with_interval(
+        np.tile(scores, copies), np.tile(labels, copies), clusters=[*range(len(scores))] * copies
+    )
+    assert (copied.value, copied.n) == (pytest.approx(plain.value), copies * len(scores))
+    np.testing.assert_allclose((copied.low, copied.high), (plain.low, plain.high), atol=1e-9)
+
+
+@quick
+@given(scored_labels(), seeds)
+def test_an_auroc_interval_with_clusters_is_never_the_narrower_one(
+    case: tuple[np.ndarray, np.ndarray], seed: int
+) -> None:
+    scores, labels = case[0][:, 0], case[1]
+    prompts = np.random.default_rng(seed).integers(0, 6, size=len(scores)).tolist()
+    for x in (scores, labels.astype(float)):
+        plain, clustered = (auroc_with_interval(x, labels, clusters=c) for c in (None, prompts))
+        assert clustered.low <= plain.low + 1e-9
+        assert clustered.high >= plain.high - 1e-9
+
+
+def test_an_auroc_interval_of_rows_that_share_prompts_covers_as_it_says() -> None:
+    rng, prompts = np.random.default_rng(0), np.repeat(np.arange(40), 5)
+    labels, hits, unclustered = prompts % 2 == 0, 0, 0
+    truth = 0.8
+    for _ in range(300):
+        scores = np.sqrt(0.6) * rng.normal(size=40)[prompts] + np.sqrt(0.4) * rng.normal(size=200)
+        scores = scores + labels * np.sqrt(2) * stats.norm.ppf(truth)
+        area = auroc_with_interval(scores, labels, clusters=prompts.tolist())
+        hits += area.low <= truth <= area.high
+        area = auroc_with_interval(scores, labels)
+        unclustered += area.low <= truth <= area.high
+    assert hits / 300 > 0.91
+    assert unclustered / 300 < 0.8
+
+
+def test_an_auroc_with_interval_is_of_one_column() -> None:
+    with pytest.raises(ValueError, match="one column each"):
+        auroc_with_interval(np.zeros((4, 2)), np.array([True, False] * 2))
+    with pytest.raises(ValueError, match="clusters need an id"):
+        auroc_with_interval(np.zeros(4), np.array([True, False] * 2), clusters=["a"])

@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 Outcomes = Iterable[bool | None]
@@ -136,7 +136,7 @@ def rate(outcomes: Outcomes, *, clusters: Clusters = None, level: float = 0.95) 
         return Rate(share, 0.0, 1.0, 0, n_unscored)
     spread = float(shares.var(ddof=1)) / n if n > 1 else 0.0
     size = share * (1 - share) / spread if spread and 0 < share < 1 else float(n)
-    interval = _wilson(share, min(max(size, n), len(known)), level)
+    interval = wilson_of_share(share, min(max(size, n), len(known)), level)
     return Rate(share, *interval, n, n_unscored)
 
 
@@ -175,7 +175,7 @@ def mean(
     return Mean(_mean(known), *interval, len(known), n_unscored)
 
 
-def _wilson(share: float, n: float, level: float) -> tuple[float, float]:
+def wilson_of_share(share: float, n: float, level: float) -> tuple[float, float]:
     """Compute Wilson's interval of a share; n may be a fraction."""
     check_level(level)
     z2 = float(ndtri(1 - (1 - level) / 2)) ** 2
@@ -237,7 +237,7 @@ def paired_difference(
     difference, n = pairs[:, 1] - pairs[:, 0], len(pairs)
     samples = _bootstrap_means(difference[:, None], n_resamples, seed)
     interval = bootstrap_interval(samples, n, level=level)
-    return Difference(_mean(difference), *interval, n, n_unscored, _bootstrap_p(samples, n))
+    return Difference(_mean(difference), *interval, n, n_unscored, bootstrap_p(samples, n))
 
 
 def ratio_of_means(
@@ -455,6 +455,19 @@ def to_floats(values: Values, name: str, *, yes_no: bool = False) -> Float[np.nd
     return np.array([math.nan if item is None else item for item in items], dtype=float)
 
 
+def cluster_index(clusters: Iterable[Hashable], n: int) -> Int[np.ndarray, n]:
+    """Number the clusters of n rows from 0, in the order in which they come.
+
+    Raises:
+        ValueError: If there are more or fewer ids than rows, or an id is None or nan.
+    """
+    codes: dict[Hashable, int] = {}
+    index = np.array([codes.setdefault(cluster, len(codes)) for cluster in clusters], dtype=int)
+    if len(index) != n or any(cluster is None or cluster != cluster for cluster in codes):
+        raise ValueError(f"clusters need an id, not None, for each of {n} rows, got {len(index)}.")
+    return index
+
+
 def check_level(level: float) -> None:
     """Raise a ValueError unless a confidence level lies between 0 and 1."""
     if not 0 < level < 1:
@@ -485,13 +498,7 @@ def _pairs(
     n_unscored = int((~is_scored).sum())
     if clusters is None:
         return values[is_scored], n_unscored
-    codes: dict[Hashable, int] = {}
-    index = np.array([codes.setdefault(cluster, len(codes)) for cluster in clusters])
-    if len(index) != len(values) or any(cluster is None or cluster != cluster for cluster in codes):
-        raise ValueError(
-            f"clusters need an id, not None, for each of {len(values)} pairs, got {len(index)}."
-        )
-    _, index = np.unique(index[is_scored], return_inverse=True)
+    _, index = np.unique(cluster_index(clusters, len(values))[is_scored], return_inverse=True)
     sums = [np.bincount(index, weights=column) for column in values[is_scored].T]
     return np.column_stack(sums) / np.bincount(index)[:, None], n_unscored
 
@@ -509,8 +516,16 @@ def _bootstrap_means(
     return np.concatenate([columns[rng.integers(n, size=(size, n))].mean(axis=1) for size in sizes])
 
 
-def _bootstrap_p(samples: Float[np.ndarray, ...], n: int) -> float:
-    """Double the tail beyond 0, taken back through the widening of ``bootstrap_interval``."""
+def bootstrap_p(samples: Float[np.ndarray, ...], n: int) -> float:
+    """Compute the two-sided p of "it is 0": the level at which the interval would touch 0.
+
+    It is twice the tail beyond 0, taken back through the widening of ``bootstrap_interval``, and
+    never below 2 ** (1 - n), the smallest p of a sign-flip test.
+
+    Args:
+        samples: The statistic of each resample.
+        n: Prompts in each resample; p is nan for none.
+    """
     if n < 2:
         return 1.0 if n else math.nan
     tail = min(0.5, (1 + min((samples <= 0).sum(), (samples >= 0).sum())) / (1 + len(samples)))

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from workbench.stats.estimates import check_level, to_floats
+from workbench.stats.estimates import (
+    Clusters,
+    Estimate,
+    check_level,
+    cluster_index,
+    to_floats,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
@@ -75,20 +81,24 @@ def auroc(scores: Scores, labels: Labels) -> Any:
 
 
 def auroc_interval(
-    value: Any, n_true: int, n_false: int, *, level: float = 0.95
+    value: Any, n_true: float, n_false: float, *, level: float = 0.95
 ) -> tuple[Any, Any]:
-    """Compute the interval of an AUROC from its large-sample variance, within [0, 1].
+    """Compute the score interval of an AUROC: all values that do not differ clearly from it.
+
+    It has a width at 0 and 1, stays inside [0, 1], and turns around with the classes: that of
+    1 - A is that of A mirrored.
 
     Args:
         value: One AUROC or an array of them.
-        n_true: Rows of the class looked for.
+        n_true: Rows of the class looked for; a fraction where rows resemble each other.
         n_false: Other rows.
         level: Confidence level.
 
     Raises:
         ValueError: If a class has no rows.
 
-    Source: Hanley and McNeil 1982 (Radiology 143:29).
+    Source: method 5 of Newcombe 2006 (Statistics in Medicine 25:559), which takes the variance of
+    Hanley and McNeil 1982 at the value that is tested, with the mean of the two sizes in its terms.
     """
     from scipy.special import ndtri
 
@@ -96,16 +106,91 @@ def auroc_interval(
     if min(n_true, n_false) < 1:
         raise ValueError(f"both classes need rows, got {n_true} and {n_false}.")
     a = np.asarray(value, dtype=float)
-    # At an AUROC of 0 or 1 the variance is 0. Half a pair of rows is counted as misplaced there,
-    # so that the interval has a width.
-    inside = np.clip(a, 0.5 / (n_true * n_false), 1 - 0.5 / (n_true * n_false))
-    one, two = inside / (2 - inside), 2 * inside**2 / (1 + inside)
-    variance = (
-        inside * (1 - inside) + (n_true - 1) * (one - inside**2) + (n_false - 1) * (two - inside**2)
-    )
-    half = ndtri((1 + level) / 2) * np.sqrt(variance / (n_true * n_false))
-    low, high = np.clip(a - half, 0, 1), np.clip(a + half, 0, 1)
+    reach = float(ndtri((1 + level) / 2))
+    more = (n_true + n_false) / 2 - 1
+
+    def differs(tested: Float[np.ndarray, ...]) -> Any:
+        terms = 1 + more * ((1 - tested) / (2 - tested) + tested / (1 + tested))
+        variance = tested * (1 - tested) * terms / (n_true * n_false)
+        return np.abs(a - tested) > reach * np.sqrt(variance)
+
+    ends = []
+    for outside in (np.zeros_like(a), np.ones_like(a)):
+        inside = a
+        for _ in range(50):  # halve the piece between a value that differs and one that does not
+            middle = (outside + inside) / 2
+            is_out = differs(middle)
+            outside, inside = np.where(is_out, middle, outside), np.where(is_out, inside, middle)
+        ends.append(inside)
+    low, high = ends
     return (low, high) if a.ndim else (float(low), float(high))
+
+
+def auroc_with_interval(
+    scores: Float[np.ndarray, " rows"],
+    labels: Bool[np.ndarray, " rows"],
+    *,
+    clusters: Clusters = None,
+    level: float = 0.95,
+) -> Estimate:
+    """Estimate an AUROC with its interval, also where several rows share a prompt.
+
+    With clusters the interval is that of as many independent rows as would vary so much: at most
+    all of them, and at least what they are worth if the rows of a class and prompt are all alike. A
+    full separation does not show how alike rows are and takes the least. So it is never narrower
+    than that of independent rows.
+
+    Args:
+        scores: One number per row, in any unit.
+        labels: Whether each row is of the class looked for.
+        clusters: Prompt id of each row where prompts have several.
+        level: Confidence level.
+
+    Raises:
+        ValueError: As for ``auroc``, or if ids do not fit.
+
+    Source: variance of clustered data: Obuchowski 1997 (Biometrics 53:567), against that of
+    DeLong et al. 1988 (Biometrics 44:837) for independent rows.
+    """
+    x, is_true = np.asarray(scores), np.asarray(labels)
+    if x.ndim != 1 or is_true.ndim != 1:
+        raise ValueError(
+            f"scores and labels must be one column each, got {x.shape} and {is_true.shape}; "
+            "give one column at a time."
+        )
+    value, n = float(auroc(x, is_true)), len(x)
+    sizes = np.array([is_true.sum(), (~is_true).sum()], dtype=float)
+    if clusters is not None:
+        prompts = cluster_index(clusters, n)
+        least = [
+            m**2 / (np.bincount(prompts[side]) ** 2).sum()
+            for m, side in zip(sizes, (is_true, ~is_true), strict=True)
+        ]
+        inflation = _auroc_inflation(x, is_true, prompts)
+        sizes = np.clip(sizes / inflation, least, sizes)
+    low, high = auroc_interval(value, *sizes, level=level)
+    return Estimate(value, low, high, n, 0)
+
+
+def _auroc_inflation(
+    x: Float[np.ndarray, rows], is_true: Bool[np.ndarray, rows], prompts: Int[np.ndarray, rows]
+) -> float:
+    """Divide the variance of an AUROC over prompts by that over rows; inf where both are 0."""
+    from scipy.stats import rankdata
+
+    n_true, n_false = int(is_true.sum()), int((~is_true).sum())
+    # share of the other class that a row is on the right side of, ties counted half
+    ranks, right = rankdata(x), np.empty(len(x))
+    right[is_true] = (ranks[is_true] - rankdata(x[is_true])) / n_false
+    right[~is_true] = 1 - (ranks[~is_true] - rankdata(x[~is_true])) / n_true
+    area = right[is_true].mean()
+    parts = (right - area) / np.where(is_true, n_true, n_false)
+    over_rows = (parts**2).sum()
+    n_prompts = prompts.max() + 1
+    over_prompts = (np.bincount(prompts, weights=parts) ** 2).sum() * n_prompts
+    if over_rows < 1e-12 or n_prompts < 2:
+        return math.inf
+    return float(over_prompts / (n_prompts - 1) / over_rows * (1 - 1 / len(x)))
 
 
 def hedges_g(scores: Scores, labels: Labels) -> Any:
