@@ -15,7 +15,7 @@ def test_every_example_of_the_page_prints_what_it_shows(tiny_path, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     examples = code_and_outputs(PAGE)
-    assert len(examples) == 10
+    assert len(examples) == 11
     for code, expected in examples:
         with contextlib.redirect_stdout(io.StringIO()) as output:
             exec(

@@ -66,7 +66,11 @@ GITHUB = "https://raw.githubusercontent.com"
 """Where files of a GitHub repository are served as they are."""
 
 
-_OPTIONS = ("text", "response", "category", "label", "split", "limit")
+_ROLES = ("text", "response", "category", "label", "reference")
+"""What a column can be for; an option of each of these names says which one it is."""
+
+
+_OPTIONS = (*_ROLES, "split", "limit")
 
 
 _OPTION = re.compile(r"(\w+)=(.*)")
@@ -95,6 +99,7 @@ class Dataset:
     category: Sequence[str] = ()
     label: Sequence[str] | Mapping[str, str] = ("label",)
     response: Sequence[str] = ()
+    reference: Sequence[str] = ()
     context: Sequence[str] = ()
     pair: Sequence[str] = ()
     prepare: str = ""
@@ -134,7 +139,7 @@ def list_datasets() -> pd.DataFrame:
             key: getattr(known, key)
             for key in ("name", "what", "licence", "citation", "hub", "revision")
         }
-        roles = {key: getattr(known, key) for key in ("text", "category", "label", "response")}
+        roles = {key: getattr(known, key) for key in _ROLES}
         columns = (
             f"{role}: {' | '.join(names)}"
             for role, names in roles.items()
@@ -151,6 +156,7 @@ def read_dataset(
     response: str | None = None,
     category: str | None = None,
     label: str | None = None,
+    reference: str | None = None,
     split: str | None = None,
     limit: int | None = None,
 ) -> list[Prompt]:
@@ -172,6 +178,7 @@ def read_dataset(
             may hold several, as a list or with ";" between them: the first is the main one.
         label: Column of the label (unsafe, safe, neutral and the like; also yes or no in a column
             such as is_safe), or unsafe, safe or neutral for all rows.
+        reference: Column of a reference answer; sets that have one (alpaca) read it anyway.
         split: One of the set's splits.
         limit: Largest number of prompts of each category and label; the first ones are taken.
 
@@ -186,6 +193,7 @@ def read_dataset(
         "response": response,
         "category": category,
         "label": label,
+        "reference": reference,
         "split": split,
         "limit": limit,
     }
@@ -258,6 +266,7 @@ def _known(name: str, path: str | None) -> Dataset:
             "a table",
             category=("category", "categories", OTHER),
             pair=("pair_id",),
+            reference=("reference",),
         )
     if name not in known:
         hint = did_you_mean(name, [*known, OWN])
@@ -308,8 +317,10 @@ def _read(dataset: Dataset, path: str | None, options: Mapping[str, str]) -> lis
         raise ValueError(f"{path or dataset.name} holds no rows.")
     if not dataset.hub and rows[0][2].keys() >= set(COLUMNS):
         return _own_prompts([(place, row) for _, place, row in rows], options)
-    columns = ("text", "response", "category", "label")
-    asked: dict[str, Any] = {key: (options[key],) for key in columns if key in options}
+    asked: dict[str, Any] = {key: (options[key],) for key in _ROLES if key in options}
+    present = dict.fromkeys(name for _, _, row in rows for name in row)
+    if "reference" in asked and not find_column(asked["reference"], present):
+        raise missing_column(path or dataset.name, asked["reference"], present)
     if "text" in asked:
         asked["context"] = ()
     with_split = [{**_with_turns(row, place), _SPLIT: each} for each, place, row in rows]
@@ -322,7 +333,7 @@ def _own_prompts(rows: Numbered, options: Mapping[str, str]) -> list[Prompt]:
     An option names another column for a field, or is its value in all rows.
     """
     present = list(dict.fromkeys(name for _, row in rows for name in row))
-    for field_name in ("text", "response", "category", "label"):
+    for field_name in _ROLES:
         if field_name not in options:
             continue
         given = options[field_name]
@@ -355,6 +366,7 @@ class _Roles(NamedTuple):
     response: str
     category: str
     label: str
+    reference: str
     context: str
     pair: str
 
@@ -375,12 +387,14 @@ class _Roles(NamedTuple):
             return name
 
         text = column(dataset.text)
+        reference = find_column(dataset.reference, columns) or ""
         of_turns = "response" if "history" in columns and "response" in columns else ""
         return cls(
             text,
             column(dataset.response) if dataset.response else of_turns,
             column(dataset.category, our_categories()) if dataset.category else "",
             "" if isinstance(dataset.label, Mapping) else column(dataset.label, LABELS),
+            "" if reference == text else reference,
             find_column(dataset.context, columns) or "",
             find_column(dataset.pair, columns) or text,
         )
@@ -402,9 +416,9 @@ def _prompts(dataset: Dataset, rows: Sequence[Row], where: str) -> list[Prompt]:
     prompts, pairs = [], []
     for number, row in enumerate(rows, start=1):
         place = f"{where}, row {number}"
-        question, answer, more = (
+        question, answer, good, more = (
             text_in(row.get(name), name, place)
-            for name in (roles.text, roles.response, roles.context)
+            for name in (roles.text, roles.response, roles.reference, roles.context)
         )
         verdict = (
             label_in(row.get(roles.label), roles.label, place)
@@ -422,7 +436,9 @@ def _prompts(dataset: Dataset, rows: Sequence[Row], where: str) -> list[Prompt]:
             else (roles.category,)
         )
         main, *others = _risks_of(verdict, risks)
-        prompt = Prompt("", question, answer or None, main, verdict, dataset.name)
+        prompt = Prompt(
+            "", question, answer or None, main, verdict, dataset.name, reference=good or None
+        )
         history = tuple(values_in(row.get("history")))
         if others or history:
             prompt = replace(prompt, id="", history=history, more_categories=tuple(others))

@@ -42,6 +42,7 @@ def as_prompts(
     response: str | None = None,
     category: str | None = None,
     label: str | None = None,
+    reference: str | None = None,
 ) -> list[Prompt]:
     """Make prompts of texts, conversations, rows or a data frame, one for each, in order.
 
@@ -52,13 +53,15 @@ def as_prompts(
         given: A text or a list of texts; a conversation (a list of messages with role and content)
             or a list of them; a data frame, a list of dicts or a dict of columns, with a column
             text, prompt, question or instruction (or messages) and, where there are any,
-            category, label, response, id, pair_id and source; ``Prompt`` objects; or a mixture.
+            category, label, response, reference, id, pair_id and source; ``Prompt`` objects; or a
+            mixture.
         text: Column of the question, where it has another name.
         response: Column of an answer that comes with the question.
         category: Column of the category, or the category of all. A cell may hold several, as a
             list or with ";" between them: the first is the main one.
         label: Column of the label (unsafe, safe, neutral and the like; also yes or no in a column
             such as is_safe), or the label of all. Without any it is "neutral".
+        reference: Column of the reference answer, where it has another name.
 
     Returns:
         The prompts; those that are ``Prompt`` objects already stay as they are.
@@ -69,12 +72,13 @@ def as_prompts(
             number.
     """
     items = _items_of(given, text)
-    nothing_named = (text, response, category, label) == (None, None, None, None)
+    nothing_named = all(name is None for name in (text, response, category, label, reference))
     if nothing_named and all(isinstance(item, Prompt) for item in items):
         return items
     rows = [item for item in items if isinstance(item, Mapping) and not is_message(item)]
-    columns = _Columns.of(rows, text, response, category, label) if rows else None
-    if columns is None and (column := text or response) is not None:
+    named = {"response": response, "reference": reference}
+    columns = _Columns.of(rows, text, category, label, named) if rows else None
+    if columns is None and (column := text or response or reference) is not None:
         raise ValueError(f"{column!r} names a column, but what is given has no columns.")
     for_all: dict[str, Any] = {}
     if category is not None and (columns is None or columns.category is None):
@@ -97,6 +101,7 @@ class _Columns(NamedTuple):
     text: str | None
     messages: str | None
     response: str | None
+    reference: str | None
     category: str | None
     label: str | None
     id: str | None
@@ -110,9 +115,9 @@ class _Columns(NamedTuple):
         cls,
         rows: list[Mapping[str, Any]],
         text: str | None,
-        response: str | None,
         category: str | None,
         label: str | None,
+        answers: Mapping[str, str | None],
     ) -> _Columns:
         """Find the columns of rows, by the names that were given or else by the usual ones.
 
@@ -138,16 +143,18 @@ class _Columns(NamedTuple):
                 f"columns {question!r} and {extra!r} make one question together: join them in "
                 "a column 'text', or say text='instruction' to leave the other out."
             )
-        answer = named(response, "response")
-        if response is not None and answer is None:
-            raise missing_column("the rows", (response,), present)
+        of_answers = {kind: named(name, kind) for kind, name in answers.items()}
+        for kind, name in answers.items():
+            if name is not None and of_answers[kind] is None:
+                raise missing_column("the rows", (name,), present)
         kinds, labels = named(category, "category", "categories"), named(label, "label")
         if category is not None and kinds is None and did_you_mean(category, present):
             raise missing_column("the rows", (category,), present)
         if label is not None and labels is None and label.lower() not in LABEL_WORDS:
             raise missing_column("the rows", (label,), present, LABELS)
         others = ("id", "pair_id", "source", "history", "more_categories")
-        return cls(question, messages, answer, kinds, labels, *(named(name) for name in others))
+        places = {name: named(name) for name in others}
+        return cls(question, messages, **of_answers, category=kinds, label=labels, **places)
 
 
 def _items_of(given: PromptsLike, text: str | None) -> list[Any]:
@@ -226,9 +233,11 @@ def _fields_of_row(row: Mapping[str, Any], columns: _Columns, place: str) -> dic
         if not text_in(row.get(column), column, place):
             raise ValueError(f"{place}: column {column!r} is empty; leave the row out.")
         fields["text"] = row[column]
-    if columns.response is not None and not is_missing(row.get(columns.response)):
-        text_in(row[columns.response], columns.response, place)
-        fields["response"] = row[columns.response]
+    for name in ("response", "reference"):
+        column = getattr(columns, name)
+        if column is not None and not is_missing(row.get(column)):
+            text_in(row[column], column, place)
+            fields[name] = row[column]
     if columns.label is not None:
         fields["label"] = label_in(row.get(columns.label), columns.label, place)
         if fields["label"] is None:

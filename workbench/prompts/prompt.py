@@ -7,7 +7,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.files.hints import did_you_mean
@@ -49,7 +49,7 @@ COLUMNS = ("id", "text", "category", "label", "source")
 """Columns that a table of prompts written by ``save_prompts`` always has."""
 
 
-_SELDOM = ("history", "more_categories")
+_SELDOM = ("history", "more_categories", "reference")
 """Fields that are written for those prompts alone that have them."""
 
 
@@ -95,6 +95,8 @@ class Prompt:
         history: Turns of the conversation before ``text``, a system turn among them if there is
             one, as ``Message`` objects or dicts of role and content.
         more_categories: Risk categories it has beside the main one.
+        reference: A good answer that others are compared with, or None; no model and no judge
+            is shown it.
     """
 
     id: str = ""
@@ -106,6 +108,7 @@ class Prompt:
     pair_id: str | None = None
     history: tuple[Message, ...] = ()
     more_categories: tuple[str, ...] = ()
+    reference: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.text == _NOT_GIVEN:
@@ -124,14 +127,15 @@ class Prompt:
             )
         if self.label not in LABELS:
             raise ValueError(f"label must be one of {', '.join(LABELS)}, got {self.label!r}")
-        for name in ("response", "pair_id"):
+        for name in ("response", "pair_id", "reference"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} must be a text or null, got {value!r}")
         try:
-            repr_of = (self.id, self.text, self.response, self.source, self.pair_id)
+            names = ("id", "text", "response", "source", "pair_id", "reference")
             said = (message.content for message in self.history)
-            "".join(map(str, (*repr_of, *self.categories, *said))).encode()
+            texts = (*(getattr(self, name) for name in names), *self.categories, *said)
+            "".join(map(str, texts)).encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 "a text holds half a character (a lone surrogate), which no tokenizer reads: "
@@ -190,7 +194,7 @@ def prompts_of_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Promp
     Raises:
         ValueError: If a row is not a prompt or an id comes twice, with the row's place.
     """
-    known = {field.name for field in fields(Prompt)}
+    known = {one.name for one in fields(Prompt)}
     columns = f"columns: {', '.join(sorted(known - set(_SELDOM)))}."
     prompts, seen = [], set()
     for place, row in rows:
@@ -215,7 +219,7 @@ def prompts_of_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Promp
 def _fields_of(row: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """Take the fields of a prompt from a row; an empty cell is nothing given."""
     values = {name: row[name] for name in known if name in row}
-    for name in ("response", "pair_id"):
+    for name in ("response", "pair_id", "reference"):
         if is_missing(values.get(name)):
             values[name] = None
     for name, read in (("history", values_in), ("more_categories", names_in)):
