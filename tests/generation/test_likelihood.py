@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 from helpers.tiny_models import sentences
 
-from workbench.generation import likelihood
-from workbench.generation.answers import Completion, generate
+from workbench.generation import _logits
+from workbench.generation.answers import Completion, generate, sweep
 from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_kl, answer_log_probs, steered_log_probs
 from workbench.judges.text_quality import perplexity_from_log_probs
@@ -232,7 +233,7 @@ def test_kl_behind_a_stepwise_gate_is_that_of_its_distributions(tiny, monkeypatc
     _, steering = stepwise(tiny)
     completions = [c for c in answers() if c.tokens][:3]
     whole = answer_kl(tiny, completions, {"a": [steering] * 3})["a"]
-    monkeypatch.setattr(likelihood, "MEMORY", 1)  # a column at a time
+    monkeypatch.setattr(_logits, "MEMORY", 1)  # a column at a time
     assert answer_kl(tiny, completions, {"a": [steering] * 3})["a"] == pytest.approx(
         whole, rel=1e-4
     )
@@ -287,7 +288,7 @@ def test_logits_are_computed_a_few_columns_at_a_time_where_memory_is_short(
     expected = measured()
     width = model.original_model.config.vocab_size
     sizes = sizes_of_logits(monkeypatch)
-    monkeypatch.setattr(likelihood, "MEMORY", 2 * len(completions) * width * 4 * 3)
+    monkeypatch.setattr(_logits, "MEMORY", 2 * len(completions) * width * 4 * 3)
     found = measured()
     for one, other in zip(found, expected, strict=True):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
@@ -300,7 +301,7 @@ def test_a_model_whose_head_cannot_run_alone_gives_all_logits_at_once(tiny, monk
     expected = torch.cat(answer_log_probs(tiny, completions))
     monkeypatch.setattr(forward, "_has_late_head", lambda model: False)
     monkeypatch.setattr(forward, "head_logits", None)
-    monkeypatch.setattr(likelihood, "MEMORY", 1)
+    monkeypatch.setattr(_logits, "MEMORY", 1)
     torch.testing.assert_close(torch.cat(answer_log_probs(tiny, completions)), expected)
 
 
@@ -320,3 +321,67 @@ def test_kl_is_that_of_torch_over_the_answers_tokens_alone(tiny):
         n += width
     found = answer_kl(tiny, completions, {"a": [steering] * len(completions)}, batch_size=5)["a"]
     assert found == pytest.approx(total / n, rel=1e-4)
+
+
+# Log-probabilities that come with decoding
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_p": 0.8, "n_samples": 2, "system_prompt": "Be kind."},
+        {"temperature": 1.0, "top_k": 5, "batch_size": 2},
+    ],
+)
+def test_log_probs_of_decoding_are_those_of_reading(family, family_model, how):
+    if "system_prompt" in how and family in ("gemma3", "gpt2"):
+        how = {**how, "system_prompt": None}
+    model = family_model(family)
+    decoding = Decoding(max_new_tokens=7, **how)
+    completions = generate(model, [c.prompt for c in answers(5)], decoding=decoding)
+    for completion, read in zip(
+        completions, answer_log_probs(model, completions, **decoding.asked_by), strict=True
+    ):
+        assert completion.log_probs is not None
+        told = torch.tensor(completion.log_probs.values)
+        torch.testing.assert_close(told, read, atol=1e-4, rtol=1e-4)
+
+
+def test_only_unsteered_whole_answers_come_with_log_probs(tiny):
+    prompts = [dataclasses.replace(c.prompt, response="The dog") for c in answers(3)]
+    vector = Intervention(Site(1, "resid_post"), AddVector(torch.ones(32)))
+    conditions = {"unsteered": (), "nothing": (), "steered": [vector]}
+    by_condition = {"unsteered": True, "nothing": True, "steered": False}
+    for completion in sweep(tiny, prompts, conditions, Decoding(max_new_tokens=3)):
+        assert (completion.log_probs is not None) == by_condition[completion.condition]
+    begun = generate(tiny, prompts, decoding=Decoding(max_new_tokens=3), continue_response=True)
+    assert [completion.log_probs for completion in begun] == [None] * 3
+
+
+def test_log_probs_are_kept_in_the_file_and_an_older_file_has_none(tiny, tmp_path):
+    prompts, path = [c.prompt for c in answers(3)], tmp_path / "answers.jsonl"
+    first = generate(tiny, prompts, decoding=Decoding(max_new_tokens=4), output=path)
+    again = generate(tiny, prompts, decoding=Decoding(max_new_tokens=4), output=path)
+    assert [c.log_probs for c in again] == [c.log_probs for c in first]
+    assert all(len(c.log_probs.values) == len(c.tokens) for c in first)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(
+            json.dumps({k: v for k, v in line.items() if k != "log_probs"}) + "\n" for line in lines
+        )
+    )
+    older = generate(tiny, prompts, decoding=Decoding(max_new_tokens=4), output=path)
+    assert older == first
+    assert [c.log_probs for c in older] == [None] * 3
+
+
+def test_an_answer_cut_at_a_stop_text_keeps_the_log_probs_of_its_tokens(tiny):
+    prompt = answers(3)[2].prompt
+    [whole] = generate(tiny, [prompt], decoding=Decoding(max_new_tokens=8))
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    [cut] = generate(tiny, [prompt], decoding=Decoding(max_new_tokens=8, stop=(stop,)))
+    assert len(cut.tokens) < len(whole.tokens)
+    assert cut.log_probs.values == whole.log_probs.values[: len(cut.tokens)]

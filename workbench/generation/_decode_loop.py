@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -96,6 +96,21 @@ class _State:
             keep_rows(self.cache, rows)
 
 
+class Decoded(NamedTuple):
+    """Hold what was decoded of one row.
+
+    Attributes:
+        tokens: Token ids, without the one that ended the answer.
+        finish: How it ended.
+        log_probs: Log-probability of each token under the unsteered model, at temperature 1 and
+            among all tokens; None for a row that is steered or goes on from a begun answer.
+    """
+
+    tokens: list[int]
+    finish: Literal["eos", "length"]
+    log_probs: list[float] | None
+
+
 class DecodeLoop:
     """Run the prompt pass and the decoding of batches whose rows have their own interventions."""
 
@@ -147,8 +162,8 @@ class DecodeLoop:
                 caches.append(prefix_cache(self.model, prefix, rows=len(groups)))
         self.prefix = joined_caches(caches)
 
-    def run(self, rows: Sequence[Row]) -> list[tuple[list[int], Literal["eos", "length"]]]:
-        """Write the answers of a batch: token ids and the way it ended, for each row."""
+    def run(self, rows: Sequence[Row]) -> list[Decoded]:
+        """Write the answers of a batch."""
         batch = pad(
             [row.encoded for row in rows],
             pad_id=pad_id(self.model),
@@ -159,23 +174,38 @@ class DecodeLoop:
         written = torch.zeros(
             (len(rows), self.max_new_tokens), dtype=torch.long, device=self.device
         )
+        log_probs = torch.zeros(written.shape, device=self.device)
         draws, width = self._draws(rows), state.mask.shape[1]
         below = self._layers_below(rows, state)
         while state.step < self.max_new_tokens:  # one turn for each set of rows alive
-            groups = [rows[i].group for i in state.alive.tolist()]
+            alive = state.alive.tolist()
+            groups = [rows[i].group for i in alive]
+            plain = [place for place, i in enumerate(alive) if self._is_plain(rows[i])]
             with (
                 self._steered(
                     groups, prompt_length=width, content=state.content, gates=state.gates
                 ) as steering,
                 fast(self.model),
             ):
-                self._decode_until_rows_drop(state, written, draws, below)
+                self._decode_until_rows_drop(
+                    state, written, draws, below, log_probs, torch.tensor(plain, device=self.device)
+                )
             if not bool(state.finite.all()):
                 raise self._not_finite(rows, batch, state, written)
             if state.step == self.max_new_tokens or bool(state.ended.all()):
                 break
             state.keep((~state.ended).nonzero()[:, 0], steering)
-        return [self._cut(ids) for ids in written.tolist()]
+        decoded = []
+        for row, ids, values in zip(rows, written.tolist(), log_probs.tolist(), strict=True):
+            tokens, finish = self._cut(ids)
+            known = values[: len(tokens)] if self._is_plain(row) else None
+            decoded.append(Decoded(tokens, finish, known))
+        return decoded
+
+    def _is_plain(self, row: Row) -> bool:
+        """Tell whether nothing is done to the model in a row, which begins with a whole prompt."""
+        start, end = row.encoded.response
+        return not self.groups[row.group] and start == end
 
     def _before_the_first_token(self, rows: Sequence[Row], batch: Batch) -> _State:
         """Set up the state whose next pass reads the prompts."""
@@ -204,8 +234,13 @@ class DecodeLoop:
         written: Int[Tensor, "row step"],
         draws: Float[Tensor, "row step"] | None,
         below: Below | None,
+        log_probs: Float[Tensor, "row step"],
+        plain: Int[Tensor, " plain"],
     ) -> None:
-        """Decode token by token until so many rows have ended that a smaller batch pays."""
+        """Decode token by token until so many rows have ended that a smaller batch pays.
+
+        The log-probabilities of the tokens of the rows in ``plain`` are written, too.
+        """
         while state.step < self.max_new_tokens:
             known = below.known(self.model, state.cache) if below and state.step == 0 else None
             with known or nullcontext():
@@ -217,6 +252,9 @@ class DecodeLoop:
             state.finite = state.finite & logits.amax(dim=-1).isfinite()
             next_tokens = self._choose(logits, random)
             written[state.alive, state.step] = next_tokens
+            if len(plain):
+                chosen = _log_probs(logits[plain], next_tokens[plain])
+                log_probs[state.alive[plain], state.step] = chosen
             state.append(next_tokens, self.stops)
             is_look = state.step % self.look_every == 0
             if self.decoding.stop and is_look:
@@ -314,6 +352,17 @@ class DecodeLoop:
             if token in stops:
                 return ids[:place], "eos"
         return ids, "length"
+
+
+def _log_probs(
+    logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]
+) -> Float[Tensor, " row"]:
+    """Give the log-probability of each row's token, a few rows at a time to keep memory small."""
+    parts = []
+    for some, chosen in zip(logits.split(8), tokens.split(8), strict=True):
+        some = some.float()
+        parts.append(some.gather(1, chosen[:, None])[:, 0] - some.logsumexp(dim=-1))
+    return torch.cat(parts)
 
 
 def _first(

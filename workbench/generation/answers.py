@@ -6,14 +6,14 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, local_path, read_jsonl
-from workbench.generation._decode_loop import DecodeLoop, Row, rows_that_fit
+from workbench.generation._decode_loop import Decoded, DecodeLoop, Row, rows_that_fit
 from workbench.generation._endings import Endings, Finish
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.batches import batches_by_length, widths_to_keep_apart
@@ -40,6 +40,24 @@ those of the first one that is named, the main one before the others."""
 
 
 @dataclass(frozen=True)
+class LogProbs:
+    """Hold log-probabilities of an answer's tokens, and whose they are.
+
+    Attributes:
+        values: Natural logarithms, at temperature 1 and among all tokens.
+        of: Key of the model and of the template behind which it answered (``asked_key``).
+    """
+
+    values: tuple[float, ...]
+    of: str
+
+
+def asked_key(model: HookedModel, asked_by: Mapping[str, Any]) -> str:
+    """Make the key of a model and of the words around what it is asked."""
+    return key_of([model_info(model).fingerprint, template_text(model, **asked_by)])
+
+
+@dataclass(frozen=True)
 class Completion:
     """Hold one answer and how it ended.
 
@@ -53,6 +71,8 @@ class Completion:
         condition: Name of what was done to the model.
         thinking: What the model thought before it answered; empty for most models.
         sample: Number of the answer among those to the same prompt, from 0.
+        log_probs: Log-probability of each token as the unsteered model chose it; None where it was
+            steered, or where nobody knows.
     """
 
     prompt: Prompt
@@ -62,6 +82,7 @@ class Completion:
     condition: str
     thinking: str = ""
     sample: int = 0
+    log_probs: LogProbs | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_cut_in_thoughts(self) -> bool:
@@ -165,12 +186,14 @@ def sweep(
     loop = DecodeLoop(model, groups, decoding, transfer, endings)
     _answer_missing(loop, rows, answers, output, progress=progress)
     _check_reached(rows, groups, answers)
-    completions = [_completion(row, answers[row.key]) for row in rows]
+    asked = asked_key(model, decoding.asked_by)
+    completions = [_completion(row, answers[row.key], asked) for row in rows]
     _warn_of_cut_thoughts(completions, decoding)
     return completions
 
 
-def _completion(row: Row, answer: Mapping[str, Any]) -> Completion:
+def _completion(row: Row, answer: Mapping[str, Any], asked: str) -> Completion:
+    log_probs = answer.get("log_probs")  # files of earlier versions have none
     return Completion(
         row.encoded.prompt,
         answer["text"],
@@ -179,6 +202,7 @@ def _completion(row: Row, answer: Mapping[str, Any]) -> Completion:
         row.condition,
         answer.get("thinking", ""),
         row.sample,
+        None if log_probs is None else LogProbs(tuple(log_probs), asked),
     )
 
 
@@ -251,10 +275,10 @@ def _answer_missing(
         loop.share_prefix(encoded, batch_size)
         for batch in waiting:
             lines = []
-            for row, (tokens, finish) in zip(batch, loop.run(batch), strict=True):
+            for row, decoded in zip(batch, loop.run(batch), strict=True):
                 if row.key in answers:
                     continue
-                answers[row.key] = loop.endings.written(tokens, finish)._asdict()
+                answers[row.key] = _answer(decoded, loop.endings)
                 line = {
                     "key": row.key,
                     "prompt_id": row.encoded.prompt.id,
@@ -265,6 +289,15 @@ def _answer_missing(
             if output is not None:
                 append_jsonl(output, lines)
             bar.update(len(batch))
+
+
+def _answer(decoded: Decoded, endings: Endings) -> dict[str, Any]:
+    """Make the record of an answer: cut where it ends, with the log-probabilities that are left."""
+    answer = endings.written(decoded.tokens, decoded.finish)._asdict()
+    if decoded.log_probs is not None:
+        left = decoded.log_probs[: len(answer["tokens"])]
+        answer["log_probs"] = [round(value, 6) for value in left]
+    return answer
 
 
 def _batches(model: HookedModel, rows: Sequence[Row], batch_size: int) -> list[list[Row]]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from workbench.generation._decode_loop import check_gates
+from workbench.generation._logits import columns_at_a_time, some_or_all_logits
+from workbench.generation.reading import read_rows, with_answers
 from workbench.models.batches import (
     batches_by_length,
     pad,
     pad_ids,
-    share_prefix,
     span_mask,
     widths_to_keep_apart,
 )
 from workbench.models.finite import check_finite
-from workbench.models.forward import last_logits, late_logits, late_logits_and_cache
-from workbench.models.hooked_model import input_device, vocabulary_width
+from workbench.models.forward import late_logits_and_cache
+from workbench.models.hooked_model import input_device
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.steering.apply import intervene
 
@@ -32,20 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workbench.generation.answers import Completion
-    from workbench.models.batches import Batch, SharedPrefix
+    from workbench.models.batches import Batch
     from workbench.models.hooked_model import HookedModel
     from workbench.models.templates import Keywords
     from workbench.steering.interventions import Intervention
-
-
-MEMORY = 2**30
-"""Bytes of logits and what is made of them that are held at a time, for a vocabulary of any size.
-
-What fits into it is computed at once."""
-
-
-_COPIES = 3
-"""Of the logits, in float32: two distributions and their product."""
 
 
 def answer_log_probs(
@@ -60,7 +49,7 @@ def answer_log_probs(
 
     Args:
         model: A hooked model; without interventions this scores steered answers under the
-            unsteered model. Inside ``intervene`` prompt and answer are one pass, all of it
+            unsteered model. Inside ``intervene`` answers may be read in parts, all of them
             positions "prompt": use interventions at "all" positions, for every row.
         completions: Answers, by their token ids.
         system_prompt: Words for the system turn.
@@ -68,111 +57,15 @@ def answer_log_probs(
         batch_size: Rows per batch; logits are kept for the answers' tokens only.
 
     Returns:
-        One float32 vector per answer, on the CPU, natural logarithms; empty for an empty answer.
+        One float32 vector per answer, on the CPU, natural logarithms; empty for an empty answer
+        (``read_rows`` gives hidden states of the same pass, too).
 
     Raises:
         ValueError: If the model's numbers are infinite or undefined.
     """
-    scored: list[Tensor] = [torch.zeros(0) for _ in completions]
     asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
-    rows = _with_answers(model, completions, asked_by)
-    answered = [i for i, completion in enumerate(completions) if completion.tokens]
-    if not answered:
-        return scored
-    lengths = [len(rows[i].ids) for i in answered]
-    device = input_device(model)
-    with torch.no_grad():
-        prefix = share_prefix(
-            model,
-            [rows[i] for i in answered],
-            keep=lambda row: row.response[0] - 1,
-            padded_columns=max(lengths),
-        )
-        alike = widths_to_keep_apart(model, lengths)
-        for batch_places in batches_by_length(lengths, batch_size, alike=alike):
-            places = [answered[place] for place in batch_places]
-            batch = pad(
-                [dataclasses.replace(rows[i], ids=rows[i].ids[prefix.length :]) for i in places],
-                pad_id=pad_id(model),
-                side="left",
-                device=device,
-            )
-            longest = max(len(completions[i].tokens) for i in places)
-            log_probs = _last_log_probs(
-                model, batch, prefix, longest, [completions[i] for i in places]
-            )
-            for row, i in enumerate(places):
-                scored[i] = log_probs[row, longest - len(completions[i].tokens) :].clone()
-    return scored
-
-
-def _last_log_probs(
-    model: HookedModel,
-    batch: Batch,
-    prefix: SharedPrefix,
-    n: int,
-    completions: Sequence[Completion],
-) -> Float[Tensor, "row n"]:
-    """Return the log-probabilities of a batch's last tokens, on the CPU."""
-    n_rows, tokens = len(completions), batch.tokens
-    mask = torch.cat([batch.mask.new_ones(n_rows, prefix.length), batch.mask], dim=1)
-    logits_of = _some_or_all_logits(model, tokens, mask, n, prefix.for_rows(n_rows))
-    targets, parts = tokens[:, -n:, None], []
-    for columns in _columns_at_a_time(model, n_rows, n):
-        logits = logits_of(columns).float()
-        chosen = logits.gather(2, targets[:, columns])[..., 0]
-        parts.append(chosen - logits.logsumexp(dim=-1))
-    log_probs = torch.cat(parts, dim=1)
-    starts = torch.tensor([[n - len(one.tokens)] for one in completions], device=tokens.device)
-    is_before = torch.arange(n, device=tokens.device) < starts
-    check_finite(
-        model,
-        log_probs.masked_fill(is_before, 0.0),
-        [one.prompt.id for one in completions],
-        tokens,
-        mask,
-        cache=partial(prefix.for_rows, n_rows),
-    )
-    return log_probs.cpu()
-
-
-def _columns_at_a_time(model: HookedModel, n_rows: int, n_columns: int) -> Iterator[slice]:
-    """Cut columns into pieces whose logits, for all rows, stay within the memory."""
-    per_column = n_rows * vocabulary_width(model) * 4 * _COPIES
-    step = max(1, min(n_columns, MEMORY // per_column))
-    for start in range(0, n_columns, step):
-        yield slice(start, min(start + step, n_columns))
-
-
-def _some_or_all_logits(
-    model: HookedModel,
-    tokens: Int[Tensor, "row pos"],
-    mask: Bool[Tensor, "row past_and_pos"],
-    n: int,
-    cache: Any = None,
-) -> Callable[[slice], Float[Tensor, "row some d_vocab"]]:
-    """Return a function that gives logits of the ``n`` columns before the last one.
-
-    They are computed at once where they fit into the memory, else when they are asked for.
-    """
-    if len(list(_columns_at_a_time(model, len(tokens), n))) == 1:
-        logits, _ = last_logits(model, tokens, mask, n + 1, cache=cache)
-        return lambda columns: logits[:, :-1][:, columns]
-    return late_logits(model, tokens, mask, n + 1, cache=cache)
-
-
-def _with_answers(
-    model: HookedModel, completions: Sequence[Completion], asked_by: Mapping[str, Any]
-) -> list[Encoded]:
-    """Encode every prompt with the answer's own token ids behind it."""
-    prompts = [completion.prompt for completion in completions]
-    rows = []
-    for encoded, completion in zip(encode(model, prompts, **asked_by), completions, strict=True):
-        n = len(encoded.ids)
-        response = (n, n + len(completion.tokens))
-        ids = encoded.ids + completion.tokens
-        rows.append(dataclasses.replace(encoded, ids=ids, response=response))
-    return rows
+    rows = with_answers(model, completions, asked_by)
+    return read_rows(model, rows, batch_size=batch_size).log_probs
 
 
 def steered_log_probs(
@@ -302,7 +195,7 @@ class _AnswerBatch:
 
     def parts(self, model: HookedModel) -> Iterator[slice]:
         """Cut the answers' columns into pieces that are computed at a time."""
-        return _columns_at_a_time(model, len(self.places), self.tokens.shape[1])
+        return columns_at_a_time(model, len(self.places), self.tokens.shape[1])
 
     def logits(
         self,
@@ -320,7 +213,8 @@ class _AnswerBatch:
         with torch.no_grad(), self._steered(model, interventions, transfer):
             if is_stepwise:
                 return _logits_step_by_step(model, tokens, mask, self.tokens.shape[1])
-            return _some_or_all_logits(model, tokens, mask, self.tokens.shape[1])
+            # The last column's logits would choose what comes after the answer.
+            return some_or_all_logits(model, tokens, mask, self.tokens.shape[1] + 1)[0]
 
     def check_finite(
         self,

@@ -254,7 +254,7 @@ class _Trial:
         rows = self.rows if "padding" in routes else self.rows[:1]
         tokens, mask = self._padded(rows, "left")
         width = tokens.shape[1]
-        parts = late_logits(self.model, tokens, mask, width)
+        parts, _ = late_logits(self.model, tokens, mask, width)
         logits = torch.cat([parts(slice(0, 4)), parts(slice(4, width))], dim=1)
         for place, row in enumerate(rows):
             yield logits[place, width - len(row) :], self.expected[place]

@@ -140,8 +140,9 @@ def late_logits(
     n: int,
     *,
     cache: KeyValueCache | None = None,
-) -> Callable[[slice], Float[Tensor, "batch some d_vocab"]]:
-    """Run a pass up to its last hidden states, and return a function that gives logits of columns.
+    use_cache: bool = False,
+) -> tuple[Callable[[slice], Float[Tensor, "batch some d_vocab"]], KeyValueCache | None]:
+    """Run a pass up to its last hidden states; return what gives logits of columns, and the cache.
 
     A vocabulary of 262,144 words makes a gigabyte of 1,000 tokens' logits; hidden states are a
     hundredth of that. Where a model's head cannot be run by itself, all logits are computed at once
@@ -153,15 +154,16 @@ def late_logits(
         mask: True at real tokens, for the cached columns and the new ones.
         n: Columns from the end; slices count among these.
         cache: What the model saw before; it is extended.
+        use_cache: See ``last_logits``.
     """
     if not _has_late_head(model):
-        logits, _ = last_logits(model, tokens, mask, n, cache=cache)
-        return lambda columns: logits[:, columns]
+        logits, cache = last_logits(model, tokens, mask, n, cache=cache, use_cache=use_cache)
+        return lambda columns: logits[:, columns], cache
     with _recorded_body(model) as outputs:
-        last_logits(model, tokens, mask, 1, cache=cache)
+        _, cache = last_logits(model, tokens, mask, 1, cache=cache, use_cache=use_cache)
     hidden = outputs[-1][0][:, -n:]
     kind = type(outputs[-1])
-    return lambda columns: head_logits(model, hidden[:, columns], kind)
+    return lambda columns: head_logits(model, hidden[:, columns], kind), cache
 
 
 def late_logits_and_cache(
@@ -285,6 +287,11 @@ def _contiguous_before_the_head(model: HookedModel) -> Iterator[None]:
         handle.remove()
 
 
+def shares_prefixes() -> bool:
+    """Tell whether what rows have in common is computed once, as it is by default."""
+    return _fast.get() and _share_prefix.get()
+
+
 def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], int]) -> int:
     """Count the leading tokens that all rows share and nobody reads.
 
@@ -295,7 +302,7 @@ def shared_prefix_length(encoded: Sequence[Encoded], keep: Callable[[Encoded], i
         keep: First position of a row whose activations or logits are needed; the prefix ends
             before it.
     """
-    if not (_fast.get() and _share_prefix.get()):
+    if not shares_prefixes():
         return 0
     # In alphabetical order all other rows lie between these two.
     first, last = min(row.ids for row in encoded), max(row.ids for row in encoded)
