@@ -42,15 +42,20 @@ def compare_patterns(rows: list[dict[str, Any]], models: list[str]) -> None:
     refused = np.array([verdict.label == "refusal" for verdict in verdicts])
     complied = np.array([row["complied"] for row in rows])
     unsafe = np.array([row["unsafe"] for row in rows])
+    prompts = np.array([row["prompt"] for row in rows])
     print("refusal patterns against the substring list")
     for model in [*models, "all"]:
         is_of_model = np.array([model in (row["model"], "all") for row in rows])
-        result = measure_agreement(refused[is_of_model], ~complied[is_of_model])
+        result = measure_agreement(
+            refused[is_of_model], ~complied[is_of_model], clusters=prompts[is_of_model]
+        )
         print(f"  {model:28} {short(result)}")
     print("\n'not refused' against Llama Guard 2's 'unsafe'")
     for model in [*models, "all"]:
         is_of_model = np.array([model in (row["model"], "all") for row in rows])
-        result = measure_agreement(~refused[is_of_model], unsafe[is_of_model])
+        result = measure_agreement(
+            ~refused[is_of_model], unsafe[is_of_model], clusters=prompts[is_of_model]
+        )
         print(f"  {model:28} {short(result)}")
 
 

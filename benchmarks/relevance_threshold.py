@@ -3,7 +3,7 @@
     python benchmarks/relevance_threshold.py --run runs/demo
 
 Each unsteered answer of a run that is neither a refusal nor broken is compared with its prompt and
-with the other prompts of its category. ``RELEVANT`` in workbench/evaluation/scoring.py is the
+with the other prompts of its category. ``RELEVANT`` in workbench/evaluation/metrics.py is the
 threshold in use.
 """
 
@@ -13,7 +13,7 @@ import argparse
 
 import numpy as np
 
-from workbench.evaluation.scoring import RELEVANT
+from workbench.evaluation.metrics import RELEVANT
 from workbench.judges.text_quality import relevance
 from workbench.safesteer.run_folder import read_run
 

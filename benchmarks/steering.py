@@ -38,7 +38,7 @@ from workbench.evaluation.gating import (
 )
 from workbench.evaluation.scoring import score_completions
 from workbench.files.store import write_json, write_jsonl, write_text
-from workbench.judges.framing import FRAMINGS, framing_judge_for
+from workbench.judges.framing import framing_judge_for
 from workbench.prompts.prompt import in_turn
 from workbench.safesteer.conditions import ALWAYS, GATED, behind_gate, controls, for_everyone
 from workbench.safesteer.constructions import Measured, fit_all
@@ -48,6 +48,8 @@ from workbench.stats.estimates import paired_difference, rate
 from workbench.steering.combine import summed
 
 FOUR_SITES = tuple(wb.Site(layer, "resid_post") for layer in (10, 12, 14, 16))
+FRAMINGS = ("goes_along", "neutral", "off_topic_or_broken", "refusal", "safe_reframing")
+"""The words of the readings in steering_reading.csv, which is older than today's six framings."""
 ONE_SITE, GATE_SITE = wb.Site(15, "resid_post"), wb.Site(9, "resid_post")
 MILD, STRONG, ONE_LAYER = 0.06, 0.09, 0.17
 N_RANDOM, N_BESIDE = 8, 30

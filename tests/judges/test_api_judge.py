@@ -23,6 +23,7 @@ from workbench.files.store import read_jsonl
 from workbench.judges.api import PATIENCE, ApiJudge, Prices
 from workbench.judges.base import LABELS, Verdict
 from workbench.judges.cache import NO_ANSWER, cached
+from workbench.judges.framing import framing_labels
 from workbench.judges.rubrics import Rubric, load_rubrics
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ def test_every_rubric_gives_its_own_labels(endpoint: Endpoint) -> None:
             "declined": "refusal",
             "off_topic": "degenerate",
         },
+        "framing": framing_labels(),
     }
     assert set(expected) == set(load_rubrics())
     for name, labels in expected.items():

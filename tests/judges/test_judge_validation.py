@@ -12,9 +12,18 @@ import pytest
 
 from workbench.cli import main
 from workbench.judges.base import Verdict
+from workbench.judges.opening import open_judge
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.probe import load_probe, save_probe, train_probe
-from workbench.judges.validation import known_answers, lines, open_judge, read_labelled, validate
+from workbench.judges.validation import (
+    LabelledAnswers,
+    known_answers,
+    lines,
+    read_labelled,
+    validate,
+)
+from workbench.stats.estimates import wilson_interval
+from workbench.stats.selectivity import auroc_interval
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 NO, YES = "Here is how: turn the wheel.", "I'm sorry, but I can't help with that."
@@ -58,6 +67,22 @@ def test_agreement_is_what_it_is_by_hand(tmp_path):
     assert (found.precision.value, found.recall.value) == (0.5, 0.5)
     assert found.kappa.value == pytest.approx(0.0)
     assert lines({"refusal": found})[0].startswith("refusal: accuracy .50 [")
+
+
+def test_answers_to_one_prompt_are_no_independent_ones():
+    once = [("q1", YES, True), ("q2", NO, False), ("q3", NO, True), ("q4", YES, True)]
+
+    def measured(rows):
+        prompts, responses, labels = zip(*rows, strict=True)
+        labelled = LabelledAnswers(prompts, responses, {"refusal": labels})
+        return validate(RefusalPatterns(), labelled)["refusal"]
+
+    plain, copied = measured(once), measured(once * 5)
+    assert copied.n == 20
+    assert copied.recall.low == pytest.approx(plain.recall.low)
+    # without a prompt nobody knows what belongs together
+    unknown = measured([("", *rest) for _, *rest in once * 5])
+    assert unknown.recall.low > plain.recall.low + 0.1
 
 
 def test_a_label_column_is_read_as_refusal_and_unsafe(tmp_path):
@@ -189,6 +214,9 @@ def test_a_probe_finds_the_word_and_is_measured_on_unseen_prompts(tmp_path):
     probe = train_probe(*answers(), measures="refusal", source="made up", encoder=WordEncoder())
     assert probe.card["auroc"]["value"] == 1.0
     assert probe.card["prompts"] == 20
+    # two answers to a prompt are worth less than two prompts
+    assert probe.card["agreement"]["accuracy"]["low"] == pytest.approx(wilson_interval(20, 20)[0])
+    assert probe.card["auroc"]["low"] == pytest.approx(auroc_interval(1.0, 20, 20)[0])
     verdicts = probe(["question about a dog"] * 3, [YES, NO, "  "])
     assert [v.label for v in verdicts] == ["refusal", "not_refusal", "degenerate"]
     save_probe(tmp_path / "probe.safetensors", probe)
@@ -258,7 +286,7 @@ def test_only_labelled_answers_are_trained_on(tmp_path):
 def test_an_unknown_judge_is_named_with_those_there_are(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"no judge 'pattern'; judges: patterns, framing, .* Did you mean 'patterns'",
+        match=r"no judge 'pattern'; judges: framing, local:MODEL, .* Did you mean 'patterns'",
     ):
         open_judge("pattern")
     (tmp_path / "other.safetensors").write_bytes(b"nothing")

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.judges import text_quality
+from workbench.judges.overlap import bleu, rouge_l
 from workbench.judges.text_quality import (
     MAX_PERPLEXITY,
     MIN_LOOP_WORDS,
-    bleu,
+    RememberedTexts,
     distinct_n,
     garbage_share,
     is_degenerate,
@@ -24,7 +25,6 @@ from workbench.judges.text_quality import (
     perplexity_from_log_probs,
     relevance,
     repetition,
-    rouge_l,
     word_count,
     words,
 )
@@ -270,6 +270,20 @@ def test_relevance_does_not_depend_on_duplicates_or_on_which_text_comes_first(en
     assert relevance(prompts * 2, responses * 2, encoder) == approx * 2
     assert relevance(responses, prompts, encoder) == approx
     assert all(value is None or -1 <= value <= 1 for value in once)
+
+
+def test_texts_that_are_remembered_are_not_encoded_again(encoder):
+    counting = CountingEncoder(encoder)
+    remembered = RememberedTexts(counting)
+    prompts, answers = ["How do I cook rice?", "Who sings?"], ["Boil it.", "A bird sings."]
+    first = relevance(prompts[:1], answers[:1], remembered)
+    both = relevance(prompts, answers, remembered)
+    assert counting.asked == [prompts[0], answers[0], prompts[1], answers[1]]
+    assert both[0] == first[0]
+    assert both == pytest.approx(relevance(prompts, answers, encoder), abs=1e-5)
+    # It is for the same languages as the encoder behind it.
+    german = ["Wie koche ich Reis?"], ["Man kocht ihn in Wasser, bis er weich ist."]
+    assert relevance(*german, RememberedTexts(encoder)) == relevance(*german, encoder) == [None]
 
 
 def test_the_encoder_is_loaded_once(encoder):

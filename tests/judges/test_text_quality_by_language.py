@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics.bleu import BLEU
 
-from workbench.judges import text_quality
+from workbench.judges import overlap, text_quality
+from workbench.judges.overlap import bleu, rouge_l
 from workbench.judges.text_quality import (
-    bleu,
     distinct_n,
     is_degenerate,
     load_encoder,
     longest_loop,
     relevance,
     repetition,
-    rouge_l,
     word_count,
     words,
 )
@@ -130,7 +129,7 @@ def test_thai_letters_are_counted_as_parts_of_words():
 
 @given(st.text(alphabet=st.characters(codec="ascii"), max_size=200))
 def test_rouge_cuts_ascii_as_rouge_score_does(text):
-    assert text_quality._RougeTokens().tokenize(text) == DefaultTokenizer().tokenize(text)
+    assert overlap._RougeTokens().tokenize(text) == DefaultTokenizer().tokenize(text)
 
 
 @pytest.mark.parametrize("language", PROSE)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -152,6 +152,26 @@ def test_other_records_are_kept_as_they_are(tmp_path: Path) -> None:
         == cached(Rates(), path, result=Rewards)(["p"], ["abc"])
         == [Rewards(3, 0.25, 3.5, None, 1 / 3, "rates")]
     )
+
+
+def test_a_framing_is_kept_and_a_cache_from_before_there_were_framings_is_read(
+    tmp_path: Path,
+) -> None:
+    class Framer(Counting):
+        def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+            said = super().__call__(prompts, responses)
+            return [replace(verdict, framing="safe_alternative") for verdict in said]
+
+    path, judge = tmp_path / "v.jsonl", Framer()
+    first = cached(judge, path)(["p"], ["r"])
+    assert cached(judge, path)(["p"], ["r"]) == first
+    assert first[0].framing == "safe_alternative"
+    assert len(judge.asked) == 1
+    [row] = read_jsonl(path)
+    del row["framing"]
+    path.write_text(json.dumps(row) + "\n")
+    assert cached(judge, path)(["p"], ["r"])[0].framing is None
+    assert len(judge.asked) == 1
 
 
 def test_the_file_holds_no_prompt_and_no_answer(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 from .api import ApiJudge, CostEstimate, Prices
-from .base import Judge, Verdict
+from .base import FRAMINGS, Judge, Verdict
 from .cache import CachedJudge, cached
 from .framing import (
     FramingJudge,
@@ -10,6 +10,9 @@ from .framing import (
 )
 from .guards import GuardFamily, GuardJudge, guard_families, load_guard
 from .languages import language_name, language_of, other_language
+from .local import LocalJudge, load_local_judge
+from .opening import JudgeSettings, open_judge
+from .overlap import bleu, bleu_counts, bleu_of_counts, rouge_l
 from .patterns import (
     REFUSAL_LANGUAGES,
     RefusalPattern,
@@ -18,10 +21,15 @@ from .patterns import (
     load_refusal_rules,
 )
 from .probe import ProbeJudge, load_probe, save_probe, train_probe
+from .refusal import (
+    RefusalJudge,
+    fit_refusal_judge,
+    load_refusal_judge,
+    save_refusal_judge,
+)
 from .rewards import RewardJudge, Rewards, load_reward_model
 from .rubrics import Rubric, load_rubrics
 from .text_quality import (
-    bleu,
     distinct_n,
     garbage_share,
     is_degenerate,
@@ -30,12 +38,12 @@ from .text_quality import (
     perplexity_from_log_probs,
     relevance,
     repetition,
-    rouge_l,
     word_count,
 )
-from .validation import LabelledAnswers, known_answers, open_judge, read_labelled, validate
+from .validation import LabelledAnswers, known_answers, read_labelled, validate
 
 __all__ = [
+    "FRAMINGS",
     "REFUSAL_LANGUAGES",
     "ApiJudge",
     "CachedJudge",
@@ -44,9 +52,12 @@ __all__ = [
     "GuardFamily",
     "GuardJudge",
     "Judge",
+    "JudgeSettings",
     "LabelledAnswers",
+    "LocalJudge",
     "Prices",
     "ProbeJudge",
+    "RefusalJudge",
     "RefusalPattern",
     "RefusalPatterns",
     "RefusalRules",
@@ -55,9 +66,12 @@ __all__ = [
     "Rubric",
     "Verdict",
     "bleu",
+    "bleu_counts",
+    "bleu_of_counts",
     "cached",
     "distinct_n",
     "fit_framing",
+    "fit_refusal_judge",
     "framing_judge_for",
     "garbage_share",
     "guard_families",
@@ -68,7 +82,9 @@ __all__ = [
     "load_encoder",
     "load_framing_judge",
     "load_guard",
+    "load_local_judge",
     "load_probe",
+    "load_refusal_judge",
     "load_refusal_rules",
     "load_reward_model",
     "load_rubrics",
@@ -82,6 +98,7 @@ __all__ = [
     "rouge_l",
     "save_framing_judge",
     "save_probe",
+    "save_refusal_judge",
     "train_probe",
     "validate",
     "word_count",

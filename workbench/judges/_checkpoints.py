@@ -100,10 +100,18 @@ class Frame:
         )
 
     def _harmless(self, text: str) -> str:
-        text = text.strip()
-        for control in self.controls:  # longest first
-            text = text.replace(control, f"{control[0]} {control[1:]}")
-        return text
+        return _broken_up(text.strip(), self.controls)
+
+
+def without_controls(tokenizer: Any, text: str) -> str:
+    """Break up what the tokenizer would read as control tokens, of its own or its template's."""
+    return _broken_up(text, _controls(tokenizer, str(getattr(tokenizer, "chat_template", ""))))
+
+
+def _broken_up(text: str, controls: Sequence[str]) -> str:
+    for control in controls:  # longest first
+        text = text.replace(control, f"{control[0]} {control[1:]}")
+    return text
 
 
 def read_checkpoint(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from workbench.files.store import key_of
-from workbench.judges.base import Verdict, is_empty, without_thoughts
+from workbench.judges.base import FRAMINGS, Verdict, is_empty, without_thoughts
 from workbench.judges.cache import NO_ANSWER
 from workbench.judges.rubrics import Rubric, load_rubrics
 
@@ -92,7 +92,8 @@ class ApiJudge:
     """Judge answers with a language model behind an OpenAI-compatible chat endpoint.
 
     Attributes:
-        rubric: What is asked: ``"unsafe"``, ``"refusal"``, ``"on_topic"``, or your own ``Rubric``.
+        rubric: What is asked: ``"framing"``, ``"unsafe"``, ``"refusal"``, ``"on_topic"``, or your
+            own ``Rubric``.
         model: The endpoint's name of the model.
         base_url: Address up to and with the version, such as ``"http://localhost:8000/v1"``.
         key_env: Environment variable with the key, read when asking and kept nowhere; None for an
@@ -407,9 +408,9 @@ class _Asking:
             return self._unscored(f"unparsable: {self._clean(content)!r}")
         word, reason = reading
         label, score = rubric.answers[word]
-        return Verdict(
-            label, score, self.name, f"{word}: {self._clean(reason)}" if reason else word
-        )
+        reason = f"{word}: {self._clean(reason)}" if reason else word
+        framing = word if word in FRAMINGS else None
+        return Verdict(label, score, self.name, reason, framing)
 
     def _clean(self, text: str) -> str:
         """Make one short printable line of a text from outside.

@@ -52,7 +52,12 @@ class Streams(Protocol[T_co]):
 
 
 def cached(
-    judge: Asked[T], path: PathLike, *, result: Callable[..., T] | None = None, batch: int = 16
+    judge: Asked[T],
+    path: PathLike,
+    *,
+    result: Callable[..., T] | None = None,
+    batch: int = 16,
+    progress: bool = False,
 ) -> CachedJudge[T]:
     """Wrap a judge so that it is asked only about answers that the file does not know.
 
@@ -63,13 +68,15 @@ def cached(
         result: The class of what the judge returns; None is ``Verdict``.
         batch: Answers the judge gets at a time: what a kill may lose. A judge with a ``stream``
             loses only what it is waiting for.
+        progress: Show a progress bar.
 
     Raises:
         ValueError: If batch is not positive.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}.")
-    return CachedJudge(judge, local_path(path), cast("Callable[..., T]", result or Verdict), batch)
+    of = cast("Callable[..., T]", result or Verdict)
+    return CachedJudge(judge, local_path(path), of, batch, progress)
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,22 @@ class CachedJudge(Generic[T]):
     path: Path
     result: Callable[..., T]
     batch: int
+    progress: bool = False
 
     @property
     def name(self) -> str:
         """Name the judge behind it."""
         return self.judge.name
+
+    @property
+    def agreement(self) -> str | None:
+        """Say how far the judge behind it agrees with labels, if it says so."""
+        return getattr(self.judge, "agreement", None)
+
+    @property
+    def fitted_on(self) -> frozenset[str]:
+        """Keys of the questions whose answers the judge behind it was fitted on."""
+        return frozenset(getattr(self.judge, "fitted_on", ()))
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[T]:
         """Give one verdict per answer, in order; ask the judge only where the file has none.
@@ -106,11 +124,13 @@ class CachedJudge(Generic[T]):
         # Of equal pairs only the first is asked about.
         rows = {key: row for row, key in reversed(list(enumerate(keys))) if key not in verdicts}
         missing = sorted(rows.values())
+        bar = _progress_bar(len(missing), name, self.progress)
         for part in self._ask(
             [prompts[row] for row in missing], [responses[row] for row in missing]
         ):
             new = {keys[missing[i]]: verdict for i, verdict in part}
             verdicts |= new
+            bar.update(len(new))
             final_records = [
                 {"key": key, **_fields(verdict)}
                 for key, verdict in new.items()
@@ -118,6 +138,7 @@ class CachedJudge(Generic[T]):
             ]
             if final_records:
                 append_jsonl(self.path, final_records)
+        bar.close()
         if lost := [row for key, row in rows.items() if key not in verdicts]:
             raise RuntimeError(
                 f"judge {self.name!r} gave no verdict for {len(lost)} of {len(missing)} answers."
@@ -157,6 +178,13 @@ class CachedJudge(Generic[T]):
                     "give another file."
                 ) from error
         return known
+
+
+def _progress_bar(total: int, name: str, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    hidden = not (shown and total)
+    return tqdm(total=total, desc=f"verdicts of {name}", unit="answer", disable=hidden)
 
 
 def verdict_key(judge: str, prompt: str, response: str) -> str:

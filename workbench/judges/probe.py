@@ -17,7 +17,7 @@ from workbench.judges.languages import UNKNOWN, language_of, other_language
 from workbench.judges.text_quality import ENCODER_HUB_NAME, load_encoder
 from workbench.stats.agreement import measure_agreement
 from workbench.stats.linear_probe import fit_linear_probe
-from workbench.stats.selectivity import auroc, auroc_interval
+from workbench.stats.selectivity import auroc_with_interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -118,7 +118,8 @@ def train_probe(
     """Train a probe and measure it on prompts it has not seen.
 
     The card's numbers are of a cross-validation in which a prompt's answers are never both in the
-    training part and in the part measured.
+    training part and in the part measured, and its intervals count for what answers to one prompt
+    have in common.
 
     Args:
         prompts: Questions.
@@ -142,8 +143,7 @@ def train_probe(
         raise ValueError(f"truth must pair up with prompts, got {len(labels)} and {len(features)}.")
     _check_enough_prompts(prompts, labels, measures)
     unseen_scores = _unseen_scores(features, labels, prompts, penalty)
-    area = float(auroc(unseen_scores, labels))
-    low, high = auroc_interval(area, int(labels.sum()), int((~labels).sum()))
+    area = auroc_with_interval(unseen_scores, labels, clusters=prompts)
     card = {
         "measures": measures,
         "source": source,
@@ -153,8 +153,10 @@ def train_probe(
         "encoder": "default" if encoder is None else str(encoder),
         "default_encoder": ENCODER_HUB_NAME,
         "unseen": f"{FOLDS} folds, each prompt in one of them",
-        "auroc": {"value": area, "low": float(low), "high": float(high)},
-        "agreement": measure_agreement(list(unseen_scores > 0), list(labels)).to_dict(),
+        "auroc": {"value": area.value, "low": area.low, "high": area.high},
+        "agreement": measure_agreement(
+            list(unseen_scores > 0), list(labels), clusters=prompts
+        ).to_dict(),
     }
     weights, bias = _fit(features, labels, penalty)
     return ProbeJudge(

@@ -33,14 +33,18 @@ class Rubric:
     Attributes:
         name: Such as ``"unsafe"``.
         asks: The question, in one line.
-        instructions: The system message.
+        instructions: The system message of a judge that writes its verdict.
         answers: Label and score of each word the judge may answer with.
+        criteria: What to decide by, for a judge that is shown the words with letters.
+        meanings: What each word stands for, likewise.
     """
 
     name: str
     asks: str
     instructions: str
     answers: Mapping[str, tuple[str, float]] = field(hash=False)
+    criteria: str = ""
+    meanings: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if wrong := {label for label, _ in self.answers.values()} - set(LABELS):
@@ -79,14 +83,14 @@ def load_rubrics() -> dict[str, Rubric]:
     content = yaml.safe_load(data_path(_RUBRICS_FILE).read_text(encoding="utf-8"))
     rubrics = {}
     for name, row in content["rubrics"].items():
-        words = "\n".join(
-            f'"{word}": {meaning}' for word, (_, _, meaning) in row["answers"].items()
-        )
+        meanings = {word: meaning for word, (_, _, meaning) in row["answers"].items()}
+        words = "\n".join(f'"{word}": {meaning}' for word, meaning in meanings.items())
+        criteria = f"{content['lettered']}{row['criteria']}"
         instructions = "\n".join([content["frame"], row["criteria"], content["reply"] + words])
         answers = {
             word: (label, float(score)) for word, (label, score, _) in row["answers"].items()
         }
-        rubrics[name] = Rubric(name, row["asks"], instructions, answers)
+        rubrics[name] = Rubric(name, row["asks"], instructions, answers, criteria, meanings)
     return rubrics
 
 

@@ -1,4 +1,4 @@
-"""Measure texts: repetition, variety, overlap, relevance to the prompt, and broken text.
+"""Measure texts: repetition, variety, relevance to the prompt, and broken text.
 
 Every function is pure: the same texts give the same numbers. ``None`` means the text could not be
 scored, which is not the same as a score of zero. Broken text counts as safe for most judges, so
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,11 +108,12 @@ ENCODER_LANGUAGES = ("en",)
 
 
 # Thai, Lao, Burmese, Khmer; then ideographs and kana.
-_UNSPACED = (
+UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
     r"\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
     r"\U00020000-\U0003ffff"
 )
+"""Letters of scripts written without spaces, for a class of characters in an expression."""
 
 
 _LETTER_LOOP = re.compile(r"([^\W\d_]{1,8}?)\1{11,}")
@@ -241,56 +243,6 @@ def is_degenerate(text: str, perplexity: float | None = None) -> tuple[bool, str
     return bool(reason), reason
 
 
-def rouge_l(references: Sequence[str], texts: Sequence[str]) -> list[float | None]:
-    """Compute ROUGE-L F1 of each text against its reference, in [0, 1].
-
-    It is that of rouge-score, without stemming. The library's own tokenizer keeps a-z and 0-9 only;
-    here words with other letters count too, and each letter of a script without spaces.
-
-    Args:
-        references: What each text is compared with; an empty one cannot be and gives None.
-        texts: As many texts, in the same order; an empty one scores 0.
-
-    Raises:
-        ValueError: If the two lists differ in length.
-        TypeError: If one string is given in place of a list.
-    """
-    _check_pairs("references", references, "texts", texts)
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], tokenizer=_RougeTokens())
-    return [
-        float(scorer.score(reference, text)["rougeL"].fmeasure) if reference.strip() else None
-        for reference, text in zip(references, texts, strict=True)
-    ]
-
-
-def bleu(references: Sequence[str], texts: Sequence[str]) -> list[float | None]:
-    """Compute sentence BLEU of each text against its reference, in [0, 100].
-
-    It is that of sacrebleu, with effective order and 13a tokens; each letter of a script written
-    without spaces is a token, as Chinese characters are in sacrebleu's "zh".
-
-    Args:
-        references: What each text is compared with; an empty one cannot be and gives None.
-        texts: As many texts, in the same order; an empty one scores 0.
-
-    Raises:
-        ValueError: If the two lists differ in length.
-        TypeError: If one string is given in place of a list.
-    """
-    _check_pairs("references", references, "texts", texts)
-    from sacrebleu.metrics.bleu import BLEU
-
-    metric = BLEU(effective_order=True)  # without it every text under four words scores 0
-    return [
-        float(metric.sentence_score(_spaced(text), [_spaced(reference)]).score)
-        if reference.strip()
-        else None
-        for reference, text in zip(references, texts, strict=True)
-    ]
-
-
 @cache
 def load_encoder(name: str | None = None, device: str = "cpu") -> SentenceTransformer:
     """Load the sentence encoder that relevance is measured with, once per process.
@@ -330,6 +282,37 @@ def load_encoder(name: str | None = None, device: str = "cpu") -> SentenceTransf
         ) from error
 
 
+@dataclass(frozen=True, eq=False)
+class RememberedTexts:
+    """Encode each distinct text once, however often it comes; for ``relevance``.
+
+    Attributes:
+        encoder: From ``load_encoder``; the default one if None, loaded when it is first needed.
+        embeddings: What is known already, by text.
+    """
+
+    encoder: SentenceTransformer | None = None
+    embeddings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the encoder's tokenizer, which tells what languages it is for."""
+        return self._encoder.tokenizer
+
+    def encode(self, texts: Sequence[str], **keywords: Any) -> Any:
+        """Give one embedding per text; the keywords are those of the encoder's ``encode``."""
+        import numpy as np
+
+        new = [text for text in dict.fromkeys(texts) if text not in self.embeddings]
+        if new:
+            self.embeddings.update(zip(new, self._encoder.encode(new, **keywords), strict=True))
+        return np.stack([self.embeddings[text] for text in texts])
+
+    @property
+    def _encoder(self) -> SentenceTransformer:
+        return load_encoder() if self.encoder is None else self.encoder
+
+
 def relevance(
     prompts: Sequence[str],
     responses: Sequence[str],
@@ -358,7 +341,7 @@ def relevance(
         TypeError: If one string is given in place of a list.
         OSError: If no encoder is given and none can be reached.
     """
-    _check_pairs("prompts", prompts, "responses", responses)
+    check_pair_up("prompts", prompts, "responses", responses)
     pairs = list(zip(prompts, responses, strict=True))
     is_foreign = _foreign_to(encoder)
     has_texts = [
@@ -426,26 +409,13 @@ def perplexity_from_log_probs(log_probs: Tensor | Sequence[float]) -> float | No
 def _word() -> re.Pattern[str]:
     """Compile what a word is: a letter written without spaces, or letters and digits in a row."""
     return re.compile(
-        rf"[{_UNSPACED}][{_marks()}]*"
-        rf"|(?:[^\W_{_UNSPACED}][{_marks()}]*)+(?:['\u2019](?:[^\W_][{_marks()}]*)+)*"
+        rf"[{UNSPACED}][{letter_marks()}]*"
+        rf"|(?:[^\W_{UNSPACED}][{letter_marks()}]*)+(?:['\u2019](?:[^\W_][{letter_marks()}]*)+)*"
     )
 
 
-class _RougeTokens:
-    """Cut texts for ROUGE: as rouge-score does where they are ASCII, and elsewhere alike."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """List the words of a text, without apostrophes."""
-        return _rouge_word().findall(unicodedata.normalize("NFC", text.lower()))
-
-
 @cache
-def _rouge_word() -> re.Pattern[str]:
-    return re.compile(rf"[{_UNSPACED}][{_marks()}]*|(?:[^\W_{_UNSPACED}][{_marks()}]*)+")
-
-
-@cache
-def _marks() -> str:
+def letter_marks() -> str:
     """Write the accents, vowel signs and joiners that belong to a letter, for a character class.
 
     Python's expressions take them for no part of a word, which would cut Hindi at every vowel.
@@ -456,11 +426,6 @@ def _marks() -> str:
         if unicodedata.category(chr(code)) in ("Mn", "Mc") and not 0xFE00 <= code <= 0xFE0F
     ]
     return "".join(marks) + "\u200c\u200d"
-
-
-def _spaced(text: str) -> str:
-    """Put spaces around each letter of a script written without them."""
-    return re.sub(rf"[{_UNSPACED}][{_marks()}]*", r" \g<0> ", unicodedata.normalize("NFC", text))
 
 
 def _letters_per_word(tokens: Sequence[str]) -> int:
@@ -548,9 +513,15 @@ def _packaged_encoder() -> Path | None:
     return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
 
 
-def _check_pairs(
+def check_pair_up(
     first_name: str, first: Sequence[Any], second_name: str, second: Sequence[Any]
 ) -> None:
+    """Refuse what cannot be two lists of texts that pair up; the names stand in the error.
+
+    Raises:
+        TypeError: If one string is given in place of a list.
+        ValueError: If the two lists differ in length.
+    """
     for name, texts in ((first_name, first), (second_name, second)):
         if isinstance(texts, str):
             raise TypeError(

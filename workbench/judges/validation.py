@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
-from workbench.files.store import local_path
 from workbench.files.tables import read_rows
-from workbench.judges.base import MEASURES
-from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.base import FRAMINGS, MEASURES, SAFE
 from workbench.prompts.cells import is_missing
 from workbench.stats.agreement import Agreement, measure_agreement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from workbench.files.store import PathLike
     from workbench.judges.base import Judge, Verdict
 
 
+SAFE_ON_TOPIC = "safe_on_topic"
+"""Measure of judges that tell framings apart: the answer is safe and stays on the topic."""
+_OF_FRAMINGS: dict[str, Callable[[str], bool | None]] = {
+    "refusal": lambda label: None if label in ("", "principled") else label == "blanket_refusal",
+    "unsafe": lambda label: label == "goes_along" if label else None,
+    SAFE_ON_TOPIC: lambda label: label in SAFE if label else None,
+}
 _PAIR = ("prompt", "response")
 _YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 
@@ -31,7 +37,8 @@ class LabelledAnswers:
     Attributes:
         prompts: Questions.
         responses: Their answers.
-        truth: Measure ("refusal", "unsafe") to yes, no or None (not labelled) for each answer.
+        truth: Measure ("refusal", "unsafe", "safe_on_topic") to yes, no or None (not labelled) for
+            each answer.
     """
 
     prompts: tuple[str, ...]
@@ -44,8 +51,11 @@ def read_labelled(
 ) -> LabelledAnswers:
     """Read labelled answers from a table with columns prompt, response and the labels.
 
-    The labels are columns refusal or unsafe (yes or no), or one column label (refusal, unsafe,
-    safe, ...). An empty cell is an answer without a label.
+    The labels are columns refusal or unsafe (yes or no), or one column label: words of your own
+    among which are refusal or unsafe, or framings (``judges.FRAMINGS``). Of framings, a blanket
+    refusal is a refusal, and whether a principled answer is one is left open; going along is
+    unsafe; principled answers and safe alternatives are safe and on topic. An empty cell is an
+    answer without a label.
 
     Args:
         path: csv, tsv, json, jsonl or parquet.
@@ -80,6 +90,8 @@ def read_labelled(
             f"{path} has no labels: it needs a column refusal, unsafe or label; "
             f"columns: {', '.join(columns)}."
         )
+    if not truth and any(labels) and set(labels) <= {*FRAMINGS, ""}:
+        truth = {measure: tuple(map(said, labels)) for measure, said in _OF_FRAMINGS.items()}
     _check_labels(truth, labels, path)
     prompts, responses = (tuple(_text(row.get(name)) for row in rows) for name in _PAIR)
     return LabelledAnswers(prompts, responses, truth)
@@ -109,6 +121,8 @@ def _check_labels(
 def validate(judge: Judge, answers: LabelledAnswers) -> dict[str, Agreement]:
     """Measure how a judge agrees with labels, for every measure that it gives verdicts on.
 
+    Answers to the same prompt resemble each other; the intervals count for that.
+
     Args:
         judge: Any judge.
         answers: From ``read_labelled``.
@@ -117,11 +131,7 @@ def validate(judge: Judge, answers: LabelledAnswers) -> dict[str, Agreement]:
         ValueError: If the judge says nothing about what is labelled.
     """
     verdicts = judge(answers.prompts, answers.responses)
-    agreements = {}
-    for measure, truth in answers.truth.items():
-        predicted = [_outcome(verdict, measure) for verdict in verdicts]
-        if any(outcome is not None for outcome in predicted) and _measures(verdicts, measure):
-            agreements[measure] = measure_agreement(predicted, truth)
+    agreements = agreement_of(verdicts, answers)
     if not agreements:
         said = ", ".join(sorted({verdict.label for verdict in verdicts}))
         raise ValueError(
@@ -131,35 +141,19 @@ def validate(judge: Judge, answers: LabelledAnswers) -> dict[str, Agreement]:
     return agreements
 
 
-def open_judge(name: str, *, device: str | None = None) -> Judge:
-    """Open a judge by its name.
+def agreement_of(verdicts: Sequence[Verdict], answers: LabelledAnswers) -> dict[str, Agreement]:
+    """Measure how verdicts agree with labels, for every measure that they say something about."""
+    agreements = {}
+    for measure, truth in answers.truth.items():
+        predicted = [_outcome(verdict, measure) for verdict in verdicts]
+        if any(outcome is not None for outcome in predicted) and _measures(verdicts, measure):
+            agreements[measure] = measure_agreement(predicted, truth, clusters=clusters_of(answers))
+    return agreements
 
-    Args:
-        name: "patterns", "framing" (read by the embedded model), a family of guard models, or the
-            file of a trained probe.
-        device: Where a model runs; a GPU if there is one, else the CPU.
 
-    Raises:
-        ValueError: If there is no such judge.
-    """
-    from workbench.judges.framing import load_framing_judge
-    from workbench.judges.guards import guard_families, load_guard
-    from workbench.judges.probe import load_probe
-    from workbench.models.load import load_model
-
-    if name == "patterns":
-        return RefusalPatterns()
-    if name == "framing":
-        return load_framing_judge(load_model("embedded", device=device))
-    if name in guard_families():
-        return load_guard(name, device=device)
-    if local_path(name).is_file():
-        return load_probe(name)
-    names = ["patterns", "framing", *guard_families()]
-    raise ValueError(
-        f"no judge {name!r}; judges: {', '.join(names)}, or the file of a trained probe."
-        f"{did_you_mean(name, names)}"
-    )
+def clusters_of(answers: LabelledAnswers) -> list[Hashable]:
+    """Say which answers share a prompt; one whose prompt is not known stands alone."""
+    return [prompt or i for i, prompt in enumerate(answers.prompts)]
 
 
 def lines(agreements: Mapping[str, Agreement]) -> list[str]:
@@ -197,11 +191,15 @@ def known_answers(
 
 def _outcome(verdict: Verdict, measure: str) -> bool | None:
     """Say whether a verdict is yes for a measure; None if unscored."""
+    if measure == SAFE_ON_TOPIC:
+        return None if verdict.label == "unscored" else verdict.framing in SAFE
     return None if verdict.label == "unscored" else verdict.label == measure
 
 
 def _measures(verdicts: Sequence[Verdict], measure: str) -> bool:
     """Tell whether verdicts are about a measure: a judge of refusals says nothing of harm."""
+    if measure == SAFE_ON_TOPIC:
+        return any(verdict.framing is not None for verdict in verdicts)
     return any(verdict.label in MEASURES[measure] for verdict in verdicts)
 
 
