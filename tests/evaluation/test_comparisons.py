@@ -16,7 +16,9 @@ from workbench.evaluation.comparisons import (
     leakage_conditions,
     leakage_matrix,
 )
-from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation, evaluate
+from workbench.evaluation.metrics import ALL, HEADLINE
+from workbench.evaluation.result import Evaluation
+from workbench.evaluation.scoring import evaluate
 from workbench.generation.answers import UNSTEERED
 from workbench.generation.decoding import Decoding
 from workbench.models.load import model_info
@@ -129,6 +131,17 @@ def test_judges_that_agree_by_chance_have_kappa_near_zero():
     assert agreement.loc[ALL, "n"] == 800
     with pytest.raises(ValueError, match="no yes/no measure 'relevance'"):
         judge_agreement(one(unsteered={"safe": [1.0]}), second="relevance")
+
+
+def test_judges_agree_no_surer_for_conditions_that_answer_alike():
+    rng = np.random.default_rng(0)
+    first, second = ((rng.random(60) < 0.5).astype(float).tolist() for _ in range(2))
+    metrics = {"safe": first, "safety_wording": second}
+    agreement = judge_agreement(one(unsteered=metrics, a=metrics, b=metrics))
+    rows = agreement.set_index("condition")
+    width = rows["high"] - rows["low"]
+    assert rows.loc[ALL, "n"] == 180
+    assert width[ALL] == pytest.approx(width["a"], abs=0.02)
 
 
 def test_a_prompt_that_a_vector_was_fitted_on_is_no_test_prompt(tiny):

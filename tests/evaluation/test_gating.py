@@ -25,7 +25,8 @@ from workbench.evaluation.gating import (
     refusing,
     roc,
 )
-from workbench.evaluation.scoring import HEADLINE, Evaluation
+from workbench.evaluation.metrics import HEADLINE
+from workbench.evaluation.result import Evaluation
 from workbench.figures import front
 from workbench.figures.gates import gate_confusion, gate_rates, gate_roc
 from workbench.generation.answers import UNSTEERED, Completion

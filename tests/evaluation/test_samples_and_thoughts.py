@@ -12,7 +12,8 @@ from helpers.thinking import SWITCH, thinking_model
 
 from workbench.evaluation.comparisons import compare, judge_agreement
 from workbench.evaluation.gating import cells
-from workbench.evaluation.scoring import UNSTEERED, Evaluation, evaluate, score_completions
+from workbench.evaluation.result import Evaluation
+from workbench.evaluation.scoring import UNSTEERED, evaluate, score_completions
 from workbench.generation.answers import Completion
 from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_log_probs

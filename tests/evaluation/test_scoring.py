@@ -12,27 +12,31 @@ import torch
 from helpers.encoders import WordEncoder
 from helpers.tiny_models import D_MODEL
 
-from workbench.evaluation.scoring import (
+from workbench.evaluation.metrics import (
     ALL,
+    ALTERNATIVES,
+    LIKENESS,
     METRICS,
     RATES,
     RELEVANT,
-    Evaluation,
-    evaluate,
+    REWARDS,
+    SECOND,
+    TO_REFERENCE,
+    VERDICTS,
     safety_wording,
-    score_completions,
 )
+from workbench.evaluation.result import Evaluation
+from workbench.evaluation.scoring import evaluate, score_completions
 from workbench.generation.answers import UNSTEERED, Completion, generate
 from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_log_probs
 from workbench.judges.base import Verdict
+from workbench.judges.overlap import bleu, rouge_l
 from workbench.judges.patterns import RefusalPatterns
 from workbench.judges.text_quality import (
     ENCODER_HUB_NAME,
-    bleu,
     distinct_n,
     perplexity_from_log_probs,
-    rouge_l,
 )
 from workbench.models.load import model_info
 from workbench.models.sites import Site
@@ -289,13 +293,14 @@ def value(evaluation, condition, prompt_id, metric):
 
 
 def test_each_answer_gets_each_score_once(scored):
-    # Safe and unsafe need a judge of safety.
-    assert set(scored.scores["metric"]) == set(METRICS) - {"safe", "unsafe"}
+    # What needs a judge of safety, a second one, a reward model or references is not there.
+    needy = {*VERDICTS, *SECOND, *ALTERNATIVES, *REWARDS, *TO_REFERENCE}
+    assert set(scored.scores["metric"]) == set(METRICS) - needy
     assert not scored.scores.duplicated(["condition", "prompt_id", "metric"]).any()
     n_metrics = scored.scores.groupby(["condition", "prompt_id"])["metric"].nunique()
-    # No judge of safety, and nothing to compare the baseline's wording with.
-    assert set(n_metrics[UNSTEERED]) == {len(METRICS) - 4}
-    assert set(n_metrics["steered"]) == {len(METRICS) - 2}
+    # There is nothing to compare the baseline's wording with.
+    assert set(n_metrics[UNSTEERED]) == {len(set(METRICS) - needy - set(LIKENESS))}
+    assert set(n_metrics["steered"]) == {len(set(METRICS) - needy)}
     assert scored.judge == RefusalPatterns().name
     assert set(RATES) < set(METRICS)
 
@@ -504,9 +509,19 @@ def test_safety_wording_counts_only_what_the_question_did_not_say():
     assert not safety_wording("q", "nontransparent")  # but not inside a word
 
 
-def test_a_judge_given_by_name_is_refused_before_anything_is_answered(tiny):
-    with pytest.raises(TypeError, match=r"a judge must be a judge object, got 'framing'"):
-        evaluate(tiny, [GARDEN], {}, safety_judge="framing")
+def test_a_judge_may_be_given_by_its_name(tiny):
+    named = evaluate(tiny, [GARDEN], {}, Decoding(4), judge="patterns", safety_judge="framing")
+    assert named.judge == RefusalPatterns().name
+    assert named.safety_judge.startswith("framing:SmolLM2-135M-Instruct-")
+    assert "unsafe" in set(named.scores["metric"])
+
+
+def test_a_judge_that_is_none_is_refused_before_anything_is_answered(tiny, monkeypatch):
+    monkeypatch.setattr("workbench.evaluation.scoring.sweep", None)
+    with pytest.raises(TypeError, match=r"a judge must be a judge object, got 5"):
+        evaluate(tiny, [GARDEN], {}, safety_judge=5)
+    with pytest.raises(ValueError, match=r"no judge 'framin'; .* Did you mean 'framing'"):
+        evaluate(tiny, [GARDEN], {}, safety_judge="framin")
 
 
 # Answers in other languages.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from workbench.evaluation.scoring import ALL, HEADLINE, RATES, Evaluation
+from workbench.evaluation.metrics import ALL, HEADLINE, RATES
+from workbench.evaluation.result import Evaluation
 from workbench.files.hints import did_you_mean
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.stats import estimates
@@ -181,20 +182,23 @@ def leakage_matrix(
 
 
 def judge_agreement(
-    evaluation: Evaluation, first: str = "safe", second: str = "safety_wording"
+    evaluation: Evaluation, first: str = "safe", second: str | None = None
 ) -> pd.DataFrame:
     """Say whether two yes/no measures of the same answers agree, condition by condition.
 
-    Steering can change how often a judge is wrong.
+    Steering can change how often a judge is wrong. Intervals count for what answers to one prompt
+    have in common.
 
     Args:
         evaluation: Scores of unsafe prompts by both measures.
         first: A yes/no metric.
-        second: Another one; accuracy is the share of answers on which both say the same.
+        second: Another one; by default that of the second judge of safety, "safe_2", and
+            "safety_wording" where there was none.
 
     Returns:
-        Columns condition ("all" first), kappa, low, high, accuracy, first_yes, second_yes (shares),
-        n, n_unscored.
+        Columns condition ("all" first), kappa, low, high, accuracy (share of answers on which both
+        say the same), first_yes, second_yes (shares), n, n_unscored, and first and second (the
+        measures).
 
     Raises:
         ValueError: If a measure is missing or is no yes/no one.
@@ -202,38 +206,44 @@ def judge_agreement(
     import pandas as pd
 
     scores = evaluation.scores[evaluation.scores["label"] == "unsafe"]
+    measured = set(scores["metric"])
+    second = second or ("safe_2" if "safe_2" in measured else "safety_wording")
     for name in (first, second):
-        if name not in RATES or name not in set(scores["metric"]):
-            there = [m for m in RATES if m in set(scores["metric"])]
+        if name not in RATES or name not in measured:
+            there = [m for m in RATES if m in measured]
             raise ValueError(
                 f"no yes/no measure {name!r} of these answers; there are: {', '.join(there)}."
             )
     by_answer = scores[scores["metric"].isin([first, second])].pivot(
         index=["condition", *_answer(scores)], columns="metric", values="value"
     )
-    rows = []
-    conditions = list(dict.fromkeys(scores["condition"]))
-    for condition in [ALL, *conditions]:
-        answers = by_answer if condition == ALL else by_answer.loc[condition]
-        a, b = (
-            [None if v is None else bool(v) for v in _or_none(answers[name])]
-            for name in (first, second)
-        )
-        agreed = measure_agreement(a, b)
-        rows.append(
-            {
-                "condition": condition,
-                "kappa": agreed.kappa.value,
-                "low": agreed.kappa.low,
-                "high": agreed.kappa.high,
-                "accuracy": agreed.accuracy.value,
-                "first_yes": answers[first].mean(),
-                "second_yes": answers[second].mean(),
-                "n": agreed.n,
-                "n_unscored": agreed.n_unscored,
-            }
-        )
+    rows = [{"condition": ALL, **_agreement(by_answer, first, second)}]
+    for condition in dict.fromkeys(scores["condition"]):
+        answers = by_answer.loc[condition]
+        rows.append({"condition": condition, **_agreement(answers, first, second)})
     return pd.DataFrame(rows)
+
+
+def _agreement(answers: pd.DataFrame, first: str, second: str) -> dict[str, Any]:
+    """Measure how two yes/no measures of some answers agree, prompts as clusters."""
+    a, b = (
+        [None if v is None else bool(v) for v in _or_none(answers[name])]
+        for name in (first, second)
+    )
+    prompts = list(answers.index.get_level_values("prompt_id"))
+    agreed = measure_agreement(a, b, clusters=prompts)
+    return {
+        "kappa": agreed.kappa.value,
+        "low": agreed.kappa.low,
+        "high": agreed.kappa.high,
+        "accuracy": agreed.accuracy.value,
+        "first_yes": answers[first].mean(),
+        "second_yes": answers[second].mean(),
+        "n": agreed.n,
+        "n_unscored": agreed.n_unscored,
+        "first": first,
+        "second": second,
+    }
 
 
 def _or_none(values: pd.Series) -> list[float | None]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
+from workbench.evaluation.metrics import ALL, HEADLINE
+from workbench.evaluation.result import Evaluation
 from workbench.generation.answers import UNSTEERED, Completion
 from workbench.models.tokens import answer_ids
 from workbench.prompts.contrasts import CLOSED_FOR, KINDS, RISKY, kind_of
