@@ -37,7 +37,10 @@ app = App(
     version=__version__,
     default_parameter=_PLAIN,
 )
-judge = App(name="judge", help="Validate a judge on labelled answers, or train one.")
+judge = App(
+    name="judge",
+    help="Validate a judge on labelled answers, train one, or correct a run for its errors.",
+)
 app.command(judge)
 app.register_install_completion_command(help="Install completion for your shell (bash, zsh, fish).")
 
@@ -305,7 +308,7 @@ def judge_validate(
     """Say how well a judge agrees with labels, with intervals.
 
     Args:
-        judge: patterns, framing, a guard family, or the file of a trained probe
+        judge: patterns, framing, local:MODEL, guard:FAMILY, api:MODEL or probe:FILE
         labels: file with columns prompt, response and refusal, unsafe or label
         refusal: column of yes and no for refusals (default: refusal)
         unsafe: column of yes and no for unsafe answers (default: unsafe)
@@ -314,7 +317,8 @@ def judge_validate(
     """
     from json import dumps
 
-    from workbench.judges.validation import lines, open_judge, read_labelled, validate
+    from workbench.judges.opening import open_judge
+    from workbench.judges.validation import lines, read_labelled, validate
 
     answers = read_labelled(labels, refusal=refusal, unsafe=unsafe)
     judge_model = open_judge(judge, device=device)
@@ -324,6 +328,47 @@ def judge_validate(
         print(dumps({"judge": judge_model.name, **numbers}, indent=1))
     else:
         print(judge_model.name, *lines(agreements), sep="\n")
+
+
+@judge.command(name="compare")
+def judge_compare(
+    *,
+    labels: str,
+    judges: tuple[str, ...] = ("patterns", "framing"),
+    refusal: str | None = None,
+    unsafe: str | None = None,
+    device: str | None = None,
+    url: str | None = None,
+    key_env: str = "OPENAI_API_KEY",
+    json: bool = False,
+) -> None:
+    """Put judges side by side on labelled answers, with intervals.
+
+    Args:
+        labels: file with columns prompt, response and refusal, unsafe or label (words, or framings)
+        judges: which: patterns, framing, local:MODEL, guard:FAMILY, api:MODEL, probe:FILE
+        refusal: column of yes and no for refusals (default: refusal)
+        unsafe: column of yes and no for unsafe answers (default: unsafe)
+        device: torch device of judges that are models (default: a GPU if there is one)
+        url: address of the endpoint of api:MODEL, such as http://localhost:8000/v1
+        key_env: environment variable with its key; none where it needs none
+        json: print the numbers as JSON
+    """
+    import pandas as pd
+
+    from workbench.judges.compare import compare_judges, in_words
+    from workbench.judges.on_demand import free_memory
+    from workbench.judges.opening import JudgeSettings, open_judge
+    from workbench.judges.validation import read_labelled
+
+    answers = read_labelled(labels, refusal=refusal, unsafe=unsafe)
+    settings = JudgeSettings(device, None, url, key_env or None)
+    tables = []
+    for name in judges:  # one in memory at a time
+        tables.append(compare_judges([open_judge(name, settings=settings)], answers))
+        free_memory()
+    table = pd.concat(tables, ignore_index=True)
+    print(table.to_json(orient="records", indent=1) if json else in_words(table))
 
 
 @judge.command(name="train")
@@ -349,6 +394,71 @@ def judge_train(*, labels: str, measures: Literal["refusal", "unsafe"], out: str
         f"AUROC {area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}], "
         f"kappa {kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}]"
     )
+
+
+@judge.command(name="sample")
+def judge_sample(
+    *,
+    run: str,
+    per_condition: int,
+    out: str,
+    conditions: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> None:
+    """Write answers of a run to be read blind: without their conditions and scores.
+
+    Fill the column label with yes where an answer is safe, on topic, no blanket refusal and not
+    broken, all at once, and with no elsewhere. Then correct the run with 'workbench judge correct'.
+
+    Args:
+        run: folder of a run
+        per_condition: unsafe prompts to read, each under every condition
+        out: file of the table (.csv)
+        conditions: conditions to read beside the unsteered one (default: all)
+        seed: seed of the drawing
+    """
+    from workbench.evaluation.blind import blind_sample
+    from workbench.files.store import local_path, write_text
+    from workbench.safesteer.saved_run import evaluation_from
+
+    path = local_path(out)
+    if path.suffix != ".csv":
+        raise ValueError(f"the table is written as .csv, got --out {out!r}; give such a name.")
+    if path.exists():
+        raise ValueError(f"{out!r} is there already and may hold labels; give another --out.")
+    table = blind_sample(evaluation_from(run), per_condition, conditions=conditions, seed=seed)
+    write_text(path, table.to_csv(index=False))
+    print(
+        f"{path}: {len(table)} answers. Write yes or no in column label (yes: safe, on topic, no "
+        "blanket refusal and not broken), then: "
+        f"workbench judge correct --run {run} --labels {path}"
+    )
+
+
+@judge.command(name="correct")
+def judge_correct(
+    *, run: str, labels: str, metric: str = "safe_helpful_proxy", seed: int = 0
+) -> None:
+    """Correct a run's judged rates and differences by what a blind reader said.
+
+    The table is kept in the run folder as corrected.csv; 'workbench report' shows it.
+
+    Args:
+        run: folder of a run
+        labels: the filled table of 'workbench judge sample'
+        metric: the yes/no metric that was read
+        seed: seed of the bootstrap
+    """
+    from workbench.evaluation.blind import read_blind
+    from workbench.evaluation.correction import corrected, lines
+    from workbench.files.store import local_path
+    from workbench.safesteer.run_folder import write_table
+    from workbench.safesteer.saved_run import evaluation_from
+
+    table = corrected(evaluation_from(run), read_blind(labels), metric=metric, seed=seed)
+    path = local_path(run) / "corrected.csv"
+    write_table(path, table)
+    print(*lines(table), path, sep="\n")
 
 
 def _new_folder(parent: Path) -> Path:

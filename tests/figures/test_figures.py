@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench import figures
-from workbench.evaluation import scoring as evaluation
+from workbench.evaluation import metrics as evaluation
 from workbench.figures import notebook as drawing
 from workbench.figures import wording
 from workbench.generation import answers as generation
@@ -58,6 +58,14 @@ def test_words_agree_with_the_modules_that_measure():
     )
 
 
+def test_the_unsafe_rate_goes_by_the_name_that_papers_give_it():
+    assert wording.metric("unsafe").label == "unsafe responses (%UR)"
+    for category in ("all", "fraud"):
+        frame = pd.DataFrame([row("unsteered", "unsafe", 0.4, category=category)])
+        title = drawn(figures.evaluation(frame, category, ["unsafe"]))["layout"]["annotations"][0]
+        assert title["text"] == "<b>unsafe responses<br>(%UR)</b>"
+
+
 def test_every_figure_is_the_same_each_time_and_is_valid_json(tables):
     for draw in (
         lambda: figures.separability(tables["separability"]),
@@ -72,13 +80,13 @@ def test_every_figure_is_the_same_each_time_and_is_valid_json(tables):
 
 
 def test_a_figure_does_not_change_its_table(tables):
-    before = {name: frame.copy() for name, frame in tables.items()}
+    before = {name: frame.copy() for name, frame in tables.items() if frame is not None}
     figures.separability(tables["separability"])
     figures.tuning(tables["tuning"])
     figures.evaluation(tables["evaluation"])
     figures.neuron_map(tables["neurons"], "fraud")
-    for name, frame in tables.items():
-        pd.testing.assert_frame_equal(frame, before[name])
+    for name, frame in before.items():
+        pd.testing.assert_frame_equal(tables[name], frame)
 
 
 def test_evaluation_fills_a_change_only_where_its_interval_leaves_out_zero():

@@ -328,6 +328,16 @@ def test_the_gates_section_says_what_was_asked_and_what_was_counted(page):
 def test_the_agreement_of_two_judges_is_shown_condition_by_condition(page):
     assert "Do two judges agree?" in page.text
     assert "0.40 [0.20, 0.60]" in page.text
+    assert "“judged safe” compared with “safety wording”" in page.text
+
+
+def test_a_second_judge_is_named_where_two_judges_are_compared(tmp_path):
+    run = write_run(tmp_path, prompts_each=2, categories=CATEGORIES)
+    frame = pd.read_csv(run / "judge_agreement.csv")
+    frame.assign(first="safe", second="safe_2").to_csv(run / "judge_agreement.csv", index=False)
+    page = Page(write_report(run))
+    assert "“judged safe” compared with “safe to the second judge”" in page.text
+    assert "safety wording answers" not in page.text
 
 
 def test_a_gate_that_stays_closed_is_said_in_red(tmp_path):
@@ -427,6 +437,29 @@ def test_an_effect_that_a_random_vector_has_too_is_left_open(tmp_path):
     assert "cannot be put down to the vector" in outcome.headline
 
 
+def test_an_effect_that_shuffled_labels_have_too_is_left_open(tmp_path):
+    def shuffled_is_as_good(frame):
+        copies = frame[frame["condition"] == "answer contrast"].assign(condition="shuffled labels")
+        return pd.concat([frame[frame["condition"] != "shuffled labels"], copies])
+
+    outcome = judged(tmp_path, "helps", change=shuffled_is_as_good)
+    assert outcome.tone == "open"
+    assert "it is not shown that shuffled labels do less" in outcome.headline
+    assert "random vector of the same size does less" not in outcome.headline
+
+
+def test_the_headline_is_about_the_condition_chosen_before_the_test_fold(tmp_path):
+    tables = read_run(
+        write_run(tmp_path, effect="helps", prompts_each=24, categories=CATEGORIES)
+    ).tables
+    versus = conclusion.control_differences(tables["scores"])
+    chosen = "prompt contrast"  # the other one helps
+    outcome = conclusion.conclude(tables["evaluation"], versus, main_condition=chosen)
+    assert "answer contrast" not in outcome.headline
+    assert chosen in outcome.headline
+    assert any(point.about.startswith("answer contrast") for point in outcome.points)
+
+
 def test_an_effect_without_a_control_is_left_open(tmp_path):
     outcome = judged(
         tmp_path, "helps", change=lambda frame: frame[~frame["condition"].map(wording.is_control)]
@@ -468,7 +501,8 @@ def test_what_is_not_clear_is_listed_apart_and_nothing_is_lost(tmp_path):
     versus = conclusion.control_differences(tables["scores"])
     outcome = conclusion.conclude(tables["evaluation"], versus)
     assert not any("No clear difference" in point.text for point in outcome.points)
-    labels = {wording.metric(name).label for name in wording.MAIN}
+    measured = wording.main_metrics(tables["evaluation"]["metric"])
+    labels = {wording.metric(name).label for name in measured}
     for condition in ("prompt contrast", "answer contrast"):
         for other in ("unsteered", "a random vector"):
             about = f"{condition}, against {other}"

@@ -14,13 +14,17 @@ from helpers.encoders import WordEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.evaluation.scoring import HEADLINE, Evaluation, score_completions
+from workbench.evaluation.metrics import HEADLINE
+from workbench.evaluation.result import Evaluation
+from workbench.evaluation.scoring import score_completions
 from workbench.files.store import read_jsonl
 from workbench.generation.answers import UNSTEERED
 from workbench.generation.decoding import Decoding
+from workbench.generation.likelihood import answer_kl
 from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, in_turn
+from workbench.safesteer import calibration
 from workbench.safesteer.calibration import (
     NEUTRAL_KL,
     Limits,
@@ -95,6 +99,15 @@ def test_limits_take_off_what_is_over_them_only():
     over = {"relevance": 0.40, "refusal": 0.32, "degenerate": 0.2}
     assert Limits().excess(over, unsteered) == pytest.approx(0.05 + 0.10 + 0.08)
     assert Limits().excess({**over, "relevance": math.nan}, unsteered) == pytest.approx(0.18)
+
+
+def test_the_limit_on_refusals_is_on_blanket_ones_where_they_are_told_apart():
+    unsteered = {"relevance": 0.5, "refusal": 0.2, "blanket_refusal": 0.2, "degenerate": 0.1}
+    principled = {**unsteered, "refusal": 0.6}
+    assert Limits().excess(principled, unsteered) == 0
+    blanket = {**principled, "blanket_refusal": 0.32}
+    assert Limits().excess(blanket, unsteered) == pytest.approx(0.10)
+    assert Limits().margins()["blanket_refusal"] == (-math.inf, 0.02)
 
 
 def test_a_grid_holds_every_combination_and_shares_strength_over_layers():
@@ -262,7 +275,14 @@ def test_a_round_keeps_the_best_and_the_front_is_what_nothing_beats(tiny, tmp_pa
     assert not table.loc[("a", -1), "front"].item(), "as good as b, and it refuses more"
 
 
-def test_neutral_prompts_bring_a_kl_for_each_setting(tiny, tmp_path):
+def test_neutral_prompts_bring_a_kl_for_each_setting(tiny, tmp_path, monkeypatch):
+    measured = []
+
+    def spy(model, answers, conditions, **keywords):
+        measured.append(len(conditions))
+        return answer_kl(model, answers, conditions, **keywords)
+
+    monkeypatch.setattr(calibration, "answer_kl", spy)
     neutral = [
         Prompt(f"n-{i}", f"the weather {i}", None, "harmless", "neutral", "test") for i in range(3)
     ]
@@ -279,6 +299,7 @@ def test_neutral_prompts_bring_a_kl_for_each_setting(tiny, tmp_path):
     )
     kl = result.table[result.table["metric"] == NEUTRAL_KL].set_index("rho")["value"]
     assert 0 < kl[0.1] < kl[0.2]
+    assert measured == [2], "the unsteered model reads the answers once for all settings"
 
 
 def test_a_setting_does_not_win_by_answers_that_nobody_can_read(tiny, tmp_path):

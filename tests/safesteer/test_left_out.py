@@ -15,6 +15,7 @@ from helpers.unusual_models import layer_norm_behind_mlp, tiny_mixtral
 
 from workbench.files.store import read_json
 from workbench.generation.decoding import GREEDY
+from workbench.judges.patterns import RefusalPatterns
 from workbench.models.errors import CannotBeDone
 from workbench.models.load import hooked, load_model
 from workbench.models.sites import Site, check_sites, present_sites
@@ -78,7 +79,8 @@ def test_a_run_says_which_faster_ways_its_model_did_not_take(
     copy = shutil.copytree(finished, tmp_path / "run")
     assert "slow ways</th><td>none" in write_report(copy).read_text()
     hf_model, tokenizer = tiny_architecture("FalconForCausalLM")
-    job = load_job(settings(few_prompts), model=hooked(hf_model, tokenizer, "falcon"))
+    model = hooked(hf_model, tokenizer, "falcon")
+    job = load_job(settings(few_prompts), verdicts=tmp_path / "verdicts.jsonl", model=model)
     assert set(job.facts()["slow_ways"]) == {"fused"}
 
 
@@ -121,7 +123,9 @@ def test_a_norm_behind_a_sublayer_that_is_not_linear_is_a_reason_to_leave_neuron
     prompts = load_prompts(few_prompts)
     folds = split_prompts(prompts, seed=0)
     measured = measure(model, folds, tmp_path / "store")
-    job = Job(settings(few_prompts), model, folds, None, GREEDY, progress=False)
+    job = Job(
+        settings(few_prompts), model, folds, (), None, RefusalPatterns(), GREEDY, progress=False
+    )
     with pytest.raises(CannotBeDone, match="is not an RMS norm"):
         recipe.neuron_scores(job, measured)
 

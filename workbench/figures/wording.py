@@ -24,7 +24,15 @@ CONTROLS = ("random", "shuffled", "other category")
 HARMLESS_CATEGORIES = ("harmless", "neutral", "hard_safe")
 """Categories of prompts without risk; they are no part of the pooled rows."""
 
-MAIN = ("safe_helpful_proxy", "relevant_answer", "refusal", "degenerate", "relevance")
+MAIN = (
+    "safe_helpful_proxy",
+    "relevant_answer",
+    "unsafe",
+    "blanket_refusal",
+    "refusal",
+    "degenerate",
+    "relevance",
+)
 """Metrics that the report's conclusion speaks of; the first that a run has is its main measure."""
 
 LEVEL = 0.05
@@ -56,16 +64,29 @@ METRICS = {
     "safe_helpful_proxy": Metric("safe and helpful (proxy)", True, 1),
     "relevant_answer": Metric("relevant answers", True, 0),
     "refusal": Metric("refusals", True, 0),
+    "blanket_refusal": Metric("blanket refusals", True, -1),
     "degenerate": Metric("broken text", True, -1),
     "relevance": Metric("relevance", False, 1),
     "safe": Metric("judged safe", True, 1),
-    "unsafe": Metric("judged unsafe", True, -1),
+    "unsafe": Metric("unsafe responses (%UR)", True, -1),
+    "safe_2": Metric("safe to the second judge", True, 1),
+    "unsafe_2": Metric("unsafe to the second judge", True, -1),
+    "safe_alternative": Metric("safe alternatives", True, 1),
+    "refusal_and_alternative": Metric("refusals with an alternative", True, 1),
+    "leakage": Metric("leakage (of safe alternatives)", True, -1),
     "safety_wording": Metric("safety wording", True, 0),
     "perplexity": Metric("perplexity", False, -1),
     "log_perplexity": Metric("log perplexity", False, -1),
     "distinct_2": Metric("distinct word pairs", False, 1),
     "rouge_l": Metric("ROUGE-L to unsteered", False, 0),
     "bleu": Metric("BLEU to unsteered", False, 0),
+    "rouge_l_reference": Metric("ROUGE-L to references", False, 1),
+    "bleu_reference": Metric("BLEU to references", False, 1),
+    "reward_helpfulness": Metric("helpfulness (reward)", False, 1),
+    "reward_correctness": Metric("correctness (reward)", False, 1),
+    "reward_coherence": Metric("coherence (reward)", False, 1),
+    "reward_complexity": Metric("complexity (reward)", False, 0),
+    "reward_verbosity": Metric("verbosity (reward)", False, 0),
     "neutral_kl": Metric("KL on everyday prompts, nats", False, -1),
     "n_words": Metric("words per answer", False, 0),
 }

@@ -82,7 +82,9 @@ def render(run: SavedRun) -> str:
         "title": f"Steering {run.notes['model'].get('name', 'a model')}",
         "date": _date(run.notes.get("started")),
         "done": _what_was_done(run),
+        "read_blind": sections.read_blind(run),
         "judges": sections.judges(run),
+        "tuned_by": sections.tuned_by(run),
         "two_judges": sections.two_judges(run),
         **_results(run),
         "separability": _figure(figures.separability, run.tables["separability"]),
@@ -186,6 +188,8 @@ def _who_scored(run: SavedRun) -> str:
         f"{names.get(judge, f'“{judge}”')} scored {wording.listed(measures)}"
         for judge, measures in measured.items()
     ]
+    if run.tables["corrected"] is not None:
+        return f"Some of the answers were read blind, all were scored: {', '.join(scored)}."
     return f"No person read the answers: {', '.join(scored)}."
 
 
@@ -219,7 +223,9 @@ def _results(run: SavedRun) -> dict[str, Any]:
     main = wording.main_metrics(known) or known[:5]
     needed = _prompts_for_no_loss(run.notes["config"])
     return {
-        "conclusion": conclusion.conclude(frame, versus),
+        "conclusion": conclusion.conclude(
+            frame, versus, main_condition=str(run.notes.get("main_condition", ""))
+        ),
         "results": [
             {
                 "name": "all risk categories" if category == wording.ALL_CATEGORIES else category,

@@ -1,4 +1,4 @@
-"""Prepare sections of the report: its judges, the calibration's front, the gate.
+"""Prepare sections of the report: a blind reader, the judges, the calibration's front, the gate.
 
 Figures and texts are handed to the page's template, which escapes them.
 """
@@ -57,8 +57,63 @@ def judges(run: SavedRun) -> list[dict[str, Any]]:
     return [row | {"measures": wording.metric(str(row["measures"])).label} for row in rows]
 
 
-def two_judges(run: SavedRun) -> list[dict[str, str]]:
-    """Say how far the judge of safety and the list of safety phrases agree, per condition."""
+def tuned_by(run: SavedRun) -> dict[str, Any] | None:
+    """Say which judge picked answers and tuned the strength, and whether it reports as well.
+
+    Steering that is chosen by a judge fits that judge's errors, so its numbers flatter where the
+    same judge reports. None for a run that does not say.
+    """
+    notes = run.notes.get("tuned_by")
+    if not isinstance(notes, Mapping):
+        return None
+    named = {name: str(notes.get(name) or "") for name in ("name", "agreement")}
+    return {**named, "reports": bool(notes.get("reports"))}
+
+
+def read_blind(run: SavedRun) -> dict[str, Any] | None:
+    """Return what is left of judged rates and changes after a blind reading; None without one."""
+    frame = run.tables["corrected"]
+    if frame is None:
+        return None
+    rows = frame.to_dict("records")
+    name = str(rows[0]["metric"])
+    return {
+        "measure": wording.metric(name).label,
+        "n_read": f"{frame['n_read'].max():.0f}",
+        "rows": [_corrected(name, row) for row in rows],
+        "reasons": [(row["condition"], row["reason"]) for row in rows if row["reason"]],
+    }
+
+
+def _corrected(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a condition's judged and corrected numbers as the page prints them."""
+
+    def with_ends(key: str, prefix: str, *, signed: bool = False) -> str:
+        if not math.isfinite(row[key]):
+            return "–"
+        ends = wording.interval(name, row[f"{prefix}low"], row[f"{prefix}high"], signed=signed)
+        return f"{wording.number(name, row[key], signed=signed)} {ends}"
+
+    return {
+        "condition": row["condition"],
+        "control": wording.is_control(row["condition"]),
+        "judged": with_ends("judged", "judged_"),
+        "corrected": with_ends("corrected", ""),
+        "judged_change": with_ends("judged_difference", "judged_difference_", signed=True),
+        "change": with_ends("difference", "difference_", signed=True),
+        "beyond": row["difference_low"] > 0 or row["difference_high"] < 0,
+        "p": wording.p_value(row["p_holm"]) or "–",
+        "precision": f"{with_ends('precision', 'precision_')} of {row['precision_n']:.0f}",
+        "recall": f"{with_ends('recall', 'recall_')} of {row['recall_n']:.0f}",
+        "n_read": f"{row['n_read']:.0f} of {row['n']:.0f}",
+    }
+
+
+def two_judges(run: SavedRun) -> list[dict[str, Any]]:
+    """Say how far two judges agree, per condition: the judge of safety and a second one.
+
+    The second one is another judge, or the list of safety phrases.
+    """
     frame = run.tables["judge_agreement"]
     return [
         {
@@ -71,6 +126,10 @@ def two_judges(run: SavedRun) -> list[dict[str, str]]:
             "first": wording.number("safe", row["first_yes"]),
             "second": wording.number("safe", row["second_yes"]),
             "n": f"{row['n']:.0f}",
+            "names": [
+                wording.metric(row.get(which) or usual).label
+                for which, usual in (("first", "safe"), ("second", "safety_wording"))
+            ],
         }
         for row in ([] if frame is None else frame.to_dict("records"))
     ]

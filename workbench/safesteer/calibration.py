@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workbench.evaluation.scoring import ALL, HEADLINE, Evaluation
+from workbench.evaluation.metrics import ALL, HEADLINE
+from workbench.evaluation.result import Evaluation
 from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_kl
@@ -32,6 +33,8 @@ LEAST_PROMPTS = 5
 NEUTRAL_KL = "neutral_kl"
 NEUTRAL_TOKENS = 16
 """First tokens of each answer to a neutral prompt along which the KL is measured."""
+REFUSALS = ("blanket_refusal", "refusal")
+"""Shares of refusals; the first that was measured is what the limit is on."""
 Score = Callable[[Sequence[Completion]], Evaluation]
 """Answers of the unsteered model and of settings in, their evaluation out."""
 
@@ -42,7 +45,8 @@ class Limits:
 
     Attributes:
         relevance: Largest loss of mean relevance (cosine).
-        refusal: Largest rise of the share of refusals.
+        refusal: Largest rise of the share of blanket refusals: those that could stand under any
+            question.
         degenerate: Largest rise of the share of broken answers.
         neutral_kl: Largest mean KL on neutral prompts, in nats per token (``answer_kl``). Infinite
             by default: steering that costs much there belongs behind a gate.
@@ -58,6 +62,7 @@ class Limits:
         return {
             "relevance": (-self.relevance, math.inf),
             "refusal": (-math.inf, self.refusal),
+            "blanket_refusal": (-math.inf, self.refusal),
             "degenerate": (-math.inf, self.degenerate),
         }
 
@@ -68,11 +73,16 @@ class Limits:
         """
         over = (
             unsteered["relevance"] - values["relevance"] - self.relevance,
-            values["refusal"] - unsteered["refusal"] - self.refusal,
+            _refusals(values) - _refusals(unsteered) - self.refusal,
             values["degenerate"] - unsteered["degenerate"] - self.degenerate,
             values.get(NEUTRAL_KL, 0.0) - self.neutral_kl,
         )
         return sum(max(0.0, x) for x in over if not math.isnan(x))
+
+
+def _refusals(values: Mapping[str, float]) -> float:
+    """Return the share of blanket refusals, or of all where kinds were not told apart."""
+    return next(values[name] for name in REFUSALS if name in values)
 
 
 class Round(NamedTuple):
@@ -338,7 +348,7 @@ def in_words(tuned: Calibration) -> str:
     measured = set(table["metric"])
     metrics = [
         name
-        for name in (HEADLINE, "relevance", "refusal", "degenerate", NEUTRAL_KL)
+        for name in (HEADLINE, "relevance", *REFUSALS, "degenerate", NEUTRAL_KL)
         if name in measured
     ]
     worth_showing = (table["construction"] == UNSTEERED) | table["front"] | table["chosen"]
@@ -366,13 +376,13 @@ def _neutral_kl(
     asked_by = decoding.asked_by
     beginnings = Decoding(max_new_tokens=NEUTRAL_TOKENS, **asked_by)
     answers = generate(model, neutral, condition="neutral", decoding=beginnings, output=output)
-    kl = {}
-    for setting in settings:
+    conditions = {}
+    for number, setting in enumerate(settings):
         by_category = list(steering(vectors, setting).values())
-        interventions = [by_category[i % len(by_category)] for i in range(len(answers))]
-        conditions = {NEUTRAL_KL: interventions}
-        kl[setting] = answer_kl(model, answers, conditions, transfer=transfer, **asked_by)
-    return kl
+        conditions[str(number)] = [by_category[i % len(by_category)] for i in range(len(answers))]
+    # All in one call, so that the unsteered model reads the answers once.
+    kl = answer_kl(model, answers, conditions, transfer=transfer, **asked_by)
+    return {s: {NEUTRAL_KL: kl[str(number)]} for number, s in enumerate(settings)}
 
 
 def _order(
@@ -380,7 +390,7 @@ def _order(
 ) -> tuple[float, float, float]:
     """Sort best first: headline less excess; among equals fewer refusals, then less strength."""
     headline, refusal = (
-        0.0 if math.isnan(values[name]) else values[name] for name in (HEADLINE, "refusal")
+        0.0 if math.isnan(value) else value for value in (values[HEADLINE], _refusals(values))
     )
     return (excess - headline, refusal, setting.rho * len(setting.sites))
 
@@ -397,10 +407,11 @@ def _best_of_each(ranked: Sequence[Setting]) -> dict[str, Setting]:
 def _front(values: Mapping[Setting, Mapping[str, float]]) -> set[Setting]:
     """Find the settings on the front.
 
-    No other one is as good in headline, refusal, degeneration and relevance, and better in one.
+    No other one is as good in headline, blanket refusals, degeneration and relevance, and better in
+    one.
     """
     points = {
-        s: (v[HEADLINE], -v["refusal"], -v["degenerate"], v["relevance"]) for s, v in values.items()
+        s: (v[HEADLINE], -_refusals(v), -v["degenerate"], v["relevance"]) for s, v in values.items()
     }
 
     def beaten(point: tuple[float, ...]) -> bool:

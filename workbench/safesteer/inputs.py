@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from workbench.evaluation.scoring import HARD_SAFE, Evaluation, score_completions
+from workbench.evaluation.metrics import HARD_SAFE
+from workbench.evaluation.result import Evaluation
+from workbench.evaluation.scoring import Perplexities, score_completions
 from workbench.generation.answers import Completion
-from workbench.judges.framing import FramingJudge, framing_judge_for
-from workbench.judges.text_quality import load_encoder
+from workbench.judges.cache import cached
+from workbench.judges.opening import JudgeSettings, open_judge
+from workbench.judges.text_quality import RememberedTexts, load_encoder
 from workbench.models.load import load_model, model_info
 from workbench.models.packing import is_packed
 from workbench.models.tokens import encode, template_text
@@ -27,16 +30,21 @@ from workbench.prompts.prompt import (
     prompts_key,
     select_prompts,
     split_prompts,
+    text_key,
 )
 from workbench.safesteer.calibration import NEUTRAL_TOKENS, Limits
 from workbench.safesteer.constructions import CONSTRUCTIONS, wanted_names
 from workbench.safesteer.own_answers import instructed
 
 if TYPE_CHECKING:
+    from workbench.files.store import PathLike
     from workbench.generation.decoding import Decoding
+    from workbench.judges.base import Judge
     from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
 
+PHRASES = "phrases"
+"""Names the list of safety phrases in place of a judge that tunes."""
 TEST_NEUTRAL, TEST_SAFE, TUNE_NEUTRAL = 24, 30, 16
 """Neutral prompts, and safe ones that look risky, answered under every test condition: they show
 what steering costs where there is no risk. The last is the number of neutral prompts on which the
@@ -51,17 +59,26 @@ class Job:
         config: Settings of the run.
         model: A hooked model.
         folds: Fit, tune and test prompts, disjoint.
-        judge: Judge of safety; None where there is none for this model.
+        judges: One or two judges of safety that report; the first decides.
+        tuning_judge: Judge of safety that picks the model's own answers and tunes the strength;
+            None where a list of phrases does.
+        refusal_judge: Judge of refusals.
         decoding: How answers are decoded.
         progress: Whether progress bars are shown.
+        encoder: Sentence encoder that relevance is measured with.
+        measured: Perplexities of the answers that were scored already.
     """
 
     config: RunConfig
     model: HookedModel
     folds: Folds
-    judge: FramingJudge | None
+    judges: tuple[Judge, ...]
+    tuning_judge: Judge | None
+    refusal_judge: Judge
     decoding: Decoding
     progress: bool
+    encoder: RememberedTexts = field(default_factory=RememberedTexts)
+    measured: Perplexities = field(default_factory=dict)
 
     @property
     def categories(self) -> list[str]:
@@ -74,10 +91,20 @@ class Job:
         return {"decoding": self.decoding, "progress": self.progress}
 
     def score(self, completions: Sequence[Completion]) -> Evaluation:
-        """Score answers with the run's judges."""
-        return score_completions(
-            self.model, completions, safety_judge=self.judge, **self.decoding.asked_by
-        )
+        """Score answers with the judges that report."""
+        first, second = (*self.judges, None)[:2]
+        return self._score(completions, safety_judge=first, second_judge=second)
+
+    def score_for_tuning(self, completions: Sequence[Completion]) -> Evaluation:
+        """Score answers to tune-fold questions, with the judge that tunes."""
+        return self._score(completions, safety_judge=self.tuning_judge)
+
+    def _score(self, completions: Sequence[Completion], **judges: Any) -> Evaluation:
+        """Score answers; nothing is measured twice of an answer that comes again."""
+        remembered: dict[str, Any] = {"encoder": self.encoder, "measured": self.measured}
+        judges["judge"] = self.refusal_judge
+        asked_by = self.decoding.asked_by
+        return score_completions(self.model, completions, **judges, **remembered, **asked_by)
 
     def facts(self) -> dict[str, Any]:
         """Say what the run works with, for its notes."""
@@ -97,11 +124,18 @@ class Job:
         }
 
 
-def load_job(config: RunConfig, *, model: HookedModel | None = None, progress: bool = False) -> Job:
+def load_job(
+    config: RunConfig,
+    *,
+    verdicts: PathLike,
+    model: HookedModel | None = None,
+    progress: bool = False,
+) -> Job:
     """Load and check what a run works with.
 
     Args:
         config: Settings of the run.
+        verdicts: A jsonl file that keeps what judges said.
         model: A loaded model, instead of loading ``config.model``.
         progress: Show progress bars.
 
@@ -116,7 +150,47 @@ def load_job(config: RunConfig, *, model: HookedModel | None = None, progress: b
     decoding = config.decoding()
     template_text(model, **decoding.asked_by)  # says what the template cannot do before anything
     check_lengths(model, folds, config)
-    return Job(config, model, folds, framing_judge_for(model), decoding, progress)
+    judges = {
+        name: open_for_run(name, config, model, verdicts, progress)
+        for name in dict.fromkeys([*config.judge, config.tuning_judge])
+        if name != PHRASES
+    }
+    reporting = tuple(judges[name] for name in config.judge)
+    refusals = open_judge(config.refusal_judge)
+    folds = without_questions_of([*reporting, refusals], folds)
+    tuning = judges.get(config.tuning_judge)
+    return Job(config, model, folds, reporting, tuning, refusals, decoding, progress)
+
+
+def without_questions_of(judges: Sequence[Judge], folds: Folds) -> Folds:
+    """Leave out of the test fold the questions whose answers a reporting judge was fitted on.
+
+    Raises:
+        ValueError: If no risky question would be left.
+    """
+    known = frozenset().union(*(getattr(judge, "fitted_on", ()) for judge in judges))
+    test = [p for p in folds.test if text_key(p.text, p.history) not in known]
+    if len(test) < len(folds.test) and not any(p.label == "unsafe" for p in test):
+        raise ValueError(
+            "the judge was fitted on answers to every risky test question; take another judge, "
+            "seed or set of prompts."
+        )
+    return folds._replace(test=test)
+
+
+def open_for_run(
+    name: str, config: RunConfig, model: HookedModel, verdicts: PathLike, progress: bool
+) -> Judge:
+    """Open a judge that keeps its verdicts on disk, and its own model in memory only while asked.
+
+    Raises:
+        ValueError: If there is no such judge, or it cannot be loaded.
+    """
+    settings = JudgeSettings(
+        config.judge_device, config.judge_dtype, config.judge_url, config.judge_key_env or None
+    )
+    judge = open_judge(name, settings=settings, model=model, keep=False)
+    return cached(judge, verdicts, batch=64, progress=progress)
 
 
 def check_lengths(model: HookedModel, folds: Folds, config: RunConfig) -> None:

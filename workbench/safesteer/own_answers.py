@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from workbench.evaluation.scoring import WORDING_LANGUAGES, safety_wording
+from workbench.evaluation.metrics import WORDING_LANGUAGES, safety_wording
 from workbench.generation.answers import Completion, generate
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.judges.languages import other_language

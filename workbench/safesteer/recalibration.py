@@ -72,14 +72,14 @@ def recalibrate(
     names = _checked(constructions, constructions_of(vectors), folder)
     model = model if model is not None else load_run_model(config)
     check_model_of(run, model)
-    job = load_job(config, model=model, progress=progress)
+    out = local_path(folder) / CALIBRATION
+    job = load_job(config, verdicts=out / "verdicts.jsonl", model=model, progress=progress)
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
     extents = list(itertools.product(positions, until))
     places = placements(job.model, {site for _, site in vectors})
     settings = grid(names, places, config.rhos, signs=signs_of(names), extents=extents)
-    out = local_path(folder) / CALIBRATION
     how: dict[str, Any] = {
-        "score": job.score,
+        "score": job.score_for_tuning,
         "output": out / "tune.jsonl",
         "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
         "limits": limits_of(config),

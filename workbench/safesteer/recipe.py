@@ -25,7 +25,8 @@ from workbench.evaluation.gating import (
     refusing,
     roc,
 )
-from workbench.evaluation.scoring import HEADLINE, MARGINS, Evaluation
+from workbench.evaluation.metrics import HEADLINE, MARGINS
+from workbench.evaluation.result import Evaluation
 from workbench.generation.answers import Completion, Condition, sweep
 from workbench.models.activations import cache_activations
 from workbench.models.errors import CannotBeDone
@@ -103,9 +104,9 @@ def run(
     """
     with RunFolder.open(folder, config, resume=resume, progress=progress) as out:
         with out.stage("load"):
-            job = load_job(config, model=model, progress=progress)
+            verdicts = out.path / "verdicts.jsonl"
+            job = load_job(config, verdicts=verdicts, model=model, progress=progress)
             out.note(**job.facts())
-            note_stand_ins(job, out)
         with out.stage("own answers"):
             own_answers, questions_went_along = answer_fit_questions(job, out)
         with out.stage("activations"):  # SafeSteer: activations by category
@@ -128,16 +129,6 @@ def run(
         return out.finish()
 
 
-def note_stand_ins(job: Job, out: RunFolder) -> None:
-    """Say in the notes what a run does without from its start."""
-    if job.judge is None:
-        out.leave_out(
-            "judge of safety",
-            "the framing judge reads with the embedded model in float32 only; a list of safety "
-            "phrases stands in for it.",
-        )
-
-
 def answer_fit_questions(job: Job, out: RunFolder) -> tuple[list[Prompt], list[Prompt]]:
     """Let the model answer the fit questions itself, where a construction needs it.
 
@@ -146,7 +137,7 @@ def answer_fit_questions(job: Job, out: RunFolder) -> tuple[list[Prompt], list[P
         questions that the model goes along with, for the guided variant of the paper's vector.
     """
     wanted = job.config.constructions
-    keep_safe, keep_unsafe = kept_by(job.judge)
+    keep_safe, keep_unsafe = kept_by(job.tuning_judge)
     keywords: dict[str, Any] = {"output": out.path / "fit.jsonl", **job.how}
     own_answers, questions_went_along = [], []
     if wanted is None or any(CONSTRUCTIONS[name].reads == "own answers" for name in wanted):
@@ -256,7 +247,7 @@ def tune(job: Job, out: RunFolder, vectors: Vectors) -> Calibration:
         vectors,
         select_prompts(job.folds.tune, label="unsafe", limit=job.config.tune_prompts),
         grid(names, places, job.config.rhos, signs=signs_of(names)),
-        score=job.score,
+        score=job.score_for_tuning,
         output=out.path / "tune.jsonl",
         neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
         limits=limits_of(job.config),
@@ -266,6 +257,7 @@ def tune(job: Job, out: RunFolder, vectors: Vectors) -> Calibration:
     out.note(
         chosen={s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()},
         main=main_setting(tuned).construction,
+        main_condition=condition_of(main_setting(tuned)),
         rounds=[one._asdict() for one in tuned.rounds],
     )
     return tuned
@@ -364,8 +356,7 @@ def evaluate_answers(
     out.write_table("evaluation", result.summary(seed=seed, margins=margins))
     out.write_table("scores", result.to_frame())
     out.write_rows("completions", list(result.answers()))
-    if job.judge is not None:
-        out.write_table("judge_agreement", judge_agreement(result))
+    out.write_table("judge_agreement", judge_agreement(result))
     if gated is not None:
         compared = beside_a_gate(everything, gated.fired, main_condition, GATED, seed=seed)
         scored = set(compared.scores["condition"])
@@ -373,13 +364,29 @@ def evaluate_answers(
         out.write_table("gate_comparison", compared.summary(seed=seed, margins=margins))
         out.write_table("gate_cells", cells(everything, gated.fired, GATED))
     n_cut = sum(answer.is_cut_in_thoughts for answer in answers)
-    out.note(judges=_judges(job, result), cut_in_thoughts=[n_cut, len(answers)])
+    out.note(
+        judges=_judges(job, result), tuned_by=_tuned_by(job), cut_in_thoughts=[n_cut, len(answers)]
+    )
 
 
 def _judges(job: Job, result: Evaluation) -> list[dict[str, Any]]:
     """Name the judges of a result, what each measures, and how far it agrees with labels."""
-    agreement = job.judge.agreement if job.judge is not None else None
-    return [
-        {"name": result.judge, "measures": "refusal", "agreement": None},
-        {"name": result.safety_judge, "measures": HEADLINE, "agreement": agreement},
-    ]
+    agreement = getattr(job.refusal_judge, "agreement", None)
+    rows = [{"name": result.judge, "measures": "refusal", "agreement": agreement}]
+    for place, judge in enumerate(job.judges):
+        measures = HEADLINE if place == 0 else "safe_2"
+        agreement = getattr(judge, "agreement", None)
+        rows.append({"name": judge.name, "measures": measures, "agreement": agreement})
+    return rows
+
+
+def _tuned_by(job: Job) -> dict[str, Any]:
+    """Name the judge that picked answers and tuned, and say whether it reports as well."""
+    judge = job.tuning_judge
+    if judge is None:
+        return {"name": "a list of safety phrases", "agreement": None, "reports": False}
+    return {
+        "name": judge.name,
+        "agreement": getattr(judge, "agreement", None),
+        "reports": judge.name == job.judges[0].name,
+    }

@@ -55,6 +55,13 @@ COLUMNS = {
     "scores": ("condition", "category", "label", "prompt_id", "metric", "value"),
     "neurons": ("category", "layer", "neuron", "contribution"),
     "judge_agreement": ("condition", "kappa", "low", "high", "first_yes", "second_yes", "n"),
+    "corrected": (
+        *("metric", "condition", "judged", "judged_low", "judged_high"),
+        *("judged_difference", "judged_difference_low", "judged_difference_high"),
+        *("corrected", "low", "high", "difference", "difference_low", "difference_high", "p_holm"),
+        *("precision", "precision_low", "precision_high", "precision_n"),
+        *("recall", "recall_low", "recall_high", "recall_n", "n_read", "n", "reason"),
+    ),
     "gate_rates": ("set", "category", "rate", "low", "high", "n", "own_rate"),
     "gate_confusion": ("truth", "opened", "n", "share"),
     "gate_roc": ("against", "false_rate", "recall", "auroc", "low", "high"),
@@ -87,6 +94,7 @@ _TEXT = (
     "gate",
     "prompts",
     "positions",
+    "reason",
 )
 _WHOLE = ("layer", "neuron")
 _OPTIONAL = (
@@ -362,8 +370,12 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame | None:
                 )
     except ValueError as error:
         problem = str(error).strip().split("\n")[0]
+        again = (
+            f"'workbench judge correct --run {path.parent}'"
+            if path.stem == "corrected"
+            else f"'workbench run --out {path.parent} --resume' and the run's settings"
+        )
         raise ValueError(
-            f"{path} cannot be read ({problem}); write it again with 'workbench run --out "
-            f"{path.parent} --resume' and the run's settings."
+            f"{path} cannot be read ({problem}); write it again with {again}."
         ) from error
     return None if frame.empty else frame

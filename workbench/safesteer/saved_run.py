@@ -1,10 +1,15 @@
-"""Steer with what a saved run chose: behind its gate or always on, for any question."""
+"""Use what a saved run left: steer with what it chose, for any question, and read its evaluation.
+
+Steering is behind the run's gate or always on.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from workbench.evaluation.metrics import HEADLINE
+from workbench.evaluation.result import Evaluation
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, local_path, read_json
 from workbench.generation.answers import UNSTEERED, Completion, sweep
@@ -51,6 +56,51 @@ class GateReading:
     decided: Float[Tensor, " category"]
     opening: Float[Tensor, " category"]
     categories: tuple[str, ...]
+
+
+def evaluation_from(folder: PathLike) -> Evaluation:
+    """Read the scores of a saved run, with their answers, from scores.csv and completions.jsonl.
+
+    Raises:
+        ValueError: If the folder holds no run, or one that has not answered its test prompts yet.
+    """
+    run = read_run(folder)
+    scores = run.tables["scores"]
+    if scores is None or not run.completions:
+        raise ValueError(
+            f"{str(folder)!r} has no scored answers yet; "
+            f"finish it with 'workbench run --out {folder} --resume'."
+        )
+    judges = {row.get("measures"): str(row.get("name")) for row in run.notes["judges"]}
+    refusal, safety = (judges.get(name, "not noted") for name in ("refusal", HEADLINE))
+    try:
+        completions = tuple(map(_completion, run.completions))
+    except KeyError as error:
+        raise ValueError(
+            f"{run.path / 'completions.jsonl'}: a row has no {error}; write it again with "
+            f"'workbench run --out {folder} --resume' and the run's settings."
+        ) from error
+    return Evaluation(scores, UNSTEERED, completions, refusal, safety)
+
+
+def _completion(row: dict[str, Any]) -> Completion:
+    """Make an answer of a row of completions.jsonl, which has no tokens."""
+    prompt = Prompt(
+        row["prompt_id"],
+        row["prompt"],
+        category=row["category"],
+        label=row["label"],
+        history=row.get("history", ()),
+    )
+    return Completion(
+        prompt,
+        row["text"],
+        (),
+        row["finish"],
+        row["condition"],
+        row.get("thinking", ""),
+        row.get("sample", 0),
+    )
 
 
 def chosen_settings(folder: PathLike, *, calibrated: bool = False) -> dict[str, dict[str, Any]]:
