@@ -11,6 +11,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 BIN_TL3 := .venv-tl3/bin
 READY_TL3 := .venv-tl3/.ready
+# One process per core with one thread each; the tests of a file stay together.
+IN_PARALLEL := -n auto --dist loadfile
 
 .PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness lint types contract bench \
 	architectures models pictures notebooks clean
@@ -41,10 +43,11 @@ demo: setup
 		--tune-prompts 5 --test-prompts 8 --max-new-tokens 40 --out runs/demo --resume
 
 test: setup lint types contract
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-tl3: setup-tl3
-	$(BIN_TL3)/python -m pytest -m "not slow" tests/models tests/steering tests/generation tests/neurons
+	OMP_NUM_THREADS=1 $(BIN_TL3)/python -m pytest $(IN_PARALLEL) -m "not slow" \
+		tests/models tests/steering tests/generation tests/neurons
 	$(BIN_TL3)/python -m pytest -m slow tests/models/test_hooked_transformer.py
 
 # In an environment of its own: the two harnesses bring 52 packages and 266 MB.
