@@ -52,6 +52,9 @@ def test_the_judge_that_tunes_is_another_one_and_the_report_says_which(judged, t
     page = write_report(shutil.copytree(judged, tmp_path / "run")).read_text(encoding="utf-8")
     assert "One judge in several roles" not in page
     assert "by another judge than the one that reports" in page
+    # What the judges say besides is theirs as well, and no "built-in method".
+    assert "safe and helpful (proxy), unsafe responses (%UR)</td>" in page
+    assert "refusals, blanket refusals</td>" in page
 
 
 def test_one_judge_that_tunes_and_reports_is_said_in_red(finished, tmp_path):

@@ -6,7 +6,7 @@ Figures and texts are handed to the page's template, which escapes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench import figures
@@ -33,6 +33,9 @@ COMPARED = (
 )
 """Kinds of prompts and measures in which ways of gating are compared."""
 
+_SAID_TOO = {"safe_helpful_proxy": ("unsafe",), "refusal": ("blanket_refusal",)}
+"""What a judge says besides the measure that a run names it for."""
+
 _PROMPTS = {"all": "risky", "hard_safe": "safe, look risky", "harmless": "everyday"}
 
 
@@ -48,13 +51,25 @@ def judges(run: SavedRun) -> list[dict[str, Any]]:
     ]
     frame = run.tables["evaluation"]
     measured = [] if frame is None else wording.main_metrics(frame["metric"])
-    covered = {row["measures"] for row in rows}
+    covered = {name for row in rows for name in _measured_by(row["measures"])}
     rows += [
         {"name": BUILT_IN, "measures": name, "agreement": None}
         for name in measured
         if name not in covered
     ]
-    return [row | {"measures": wording.metric(str(row["measures"])).label} for row in rows]
+    return [row | {"measures": _labels(row["measures"], measured)} for row in rows]
+
+
+def _measured_by(measure: Any) -> tuple[str, ...]:
+    """Name a judge's measure and what else it says: a judge of safety says unsafe as well."""
+    return (str(measure), *_SAID_TOO.get(str(measure), ()))
+
+
+def _labels(measure: Any, measured: Sequence[str]) -> str:
+    """Write a judge's measures in words, those besides the first only where the run has them."""
+    first, *others = _measured_by(measure)
+    names = [first, *(name for name in others if name in measured)]
+    return ", ".join(wording.metric(name).label for name in names)
 
 
 def tuned_by(run: SavedRun) -> dict[str, Any] | None:
