@@ -12,7 +12,7 @@ READY := .venv/.ready
 BIN_TL3 := .venv-tl3/bin
 READY_TL3 := .venv-tl3/.ready
 # One process per core with one thread each; the tests of a file stay together.
-IN_PARALLEL := -n auto --dist loadfile
+IN_PARALLEL := -n logical --dist loadfile
 
 .PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness lint types contract bench \
 	architectures models pictures notebooks clean
