@@ -11,8 +11,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 BIN_TL3 := .venv-tl3/bin
 READY_TL3 := .venv-tl3/.ready
-# One process per core with one thread each; the tests of a file stay together.
-IN_PARALLEL := -n logical --dist loadfile
+# One process per core, four at most for they take up to 4 GB, with one thread each.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness lint types contract bench \
 	architectures models pictures notebooks clean
