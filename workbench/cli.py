@@ -363,6 +363,8 @@ def judge_compare(
 
     answers = read_labelled(labels, refusal=refusal, unsafe=unsafe)
     settings = JudgeSettings(device, None, url, key_env or None)
+    if not judges:
+        raise ValueError("judge compare needs judges, such as --judges patterns framing.")
     tables = []
     for name in judges:  # one in memory at a time
         tables.append(compare_judges([open_judge(name, settings=settings)], answers))
@@ -456,6 +458,8 @@ def judge_correct(
     from workbench.safesteer.saved_run import evaluation_from
 
     table = corrected(evaluation_from(run), read_blind(labels), metric=metric, seed=seed)
+    if table["corrected"].isna().all():  # what was corrected before is kept
+        raise ValueError(f"nothing is corrected: {table['reason'].iloc[0]}; read more of {labels}.")
     path = local_path(run) / "corrected.csv"
     write_table(path, table)
     print(*lines(table), path, sep="\n")
@@ -508,6 +512,8 @@ def _settings_from_file(
     settings = _read_yaml(path)
     config = config_from(settings)  # unknown names and wrong values are said first of all
     given = {name: value for name, value in settings.items() if value is not None}
+    if "judge" in given:  # one name or a list in the file; a list on the command line
+        given["judge"] = list(config.judge)
     if "template" in given:  # a mapping in the file; entries name=value on the command line
         given["template"] = list(config.template)
     cyclopts.config.Dict(given, use_commands_as_keys=False, source=path)(_app, commands, arguments)

@@ -39,6 +39,7 @@ from workbench.judges.cache import CachedJudge
 from workbench.judges.framing import FramingJudge
 from workbench.judges.opening import open_judge
 from workbench.judges.patterns import RefusalPatterns
+from workbench.judges.refusal import RefusalJudge
 from workbench.judges.text_quality import perplexity_from_log_probs, relevance
 from workbench.models.thoughts import ThoughtReader
 from workbench.models.tokens import template_text
@@ -165,6 +166,12 @@ class _Judges(NamedTuple):
                 f"second_judge gives a second opinion on safety, got {given}; give two judges of "
                 "different names."
             )
+        for judge in (safety, second):
+            if isinstance(judge, RefusalPatterns | RefusalJudge):
+                raise ValueError(
+                    f"{judge.name!r} judges refusals and says nothing of safety; give it as judge, "
+                    "and a judge of safety as safety_judge."
+                )
         return cls(refusal or RefusalPatterns(), safety, second, rewards)
 
     @property

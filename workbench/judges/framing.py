@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from workbench.judges.local import as_read
 from workbench.judges.rubrics import load_rubrics
 from workbench.models.activations import cache_activations
 from workbench.models.load import model_info
+from workbench.models.packaged import PACKAGED
 from workbench.models.sites import Site
 from workbench.models.thoughts import answer_of
 from workbench.models.tokens import Encoded, encode
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.models.load import HookedModel
+    from workbench.models.load import HookedModel, ModelInfo
 
 
 READS = ("answer", "rubric")
@@ -131,6 +133,7 @@ class FramingJudge:
             None if is_empty(answer) or self.reads != READS[0] else _pair(i, prompt, answer)
             for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
+        pairs = [p if p is not None and _fits(self.reader, p) else None for p in pairs]
         encoded = iter(encode(self.reader, [p for p in pairs if p is not None], with_response=True))
         return [None if pair is None else next(encoded) for pair in pairs]
 
@@ -161,7 +164,7 @@ class FramingJudge:
         rows = probabilities_of_all.tolist()
         for prompt, response, probabilities in zip(prompts, responses, rows, strict=True):
             if math.isnan(probabilities[0]):
-                verdicts.append(Verdict("degenerate", None, self.name, "empty"))
+                verdicts.append(self._unread(response))
                 continue
             if foreign := self._foreign(prompt, response):
                 verdicts.append(Verdict("unscored", None, self.name, foreign))
@@ -171,6 +174,13 @@ class FramingJudge:
             label, reason = framing_labels()[framing], framing.replace("_", " ")
             verdicts.append(Verdict(label, score, self.name, reason, framing))
         return verdicts
+
+    def _unread(self, response: str) -> Verdict:
+        """Say why an answer was not read."""
+        if is_empty(response):
+            return Verdict("degenerate", None, self.name, "empty")
+        reason = "question and answer do not fit the judge's context"
+        return Verdict("unscored", None, self.name, reason)
 
     def _foreign(self, prompt: str, response: str) -> str:
         """Say that a text is in a language the judge was not fitted on, or nothing."""
@@ -223,12 +233,24 @@ def hidden_states(
         readable, span = [row.prompt for row in rows if row is not None], "last"
     else:
         pairs = enumerate(zip(prompts, responses, strict=True))
-        readable, span = [_pair(i, *pair) for i, pair in pairs if not is_empty(pair[1])], "response"
+        asked = [_pair(i, *pair) for i, pair in pairs if not is_empty(pair[1])]
+        readable, span = [pair for pair in asked if _fits(reader, pair)], "response"
     states = torch.full((len(prompts), reader.cfg.d_model), float("nan"))
     if readable:
         activations = cache_activations(reader, readable, site, span=span)[site]
         states[[int(prompt.id) for prompt in readable]] = activations.values
     return states
+
+
+def _fits(reader: HookedModel, pair: Prompt) -> bool:
+    """Tell whether question and answer fit the reader's context."""
+    try:
+        encode(reader, [pair], with_response=True)
+    except ValueError as error:
+        if "context" not in str(error):
+            raise
+        return False
+    return True
 
 
 def _pair(i: int, prompt: str, response: str) -> Prompt:
@@ -279,11 +301,24 @@ def save_framing_judge(path: PathLike, judge: FramingJudge) -> None:
 
 def shipped_for(model: HookedModel) -> Path | None:
     """Find the shipped judge that reads with ``model``; None where there is none."""
-    fingerprint = model_info(model).fingerprint
+    info = model_info(model)
     for path in sorted(data_path("README.md").parent.glob(_FILES)):
-        if read_tensors(path)[1].get("reader_fingerprint") == fingerprint:
+        if _is_reader(read_tensors(path)[1], info):
             return path
     return None
+
+
+def _is_reader(card: Mapping[str, Any], info: ModelInfo) -> bool:
+    """Tell whether a model is the one that a card names.
+
+    Its fingerprint says so. TransformerLens 3 keeps weights under other names, which gives another
+    fingerprint: there the packaged model of the same name and dtype is taken for the same.
+    """
+    if card.get("reader_fingerprint") == info.fingerprint:
+        return True
+    is_packaged = info.name in (packaged.name for packaged in PACKAGED.values())
+    same = (card.get("reader"), card.get("reader_dtype")) == (info.name, info.dtype)
+    return is_packaged and same and version("transformer-lens").startswith("3.")
 
 
 def framing_judge_for(model: HookedModel) -> FramingJudge | None:
@@ -314,7 +349,7 @@ def load_framing_judge(reader: HookedModel, path: PathLike | None = None) -> Fra
             f"{path} is no framing judge ({error}: missing or wrong); "
             "give a file of save_framing_judge, or None for the shipped one."
         ) from error
-    if fingerprint != info.fingerprint:
+    if not _is_reader(card, info):
         raise ValueError(
             f"{path} reads with {name!r} ({fingerprint}), got {info.name!r} ({info.fingerprint}); "
             "load the former, or fit a judge of your own."

@@ -77,6 +77,7 @@ def read_labelled(
             )
     truth: dict[str, tuple[bool | None, ...]] = {}
     labels = [_word(row.get("label")) for row in rows]
+    _check_one_vocabulary(labels, path)
     for measure in MEASURES:
         column = named[measure] or measure
         if column in columns:
@@ -95,6 +96,20 @@ def read_labelled(
     _check_labels(truth, labels, path)
     prompts, responses = (tuple(_text(row.get(name)) for row in rows) for name in _PAIR)
     return LabelledAnswers(prompts, responses, truth)
+
+
+def _check_one_vocabulary(labels: Sequence[str], path: PathLike) -> None:
+    """Raise where column label mixes framings with other words: they would be read as no refusal.
+
+    Raises:
+        ValueError: With the first word that is no framing.
+    """
+    given = {label for label in labels if label}
+    if (given & set(FRAMINGS) - {"neutral"}) and (others := sorted(given - set(FRAMINGS))):
+        raise ValueError(
+            f"{path}: column label mixes framings with {others[0]!r}; framings: "
+            f"{', '.join(FRAMINGS)}.{did_you_mean(others[0], FRAMINGS)}"
+        )
 
 
 def _check_labels(
