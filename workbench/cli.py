@@ -512,11 +512,19 @@ def _settings_from_file(
     settings = _read_yaml(path)
     config = config_from(settings)  # unknown names and wrong values are said first of all
     given = {name: value for name, value in settings.items() if value is not None}
-    if "judge" in given:  # one name or a list in the file; a list on the command line
-        given["judge"] = list(config.judge)
+    if given.pop("judge", None):  # cyclopts would take it for the command of that name
+        _give_judges(config.judge, arguments, path)
     if "template" in given:  # a mapping in the file; entries name=value on the command line
         given["template"] = list(config.template)
     cyclopts.config.Dict(given, use_commands_as_keys=False, source=path)(_app, commands, arguments)
+
+
+def _give_judges(names: Sequence[str], arguments: cyclopts.ArgumentCollection, source: str) -> None:
+    """Give ``--judge`` the names of a file, unless the command line has some."""
+    for argument in arguments:
+        if argument.name == "--judge" and not argument.tokens:
+            for name in names:
+                argument.append(cyclopts.Token(keyword="--judge", value=name, source=source))
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -520,6 +520,8 @@ def test_a_judge_that_is_none_is_refused_before_anything_is_answered(tiny, monke
     monkeypatch.setattr("workbench.evaluation.scoring.sweep", None)
     with pytest.raises(TypeError, match=r"a judge must be a judge object, got 5"):
         evaluate(tiny, [GARDEN], {}, safety_judge=5)
+    with pytest.raises(ValueError, match="judges refusals and says nothing of safety"):
+        evaluate(tiny, [GARDEN], {}, safety_judge="patterns")
     with pytest.raises(ValueError, match=r"no judge 'framin'; .* Did you mean 'framing'"):
         evaluate(tiny, [GARDEN], {}, safety_judge="framin")
 

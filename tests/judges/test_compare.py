@@ -128,3 +128,17 @@ def test_the_command_line_prints_judges_side_by_side(labels, capsys):
     assert '"kappa":1.0' in capsys.readouterr().out.replace(" ", "")
     assert main(["judge", "compare", "--labels", str(labels), "--judges", "nobody"]) == 2
     assert capsys.readouterr().err.startswith("workbench: no judge 'nobody'")
+
+
+def test_framings_mixed_with_other_words_are_refused(tmp_path):
+    path = tmp_path / "mixed.csv"
+    path.write_text("prompt,response,label\nq,a,goes_along\nq,b,refusal\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match="mixes framings with 'refusal'; framings: blanket_refusal"
+    ):
+        read_labelled(path)
+
+
+def test_no_judges_are_one_line(labels, capsys):
+    assert main(["judge", "compare", "--labels", str(labels), "--judges"]) == 2
+    assert "judge compare needs judges" in capsys.readouterr().err

@@ -233,3 +233,10 @@ def test_a_language_that_no_fitted_answer_was_in_is_unscored(judge):
     assert verdicts[2].reason == "the question is in German; the judge was fitted on English"
     wider = dataclasses.replace(judge, card={**judge.card, "languages": ["en", "zh", "de"]})
     assert "unscored" not in [verdict.label for verdict in wider(prompts, answers)]
+
+
+def test_an_answer_that_does_not_fit_is_unscored_and_the_others_are_judged(judge):
+    verdicts = judge(["How?"] * 2, ["wheel " * 4096, "Turn the wheel."])
+    assert (verdicts[0].label, verdicts[0].score) == ("unscored", None)
+    assert verdicts[0].reason == "question and answer do not fit the judge's context"
+    assert verdicts[1].label != "unscored"

@@ -135,3 +135,23 @@ def test_judges_that_cannot_be_are_refused(judges, message):
 def test_a_file_may_name_one_judge_as_a_text():
     assert config_from({"judge": "local:mine"}).judge == ("local:mine",)
     assert config_from({"judge": ["local:mine", "framing"]}).judge == ("local:mine", "framing")
+
+
+def test_a_judge_in_a_yaml_file_is_the_runs_judge(tiny, few_prompts, tmp_path, monkeypatch):
+    from workbench import cli
+
+    asked = []
+    monkeypatch.setattr(
+        "workbench.safesteer.recipe.run", lambda config, *_, **__: asked.append(config)
+    )
+    monkeypatch.setattr("workbench.report.page.write_report", lambda folder: folder)
+    for text, expected in (
+        ("judge: local:mine", ("local:mine",)),
+        ("judge: [local:mine, framing]", ("local:mine", "framing")),
+    ):
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        assert cli.main(["run", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]) == 0
+        assert asked.pop().judge == expected
+    command = ["run", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--judge", "guard:wildguard"]) == 0
+    assert asked.pop().judge == ("guard:wildguard",)  # a flag wins
