@@ -93,6 +93,9 @@ def test_a_judge_that_cannot_be_had_is_said_before_anything_is_answered(
 ):
     with pytest.raises(ValueError, match="no guard family 'wildgard'"):
         run(settings(few_prompts, judge=("guard:wildgard",)), tmp_path / "run", model=tiny)
+    # Nor is the model loaded: this one is not there.
+    with pytest.raises(ValueError, match="judge 'local:' names no model"):
+        run(settings(few_prompts, model="nowhere", judge=("local:",)), tmp_path / "other")
     assert not (tmp_path / "run" / "fit.jsonl").exists()
 
 

@@ -91,6 +91,16 @@ def open_judge(
     return on_demand(load)
 
 
+def check_judge(name: str) -> None:
+    """Check that there is a judge of this name, without loading anything.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    kind, _, rest = name.partition(":")
+    _loader(name, kind, rest, JudgeSettings())
+
+
 def _loader(name: str, kind: str, rest: str, settings: JudgeSettings) -> Callable[[], Judge]:
     """Return what loads a judge.
 

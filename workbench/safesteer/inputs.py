@@ -14,7 +14,7 @@ from workbench.evaluation.result import Evaluation
 from workbench.evaluation.scoring import Perplexities, score_completions
 from workbench.generation.answers import Completion
 from workbench.judges.cache import cached
-from workbench.judges.opening import JudgeSettings, open_judge
+from workbench.judges.opening import JudgeSettings, check_judge, open_judge
 from workbench.judges.text_quality import RememberedTexts, load_encoder
 from workbench.models.load import load_model, model_info
 from workbench.models.packing import is_packed
@@ -145,6 +145,8 @@ def load_job(
         OSError: If there is no sentence encoder to measure relevance with.
     """
     folds = folds_of(config)
+    for name in {*config.judge, config.tuning_judge} - {PHRASES}:
+        check_judge(name)
     model = model if model is not None else load_run_model(config)
     load_encoder()  # scoring needs it, after hours
     decoding = config.decoding()
