@@ -351,20 +351,22 @@ def judge_compare(
         unsafe: column of yes and no for unsafe answers (default: unsafe)
         device: torch device of judges that are models (default: a GPU if there is one)
         url: address of the endpoint of api:MODEL, such as http://localhost:8000/v1
-        key_env: environment variable with its key; none where it needs none
+        key_env: environment variable with its key; "" where it needs none
         json: print the numbers as JSON
     """
     import pandas as pd
 
     from workbench.judges.compare import compare_judges, in_words
     from workbench.judges.on_demand import free_memory
-    from workbench.judges.opening import JudgeSettings, open_judge
+    from workbench.judges.opening import JudgeSettings, check_judge, open_judge
     from workbench.judges.validation import read_labelled
 
     answers = read_labelled(labels, refusal=refusal, unsafe=unsafe)
     settings = JudgeSettings(device, None, url, key_env or None)
     if not judges:
         raise ValueError("judge compare needs judges, such as --judges patterns framing.")
+    for name in judges:  # before the first one judges
+        check_judge(name)
     tables = []
     for name in judges:  # one in memory at a time
         tables.append(compare_judges([open_judge(name, settings=settings)], answers))

@@ -427,25 +427,23 @@ def test_harm_is_reported_as_harm(tmp_path):
     assert outcome.headline.startswith("Steering did not help.")
 
 
-def test_an_effect_that_a_random_vector_has_too_is_left_open(tmp_path):
-    def random_is_as_good(frame):
-        copies = frame[frame["condition"] == "answer contrast"].assign(condition="random")
-        return pd.concat([frame[frame["condition"] != "random"], copies])
+@pytest.mark.parametrize(
+    ("control", "does_no_less", "other"),
+    [
+        ("random", "a random vector of the same size does", "shuffled labels do"),
+        ("shuffled labels", "shuffled labels do", "a random vector of the same size does"),
+    ],
+)
+def test_an_effect_that_a_control_has_too_is_left_open(tmp_path, control, does_no_less, other):
+    def control_is_as_good(frame):
+        copies = frame[frame["condition"] == "answer contrast"].assign(condition=control)
+        return pd.concat([frame[frame["condition"] != control], copies])
 
-    outcome = judged(tmp_path, "helps", change=random_is_as_good)
+    outcome = judged(tmp_path, "helps", change=control_is_as_good)
     assert outcome.tone == "open"
     assert "cannot be put down to the vector" in outcome.headline
-
-
-def test_an_effect_that_shuffled_labels_have_too_is_left_open(tmp_path):
-    def shuffled_is_as_good(frame):
-        copies = frame[frame["condition"] == "answer contrast"].assign(condition="shuffled labels")
-        return pd.concat([frame[frame["condition"] != "shuffled labels"], copies])
-
-    outcome = judged(tmp_path, "helps", change=shuffled_is_as_good)
-    assert outcome.tone == "open"
-    assert "it is not shown that shuffled labels do less" in outcome.headline
-    assert "random vector of the same size does less" not in outcome.headline
+    assert f"it is not shown that {does_no_less} less" in outcome.headline
+    assert f"{other} less" not in outcome.headline
 
 
 def test_the_headline_is_about_the_condition_chosen_before_the_test_fold(tmp_path):

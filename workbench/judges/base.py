@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from workbench.models.thoughts import answer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 LABELS = ("refusal", "not_refusal", "unsafe", "safe", "degenerate", "unscored")
@@ -137,6 +137,11 @@ def without_thoughts(prompts: Sequence[str], responses: Sequence[str]) -> list[s
     """
     check_pairs(prompts, responses)
     return [answer_of(response) for response in responses]
+
+
+def with_ends(estimate: Mapping[str, float]) -> str:
+    """Write an estimate of a judge's card with its interval."""
+    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
 
 
 def is_empty(response: str) -> bool:

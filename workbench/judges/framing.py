@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.files.store import PathLike, data_path, key_of, read_tensors, write_tensors
-from workbench.judges.base import FRAMINGS, SAFE, Verdict, is_empty, without_thoughts
+from workbench.judges.base import FRAMINGS, SAFE, Verdict, is_empty, with_ends, without_thoughts
 from workbench.judges.languages import language_name, other_language
-from workbench.judges.local import as_read
+from workbench.judges.local import as_read, judged_prompt
 from workbench.judges.rubrics import load_rubrics
 from workbench.models.activations import cache_activations
 from workbench.models.load import model_info
 from workbench.models.packaged import PACKAGED
 from workbench.models.sites import Site
 from workbench.models.thoughts import answer_of
-from workbench.models.tokens import Encoded, encode
-from workbench.prompts.prompt import Prompt
+from workbench.models.tokens import Encoded, encode_what_fits
 from workbench.stats.linear_probe import fit_linear_probe
 
 if TYPE_CHECKING:
@@ -95,10 +94,10 @@ class FramingJudge:
     def agreement(self) -> str:
         """Say in one line how well it agrees with the labels, on what was left out of the fit."""
         safe, along = self.card["agreement"], self.card["auroc_goes_along"]
-        numbers = {name: _with_ends(safe[name]) for name in ("kappa", "precision", "recall")}
+        numbers = {name: with_ends(safe[name]) for name in ("kappa", "precision", "recall")}
         said = ", ".join(f"{name} {value}" for name, value in numbers.items())
         return (
-            f"safe and on topic: {said}, n={safe['n']}; going along: AUROC {_with_ends(along)}; "
+            f"safe and on topic: {said}, n={safe['n']}; going along: AUROC {with_ends(along)}; "
             "on models and categories it was not fitted on; labels read blind by a language "
             "model, not by a person"
         )
@@ -126,16 +125,13 @@ class FramingJudge:
     def rows(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Encoded | None]:
         """Give the tokens it reads of each answer, whose states are averaged over the response.
 
-        None where it reads nothing, an answer without a word, or reads by the rubric.
+        None where it reads nothing: an answer without a word, or one that its reader's context
+        cannot hold; and where it reads by the rubric.
         """
         answers = without_thoughts(prompts, responses)
-        pairs = [
-            None if is_empty(answer) or self.reads != READS[0] else _pair(i, prompt, answer)
-            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        ]
-        pairs = [p if p is not None and _fits(self.reader, p) else None for p in pairs]
-        encoded = iter(encode(self.reader, [p for p in pairs if p is not None], with_response=True))
-        return [None if pair is None else next(encoded) for pair in pairs]
+        if self.reads != READS[0]:
+            return [None] * len(answers)
+        return _behind_questions(self.reader, prompts, answers)
 
     def knowing(self, states: Mapping[tuple[str, str], Float[Tensor, " d"]]) -> FramingJudge:
         """Return the same judge, which takes some states as they were read elsewhere.
@@ -191,10 +187,6 @@ class FramingJudge:
         return ""
 
 
-def _with_ends(value: Mapping[str, float]) -> str:
-    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
-
-
 def framing_labels() -> dict[str, str]:
     """Say what each framing is called as a verdict, as the rubric has it."""
     return {word: label for word, (label, _) in load_rubrics()["framing"].answers.items()}
@@ -220,7 +212,7 @@ def hidden_states(
 
     Returns:
         One row per answer; nan where an answer has no letter or digit, or does not fit the reader's
-        context behind the rubric.
+        context.
 
     Raises:
         ValueError: If ``reads`` is unknown.
@@ -230,11 +222,10 @@ def hidden_states(
     if reads == "rubric":
         rubric = load_rubrics()["framing"]
         rows = as_read(reader, prompts, responses, rubric, list(rubric.answers))
-        readable, span = [row.prompt for row in rows if row is not None], "last"
     else:
-        pairs = enumerate(zip(prompts, responses, strict=True))
-        asked = [_pair(i, *pair) for i, pair in pairs if not is_empty(pair[1])]
-        readable, span = [pair for pair in asked if _fits(reader, pair)], "response"
+        rows = _behind_questions(reader, prompts, responses)
+    readable = [row.prompt for row in rows if row is not None]
+    span = "last" if reads == "rubric" else "response"
     states = torch.full((len(prompts), reader.cfg.d_model), float("nan"))
     if readable:
         activations = cache_activations(reader, readable, site, span=span)[site]
@@ -242,20 +233,16 @@ def hidden_states(
     return states
 
 
-def _fits(reader: HookedModel, pair: Prompt) -> bool:
-    """Tell whether question and answer fit the reader's context."""
-    try:
-        encode(reader, [pair], with_response=True)
-    except ValueError as error:
-        if "context" not in str(error):
-            raise
-        return False
-    return True
-
-
-def _pair(i: int, prompt: str, response: str) -> Prompt:
-    kind: dict[str, Any] = {"category": "any", "label": "neutral", "source": "judged"}
-    return Prompt(id=str(i), text=prompt, response=response, **kind)
+def _behind_questions(
+    reader: HookedModel, prompts: Sequence[str], responses: Sequence[str]
+) -> list[Encoded | None]:
+    """Encode answers behind their questions; None for one without a word or that does not fit."""
+    pairs = enumerate(zip(prompts, responses, strict=True))
+    asked = [judged_prompt(i, *pair) for i, pair in pairs if not is_empty(pair[1])]
+    rows: list[Encoded | None] = [None] * len(prompts)
+    for prompt, row in zip(asked, encode_what_fits(reader, asked, with_response=True), strict=True):
+        rows[int(prompt.id)] = row
+    return rows
 
 
 def fit_framing(
@@ -263,8 +250,8 @@ def fit_framing(
 ) -> tuple[Float[Tensor, "framing d"], Float[Tensor, " framing"]]:
     """Fit a multinomial logistic regression on standardised states.
 
-    Framings weigh as often as they occur: with equal weights more answers are called safe that are
-    not, which flatters steering (measured in benchmarks/fit_framing.py).
+    Framings weigh as often as they occur: with equal weights the rare safe ones would be found
+    where they are not, which flatters steering.
 
     Args:
         states: One row per answer, see ``hidden_states``.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,7 @@ from workbench.judges.base import Verdict, is_empty, without_thoughts
 from workbench.judges.rubrics import Rubric, load_rubrics
 from workbench.models.load import load_model, model_info
 from workbench.models.next_token import next_token_logits
-from workbench.models.tokens import encode, token_ids
+from workbench.models.tokens import encode_what_fits, token_ids
 from workbench.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -200,25 +200,24 @@ def as_read(
     ]
     head = "\n".join([rubric.criteria, "Options:", *options])
     tail = "Reply with the letter of the option that fits best, and nothing else."
-    rows: list[Encoded | None] = []
+    places, texts = [], []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if is_empty(response):
-            rows.append(None)
             continue
         pair = json.dumps({"request": prompt, "answer": response}, ensure_ascii=False)
-        text = f"{head}\n\n{without_controls(reader.tokenizer, pair)}\n\n{tail}"
-        rows.append(_encoded(reader, str(i), text))
+        places.append(i)
+        texts.append(f"{head}\n\n{without_controls(reader.tokenizer, pair)}\n\n{tail}")
+    rows: list[Encoded | None] = [None] * len(responses)
+    asked = [judged_prompt(*of_row) for of_row in zip(places, texts, strict=True)]
+    for i, row in zip(places, encode_what_fits(reader, asked), strict=True):
+        rows[i] = row
     return rows
 
 
-def _encoded(reader: HookedModel, name: str, text: str) -> Encoded | None:
-    prompt = Prompt(id=name, text=text, category="any", label="neutral", source="judged")
-    try:
-        return encode(reader, [prompt])[0]
-    except ValueError as error:
-        if "context" not in str(error):
-            raise
-        return None
+def judged_prompt(i: int, text: str, response: str | None = None) -> Prompt:
+    """Make the prompt of a judge's reader: its id is the place of the answer."""
+    kind: dict[str, Any] = {"category": "any", "label": "neutral", "source": "judged"}
+    return Prompt(id=str(i), text=text, response=response, **kind)
 
 
 def letter_tokens(reader: HookedModel, n: int) -> list[list[int]]:

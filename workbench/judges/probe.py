@@ -14,7 +14,7 @@ import torch
 from workbench.files.store import PathLike, key_of, read_tensors, write_tensors
 from workbench.judges.base import MEASURES, Verdict, is_empty, without_thoughts
 from workbench.judges.languages import UNKNOWN, language_of, other_language
-from workbench.judges.text_quality import ENCODER_HUB_NAME, load_encoder
+from workbench.judges.text_quality import ENCODER_HUB_NAME, embed
 from workbench.stats.agreement import measure_agreement
 from workbench.stats.linear_probe import fit_linear_probe
 from workbench.stats.selectivity import auroc_with_interval
@@ -89,18 +89,11 @@ def embedded_pairs(
         TypeError: If one string is given in place of a list.
     """
     responses = without_thoughts(prompts, responses)
-    rows = {text: i for i, text in enumerate(dict.fromkeys([*prompts, *responses]))}
-    vectors = np.asarray(
-        (encoder or load_encoder()).encode(
-            [text.encode("utf-8", "replace").decode("utf-8") for text in rows],
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        ),
-        dtype=np.float64,
+    vectors = embed([*prompts, *responses], encoder)
+    prompt_vectors, response_vectors = (
+        np.array([vectors[text] for text in texts], dtype=np.float64)
+        for texts in (prompts, responses)
     )
-    prompt_vectors = vectors[[rows[text] for text in prompts]]
-    response_vectors = vectors[[rows[text] for text in responses]]
     products = response_vectors * prompt_vectors
     return np.hstack([response_vectors, products, products.sum(axis=1, keepdims=True)])
 

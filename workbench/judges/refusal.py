@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from workbench.files.store import PathLike, data_path, key_of, read_tensors, write_tensors
-from workbench.judges.base import FRAMINGS, Verdict, without_thoughts
+from workbench.judges.base import FRAMINGS, Verdict, with_ends, without_thoughts
 from workbench.judges.languages import UNKNOWN, language_of
 from workbench.judges.patterns import RefusalPatterns, own_words
 from workbench.judges.refusal_features import feature_names, opening_anchors, refusal_features
@@ -96,18 +96,11 @@ class RefusalJudge:
     def agreement(self) -> str:
         """Say in one line how well it agrees with labels of answers it was not fitted on."""
         refusal, blanket = self.card["agreement"], self.card["agreement_blanket"]
-        parts = [
-            f"{name} {numbers['value']:.2f} [{numbers['low']:.2f}, {numbers['high']:.2f}]"
-            for name, numbers in (
-                ("refusals: kappa", refusal["kappa"]),
-                ("recall", refusal["recall"]),
-                ("blanket refusals: kappa", blanket["kappa"]),
-            )
-        ]
         return (
-            f"{parts[0]}, {parts[1]}, n={refusal['n']}, labelled by people; {parts[2]}, "
-            f"n={blanket['n']}, labelled blind by a language model; models and questions that it "
-            "was not fitted on"
+            f"refusals: kappa {with_ends(refusal['kappa'])}, "
+            f"recall {with_ends(refusal['recall'])}, n={refusal['n']}, labelled by people; "
+            f"blanket refusals: kappa {with_ends(blanket['kappa'])}, n={blanket['n']}, labelled "
+            "blind by a language model; models and questions that it was not fitted on"
         )
 
     def class_probabilities(
@@ -120,7 +113,12 @@ class RefusalJudge:
             TypeError: If one string is given in place of a list.
         """
         answers = without_thoughts(prompts, responses)
-        by_wording = self.patterns(prompts, answers)
+        return self._probabilities(prompts, answers, self.patterns(prompts, responses))
+
+    def _probabilities(
+        self, prompts: Sequence[str], answers: Sequence[str], by_wording: Sequence[Verdict]
+    ) -> Float[Tensor, "answer class"]:
+        """Do the same for answers of which it is known what the patterns say."""
         read = [i for i, verdict in enumerate(by_wording) if self._reads(answers[i], verdict)]
         rows = torch.full((len(answers), len(CLASSES)), float("nan"))
         if read:
@@ -145,12 +143,14 @@ class RefusalJudge:
             ValueError: If the two lists differ in length.
             TypeError: If one string is given in place of a list.
         """
-        rows = self.class_probabilities(prompts, responses).tolist()
+        answers = without_thoughts(prompts, responses)
+        found = self.patterns(prompts, responses)
+        rows = self._probabilities(prompts, answers, found).tolist()
         return [
             replace(by_wording, judge=self.name)
             if math.isnan(row[0])
             else self._verdict(row, by_wording)
-            for row, by_wording in zip(rows, self.patterns(prompts, responses), strict=True)
+            for row, by_wording in zip(rows, found, strict=True)
         ]
 
     def _verdict(self, row: Sequence[float], by_wording: Verdict) -> Verdict:

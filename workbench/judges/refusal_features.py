@@ -17,7 +17,7 @@ import numpy as np
 from workbench.files.store import data_path, read_json
 from workbench.judges.base import check_pairs
 from workbench.judges.patterns import load_refusal_rules
-from workbench.judges.text_quality import load_encoder
+from workbench.judges.text_quality import embed
 from workbench.prompts.openings import OPENING_KINDS, read_openings
 
 if TYPE_CHECKING:
@@ -115,7 +115,13 @@ def wording_features(prompt: str, response: str) -> dict[str, float]:
         response: Its answer, without thoughts.
     """
     sentences = sentences_of(response)
-    rest = beside_declining(sentences)
+    return _wording(prompt, response, sentences, beside_declining(sentences))
+
+
+def _wording(
+    prompt: str, response: str, sentences: Sequence[str], rest: Sequence[str]
+) -> dict[str, float]:
+    """Count the same, of an answer whose sentences are known, and those beside declining."""
     declining = [sentence for sentence in sentences if sentence not in rest]
     opening, text = " ".join(sentences[:2]), " ".join(sentences)
     found = load_refusal_rules().search(response)
@@ -167,15 +173,15 @@ def refusal_features(
     check_pairs(prompts, responses)
     if not prompts:
         return np.zeros((0, len(feature_names())))
-    wording = [
-        list(wording_features(*pair).values()) for pair in zip(prompts, responses, strict=True)
-    ]
     sentences = [sentences_of(response) for response in responses]
+    rests = [beside_declining(of_answer) for of_answer in sentences]
+    rows = zip(prompts, responses, sentences, rests, strict=True)
+    wording = [list(_wording(*row).values()) for row in rows]
     parts = [
         list(responses),
-        [" ".join(s[:1]) for s in sentences],
-        [" ".join(s[-1:]) for s in sentences],
-        [" ".join(beside_declining(s)) for s in sentences],
+        [" ".join(of_answer[:1]) for of_answer in sentences],
+        [" ".join(of_answer[-1:]) for of_answer in sentences],
+        [" ".join(rest) for rest in rests],
     ]
     questions, *spans = _embedded([list(prompts), *parts], encoder)
     near_question = [(span * questions).sum(axis=1, keepdims=True) for span in spans]
@@ -210,18 +216,11 @@ def _embedded(
     texts_of_parts: Sequence[Sequence[str]], encoder: Any
 ) -> list[Float[np.ndarray, "text d"]]:
     """Embed lists of texts, each distinct text once; an empty text is a vector of zeros."""
-    rows = {text: i for i, text in enumerate(dict.fromkeys(t for p in texts_of_parts for t in p))}
-    vectors = np.asarray(
-        (encoder or load_encoder()).encode(
-            [text.encode("utf-8", "replace").decode("utf-8") for text in rows],
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        ),
-        dtype=np.float64,
-    )
-    vectors = vectors * np.array([[float(bool(text.strip()))] for text in rows])
-    return [vectors[[rows[text] for text in part]] for part in texts_of_parts]
+    vectors = embed([text for part in texts_of_parts for text in part], encoder)
+    return [
+        np.array([vectors[text] * bool(text.strip()) for text in part], dtype=np.float64)
+        for part in texts_of_parts
+    ]
 
 
 def _new(regex: re.Pattern[str], prompt: str, text: str) -> int:

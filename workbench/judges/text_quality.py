@@ -313,6 +313,22 @@ class RememberedTexts:
         return load_encoder() if self.encoder is None else self.encoder
 
 
+def embed(
+    texts: Sequence[str], encoder: SentenceTransformer | None = None, *, batch_size: int = 64
+) -> dict[str, Any]:
+    """Map each distinct text to its embedding of norm 1; the encoder is the default one if None."""
+    distinct = list(dict.fromkeys(texts))
+    vectors = (load_encoder() if encoder is None else encoder).encode(
+        # A lone surrogate is a str but not UTF-8, and the tokenizer takes UTF-8 only.
+        [text.encode("utf-8", "replace").decode("utf-8") for text in distinct],
+        batch_size=batch_size,
+        normalize_embeddings=True,
+        convert_to_numpy=True,
+        show_progress_bar=False,
+    )
+    return dict(zip(distinct, vectors, strict=True))
+
+
 def relevance(
     prompts: Sequence[str],
     responses: Sequence[str],
@@ -352,20 +368,10 @@ def relevance(
     scorable = [pair for pair, ok in zip(pairs, has_texts, strict=True) if ok]
     if not scorable:
         return [None] * len(prompts)
-    distinct = dict.fromkeys(text for pair in scorable for text in pair)
-    rows = {text: row for row, text in enumerate(distinct)}
-    # A lone surrogate is a str but not UTF-8, and the tokenizer takes UTF-8 only.
-    texts = [text.encode("utf-8", "replace").decode("utf-8") for text in rows]
-    embeddings = (load_encoder() if encoder is None else encoder).encode(
-        texts,
-        batch_size=batch_size,
-        normalize_embeddings=True,
-        convert_to_numpy=True,
-        show_progress_bar=False,
-    )
+    vectors = embed([text for pair in scorable for text in pair], encoder, batch_size=batch_size)
     cosines = iter(
         [
-            max(-1.0, min(1.0, float(embeddings[rows[prompt]] @ embeddings[rows[answer]])))
+            max(-1.0, min(1.0, float(vectors[prompt] @ vectors[answer])))
             for prompt, answer in scorable
         ]
     )

@@ -81,6 +81,10 @@ class Encoded:
         return start, stop
 
 
+class DoesNotFit(ValueError):  # noqa: N818 - it says what it is where it is caught
+    """Say that a prompt, or a prompt with its response, is longer than the model's context."""
+
+
 class _Around(NamedTuple):
     """Hold what stands around the user's words: texts, and the tokens that end thoughts."""
 
@@ -150,9 +154,21 @@ def encode(
     return encoded
 
 
+def encode_what_fits(
+    model: HookedModel, prompts: Sequence[Prompt], **how: Any
+) -> list[Encoded | None]:
+    """Turn prompts into token ids like ``encode``; None for those that the context cannot hold."""
+    try:
+        return list(encode(model, prompts, **how))
+    except DoesNotFit:  # then one by one
+        if len(prompts) == 1:
+            return [None]
+    return [one for prompt in prompts for one in encode_what_fits(model, [prompt], **how)]
+
+
 def _check_fits(prompt: Prompt, n_tokens: int, max_new_tokens: int, limit: int) -> None:
     if limit and n_tokens + max_new_tokens > limit:
-        raise ValueError(
+        raise DoesNotFit(
             f"prompt {prompt.id!r} does not fit: {n_tokens} tokens and {max_new_tokens} new "
             f"ones, context {limit}; shorten it or leave it out."
         )

@@ -115,7 +115,7 @@ class RunConfig(AnswerSettings):
         judge_device: torch device of judges that are models (default: a GPU if there is one)
         judge_dtype: their dtype (default: what is usual for each)
         judge_url: address of the endpoint of api:MODEL, such as http://localhost:8000/v1
-        judge_key_env: environment variable with its key; none where it needs none
+        judge_key_env: environment variable with its key; "" where it needs none
     """
 
     model: str | None = None
