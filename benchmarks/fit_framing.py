@@ -10,7 +10,9 @@ The answers come from benchmarks/framing.py (the embedded model) and benchmarks/
 (two Qwen models); with ``--judged FOLDER`` also 210 answers of five other models, cut at 400
 characters, of the label files of the refusal-direction project (arXiv 2406.11717). The labels are
 those of data/framing_labels.csv. What is reported is of answers of a model *and* of categories that
-were both left out of the fit; what is written is fitted on everything.
+were both left out of the fit; what is written is fitted on everything. With
+``--letters`` nothing is fitted: the reader is asked by the rubric, as "local:MODEL" asks models for
+which no fitted judge ships.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from workbench.judges.framing import (
     hidden_states,
     save_framing_judge,
 )
+from workbench.judges.local import load_local_judge
 from workbench.models.load import model_info
 from workbench.prompts.prompt import text_key
 from workbench.stats.agreement import cohen_kappa, measure_agreement
@@ -54,12 +57,18 @@ def main() -> None:
     parser.add_argument("--reads", default=READS[0], choices=READS)
     parser.add_argument("--site", default="L18.resid_post")
     parser.add_argument("--penalty", type=float, default=100.0)
+    parser.add_argument("--letters", action="store_true", help="ask by the rubric; fit nothing")
     parser.add_argument("--out", help="file of the judge; without it the numbers are printed only")
     options = parser.parse_args()
+    show_readings()
     rows = labelled_rows(options.answers, options.judged)
     reader = wb.load_model(options.reader, dtype=options.dtype, packing="off")
     site = wb.Site.parse(options.site)
     pairs = [row["prompt"] for row in rows], [row["text"] for row in rows]
+    if options.letters:
+        rows, scores = _readable(rows, load_local_judge(reader).probabilities(*pairs))
+        show(measure(rows, scores.numpy()))
+        return
     states = hidden_states(reader, *pairs, site, reads=options.reads)
     rows, states = _readable(rows, states)
     card = {**describe(rows), **measure(rows, held_out(rows, states, options.penalty))}
@@ -141,6 +150,17 @@ def held_out(
 def group_of(model: str) -> str:
     """Take the five models of the refusal-direction project as one group."""
     return model if model == "embedded" or model.startswith("qwen2.5-coder") else "five others"
+
+
+def show_readings() -> None:
+    """Print how the two readings of the same answers agree, group by group of models."""
+    by_group: dict[str, list[dict[str, str]]] = {}
+    for row in read_labels():
+        if row["label_1"] and row["label_2"]:
+            by_group.setdefault(group_of(row["model"]), []).append(row)
+    for name, rows in by_group.items():
+        first, second = ([row[column] for row in rows] for column in ("label_1", "label_2"))
+        print(f"{name}: two readings, kappa {cohen_kappa(first, second)}")
 
 
 def describe(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
