@@ -23,8 +23,8 @@ from workbench.prompts.prompt import Prompt
 from workbench.safesteer.config import config_from
 from workbench.safesteer.run_folder import read_run, vector_file
 from workbench.steering.gates import Gate, load_gate
-from workbench.steering.interventions import Intervention, add_vector, gated
-from workbench.steering.vectors import load_vector
+from workbench.steering.interventions import Intervention, gated
+from workbench.steering.spectral import load_fitted, steer_by
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -161,8 +161,8 @@ def steering_from(
     }
     vectors = local_path(folder) / "vectors"
     return [
-        add_vector(
-            load_vector(vectors / vector_file(name, Site.parse(site), category)),
+        steer_by(
+            load_fitted(vectors / vector_file(name, Site.parse(site), category)),
             multiplier,
             **extent,
         )

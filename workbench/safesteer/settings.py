@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.models.sites import Site, present_sites
 from workbench.steering.from_texts import MID_DEPTH
-from workbench.steering.interventions import Intervention, Positions, add_vector
-from workbench.steering.vectors import SteeringVector
+from workbench.steering.interventions import Intervention, Positions
+from workbench.steering.spectral import Fitted, steer_by
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
@@ -21,8 +21,8 @@ outputs over a band around it, or the residual stream at four layers. The paper'
 BAND_SHARE = 0.41
 """Strength at each of several layers over the strength at one layer: .07 to .17 in the
 exploration that both come from."""
-Vectors = Mapping[tuple[str, Site], Mapping[str, SteeringVector]]
-"""(construction, site) -> category -> vector."""
+Vectors = Mapping[tuple[str, Site], Mapping[str, Fitted]]
+"""(construction, site) -> category -> vector, or spectral edit."""
 
 
 class Setting(NamedTuple):
@@ -32,7 +32,7 @@ class Setting(NamedTuple):
     sites: tuple[Site, ...]
     sign: int
     rho: float
-    """Relative strength at each site."""
+    """Relative strength at each site; of a spectral edit the share of its way."""
     positions: Positions = "all"
     until: int | None = None
 
@@ -104,7 +104,7 @@ def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]
     extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
     return {
         category: [
-            add_vector(by_category[category], rho=setting.sign * setting.rho, **extent)
+            steer_by(by_category[category], rho=setting.sign * setting.rho, **extent)
             for by_category in by_site
         ]
         for category in by_site[0]
