@@ -32,8 +32,9 @@ def choice_prompts(
 ) -> list[Prompt]:
     """Turn unsafe questions into two-choice questions, each answered with either letter.
 
-    The answer is the letter alone, so that the response is its one token, and activations read over
-    the response are those at the letter. In each category the safe opening is choice A in half of
+    The answer is the letter alone, so that activations read over the response are those at its one
+    token. (Where a tokenizer splits a space from it, the space is the same on both sides, and their
+    difference has the letter's direction.) In each category the safe opening is choice A in half of
     the pairs, up to one.
 
     Args:
