@@ -14,8 +14,8 @@ from workbench.evaluation.metrics import HEADLINE
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, categories_of
-from workbench.safesteer.constructions import CONSTRUCTIONS
-from workbench.safesteer.settings import Setting, Vectors, steering
+from workbench.safesteer.constructions import CONSTRUCTIONS, safe_side_of
+from workbench.safesteer.settings import Setting, Vectors, applied, multiplier_of, steering
 from workbench.steering.combine import pooled
 from workbench.steering.interventions import Intervention, gated
 from workbench.steering.spectral import (
@@ -23,9 +23,14 @@ from workbench.steering.spectral import (
     SpectralEdit,
     random_edit,
     shuffled_edits,
-    steer_by,
 )
-from workbench.steering.vectors import SteeringVector, random_vector, scaled_to, shuffled_vector
+from workbench.steering.vectors import (
+    SteeringVector,
+    random_vector,
+    scaled_to,
+    shuffled_vector,
+    with_safe_projection,
+)
 
 if TYPE_CHECKING:
     from workbench.models.activations import ActivationSet
@@ -67,7 +72,8 @@ def controls(
 ) -> dict[str, Condition]:
     """Make vectors of equal norm, at the same places and strength, that should do nothing.
 
-    The controls of a spectral edit are edits of equal rank.
+    A control is applied as the setting says. Its target is set by where the category's safe rows
+    lie along the control's own direction. The controls of a spectral edit are edits of equal rank.
 
     Args:
         vectors: Vectors of every construction.
@@ -104,8 +110,12 @@ def controls(
         steered: dict[str, list[Intervention]] = {c: [] for c in categories}
         for category, site in itertools.product(categories, setting.sites):
             vector = at_site[site][category]
-            multiplier = setting.sign * vector.multiplier_for(setting.rho)
-            steered[category].append(steer_by(make(vector, site), multiplier))
+            made = make(vector, site)
+            if setting.form == "target" and not isinstance(made, SpectralEdit):
+                side = safe_side_of(setting.construction)
+                made = with_safe_projection(made, answers[site], category=category, safe_side=side)
+            multiplier = multiplier_of(vector, setting)
+            steered[category].append(applied(made, setting, multiplier=multiplier))
         return steered
 
     conditions: dict[str, Condition] = {
@@ -123,6 +133,8 @@ def behind_gate(
 ) -> dict[str, Condition]:
     """Make the steering that a gate lets through, and the same always on at its mean strength.
 
+    A target has no mean strength, so that the second one is left out there.
+
     Args:
         vectors: Vectors of every construction.
         setting: What is gated.
@@ -132,7 +144,7 @@ def behind_gate(
     by_category = steering(vectors, setting)
     known = {c: by_category[c] for c in by_category if c in gate.categories}
     conditions: dict[str, Condition] = {GATED: gated(known, gate)}
-    if opening > 0:
+    if opening > 0 and setting.form == "add":
         conditions[ALWAYS] = steering(vectors, setting._replace(rho=setting.rho * opening))
     return conditions
 

@@ -6,6 +6,7 @@ and from the model's own answers; the field's other constructions are there as b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,12 +19,17 @@ from workbench.prompts.prompt import Folds, Prompt, categories_of, text_key
 from workbench.safesteer.settings import Setting, Vectors, grid, placements
 from workbench.steering.combine import own_part, pooled, summed, without
 from workbench.steering.spectral import Fitted, SpectralEdit, fit_spectral_edits
-from workbench.steering.vectors import SteeringVector, fit_steering_vectors
+from workbench.steering.vectors import (
+    SteeringVector,
+    fit_steering_vectors,
+    with_safe_projection,
+)
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
     from workbench.models.templates import Keywords
+    from workbench.prompts.contrasts import SafeSide
 
 Reads = Literal["prompts", "openings", "own answers", "plain answers", "alternatives", "choices"]
 """What a construction is fitted on: prompts; written openings of answers behind questions; the
@@ -91,6 +97,7 @@ class Construction:
         default: Whether a run takes it unless told otherwise.
         rhos: Strengths that the calibration tries, where they are not those of the run.
         kinds: Kinds of sites at which it is fitted and tried.
+        is_edit: Whether it makes spectral edits, which decay, kept norms and targets are not for.
     """
 
     summary: str
@@ -102,6 +109,7 @@ class Construction:
     default: bool = False
     rhos: tuple[float, ...] | None = None
     kinds: tuple[str, ...] = ("resid_post", "attn_out")
+    is_edit: bool = False
 
 
 def _prompt_contrast(rows: SiteRows) -> ByCategory:
@@ -319,6 +327,7 @@ CONSTRUCTIONS: dict[str, Construction] = {
         pooled=True,
         rhos=(0.25, 0.5, 1.0),
         kinds=("resid_post",),
+        is_edit=True,
     ),
 }
 """Every construction by name, in the order in which a run compares them."""
@@ -413,8 +422,27 @@ def fit_all(
                 continue
             by_category = CONSTRUCTIONS[name].fit(rows)
             if set(by_category) == categories:
-                vectors[name, site] = dict(by_category)
+                vectors[name, site] = _with_targets(by_category, name, rows)
     return vectors
+
+
+def _with_targets(
+    by_category: Mapping[str, Fitted], name: str, rows: SiteRows
+) -> dict[str, Fitted]:
+    """Measure where the safe side lies along vectors that were combined from others."""
+    reads = CONSTRUCTIONS[name].reads
+    behind = rows.prompts if reads == "prompts" else rows.answers[reads]
+    return {
+        category: with_safe_projection(fitted, behind, safe_side=safe_side_of(name))
+        if isinstance(fitted, SteeringVector) and math.isnan(fitted.safe_projection)
+        else fitted
+        for category, fitted in by_category.items()
+    }
+
+
+def safe_side_of(construction: str) -> SafeSide:
+    """Say what the safe side of a construction is: everyday prompts, or answers in pairs."""
+    return "generic" if CONSTRUCTIONS[construction].reads == "prompts" else "paired"
 
 
 def wanted_names(names: Sequence[str] | None) -> list[str]:
@@ -457,7 +485,8 @@ def settings_to_try(
             continue
         here = [place for place in places if all(site.kind in what.kinds for site in place)]
         strengths = what.rhos if own_rhos and what.rhos else rhos
-        settings += grid([name], here, strengths, signs={name: what.signs}, **how)
+        tried = grid([name], here, strengths, signs={name: what.signs}, **how)
+        settings += [one for one in tried if one.is_plain] if what.is_edit else tried
     return settings
 
 

@@ -1,5 +1,6 @@
 from .apply import GateState, Steering, intervene
 from .combine import own_part, pooled, summed, without
+from .edits import AblateDirection, AddVector, ClampNeurons, RaiseTo, ScaleNeurons
 from .estimators import (
     mean_difference,
     principal_direction,
@@ -11,16 +12,12 @@ from .foreign_vectors import import_vectors
 from .from_texts import steering_vector
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .interventions import (
-    AblateDirection,
-    AddVector,
-    ClampNeurons,
     Intervention,
-    RaiseTo,
-    ScaleNeurons,
     ablate_direction,
     activate,
     add_vector,
     clamp_neurons,
+    decayed,
     gated,
     raise_to,
     scale_neurons,
@@ -48,6 +45,7 @@ from .vectors import (
     save_vector,
     scaled_to,
     shuffled_vector,
+    with_safe_projection,
 )
 
 __all__ = [
@@ -68,6 +66,7 @@ __all__ = [
     "add_vector",
     "calibrate_over_answers",
     "clamp_neurons",
+    "decayed",
     "edit_spectrum",
     "fit_gate",
     "fit_spectral_edits",
@@ -102,5 +101,6 @@ __all__ = [
     "steering_vector",
     "summed",
     "suppress",
+    "with_safe_projection",
     "without",
 ]

@@ -20,13 +20,9 @@ from workbench.models.load import ModelInfo
 from workbench.models.sites import RESIDUAL_KINDS, Site
 from workbench.prompts.contrasts import paired_rows
 from workbench.prompts.prompt import categories_of, text_key
+from workbench.steering.edits import at_least_float32
 from workbench.steering.estimators import spectral_directions
-from workbench.steering.interventions import (
-    Intervention,
-    Positions,
-    add_vector,
-    at_least_float32,
-)
+from workbench.steering.interventions import Decay, Intervention, Positions, add_vector
 from workbench.steering.vectors import SteeringVector, load_vector
 
 if TYPE_CHECKING:
@@ -307,7 +303,14 @@ def edit_spectrum(
 
 
 def steer_by(
-    fitted: Fitted, multiplier: float | None = None, *, rho: float | None = None, **extent: Any
+    fitted: Fitted,
+    multiplier: float | None = None,
+    *,
+    rho: float | None = None,
+    positions: Positions = "all",
+    until: int | None = None,
+    decay: Decay = "none",
+    keep_norm: bool = False,
 ) -> Intervention:
     """Steer by a vector or by an edit, whichever was fitted.
 
@@ -315,13 +318,21 @@ def steer_by(
         fitted: A vector is added (``add_vector``), an edit is made (``edit_spectrum``).
         multiplier: How much of a vector, or the share of an edit's way.
         rho: Relative strength of a vector, or the share of an edit's way.
-        extent: Further arguments of either, such as ``positions`` and ``until``.
+        positions: Which tokens.
+        until: Generated tokens after which it ends; None never ends.
+        decay: How a vector's strength falls; none for an edit.
+        keep_norm: Whether a vector leaves norms as they are; an edit always does.
 
     Raises:
-        ValueError: If not exactly one of multiplier and rho is given, or it is out of range.
+        ValueError: If not exactly one of multiplier and rho is given, one is out of range, or an
+            edit is to decay.
     """
+    extent: dict[str, Any] = {"positions": positions, "until": until}
     if not isinstance(fitted, SpectralEdit):
-        return add_vector(fitted, multiplier, rho=rho, **extent)
+        way: dict[str, Any] = {"decay": decay, "keep_norm": keep_norm}
+        return add_vector(fitted, multiplier, rho=rho, **extent, **way)
+    if decay != "none":
+        raise ValueError(f"a spectral edit does not decay, got decay={decay!r}; leave it out.")
     shares = [value for value in (multiplier, rho) if value is not None]
     if len(shares) != 1:
         raise ValueError("give either multiplier or rho, for an edit the share of its way.")
