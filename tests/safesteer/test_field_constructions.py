@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.openings import OPENINGS, prompts_of
 from helpers.runs import settings
+from helpers.tiny_models import tiny_model
 
 from workbench.files.store import read_json
 from workbench.generation.answers import Completion, generate
@@ -16,11 +17,11 @@ from workbench.generation.decoding import Decoding
 from workbench.judges.base import Verdict
 from workbench.judges.patterns import RefusalPatterns
 from workbench.models.activations import ActivationSet
-from workbench.models.load import ModelInfo
+from workbench.models.load import ModelInfo, load_model
 from workbench.models.sites import Site
 from workbench.prompts.choices import choice_prompts
 from workbench.prompts.openings import answer_prompts
-from workbench.prompts.prompt import Prompt, load_prompts, save_prompts, select_prompts, text_key
+from workbench.prompts.prompt import Prompt, select_prompts, text_key
 from workbench.safesteer.conditions import controls
 from workbench.safesteer.constructions import (
     CONSTRUCTIONS,
@@ -295,16 +296,12 @@ def test_the_controls_of_a_spectral_edit_are_edits_of_equal_rank() -> None:
 
 
 def test_a_run_carries_the_fields_constructions_from_fit_to_steering(
-    few_prompts: Path, tmp_path: Path, tiny: Any
+    few_prompts: Path, tmp_path: Path
 ) -> None:
     names = ("caa", "sea", "self_contrast_plain", "alternative_contrast", GUIDED_BOTH)
-    # Two choices behind a long question do not fit the tiny model's context.
-    short = {p.pair_id or p.id for p in load_prompts(few_prompts)} - {
-        p.pair_id for p in load_prompts(few_prompts) if len(p.text) > 60 and p.label == "unsafe"
-    }
-    prompts = [p for p in load_prompts(few_prompts) if (p.pair_id or p.id) in short]
-    save_prompts(tmp_path / "short.jsonl", prompts)
-    out = run(settings(tmp_path / "short.jsonl", constructions=names), tmp_path / "run", model=tiny)
+    # Two choices need more tokens than the shared tiny model reads.
+    model = load_model(tiny_model("llama3", tmp_path / "model", max_position_embeddings=1024))
+    out = run(settings(few_prompts, constructions=names), tmp_path / "run", model=model)
     notes = read_json(out / "run.json")
     assert {"caa", "sea"} <= set(notes["chosen"])
     assert notes["chosen"]["sea"]["rho"] in {

@@ -96,9 +96,7 @@ def controls(
 
     def random(fitted: Fitted, site: Site) -> Fitted:
         place = seed + site.layer + 1000 * categories.index(fitted.category)
-        if isinstance(fitted, SpectralEdit):
-            return random_edit(fitted, seed=place)
-        return random_vector(fitted, seed=place)
+        return _random(fitted, place)
 
     def of_shuffled_labels(fitted: Fitted, site: Site) -> Fitted:
         return _as_strong_as(fitted, shuffled[site][fitted.category])
@@ -114,8 +112,8 @@ def controls(
             if setting.form == "target" and not isinstance(made, SpectralEdit):
                 side = safe_side_of(setting.construction)
                 made = with_safe_projection(made, answers[site], category=category, safe_side=side)
-            multiplier = multiplier_of(vector, setting)
-            steered[category].append(applied(made, setting, multiplier=multiplier))
+            strength = multiplier_of(vector, setting)
+            steered[category].append(applied(made, setting, multiplier=strength))
         return steered
 
     conditions: dict[str, Condition] = {
@@ -206,6 +204,12 @@ def _shuffled(
         shuffled = pooled(shuffled)
     any_one = next(iter(shuffled.values()))
     return {category: shuffled.get(category, any_one) for category in real}
+
+
+def _random(fitted: Fitted, seed: int) -> Fitted:
+    if isinstance(fitted, SpectralEdit):
+        return random_edit(fitted, seed=seed)
+    return random_vector(fitted, seed=seed)
 
 
 def _as_strong_as(like: Fitted, other: Fitted) -> Fitted:

@@ -52,8 +52,7 @@ def recalibrate(
     Args:
         folder: Folder of a run.
         constructions: Constructions of the run; all by default.
-        rhos: Relative strengths at one layer; by default those of the run, and for a construction
-            with strengths of its own these.
+        rhos: Relative strengths at one layer; by default the run's, or a construction's own.
         positions: Which tokens are steered; each is tried.
         until: Generated tokens after which steering ends; each is tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
