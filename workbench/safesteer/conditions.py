@@ -89,10 +89,8 @@ def controls(
     at_site = {site: vectors[setting.construction, site] for site in setting.sites}
     categories = list(at_site[setting.sites[0]])
     next_category = dict(zip(categories, [*categories[1:], categories[0]], strict=True))
-    shuffled = {
-        site: _shuffled(vectors, setting, site, answers[site], (questions or {}).get(site), seed)
-        for site in setting.sites
-    }
+    behind = {site: (answers[site], (questions or {}).get(site)) for site in setting.sites}
+    shuffled = {site: _shuffled(vectors, setting, site, *behind[site], seed) for site in behind}
 
     def random(fitted: Fitted, site: Site) -> Fitted:
         place = seed + site.layer + 1000 * categories.index(fitted.category)
@@ -110,8 +108,8 @@ def controls(
             vector = at_site[site][category]
             made = make(vector, site)
             if setting.form == "target" and not isinstance(made, SpectralEdit):
-                side = safe_side_of(setting.construction)
-                made = with_safe_projection(made, answers[site], category=category, safe_side=side)
+                how: Any = {"safe_side": safe_side_of(setting.construction)}
+                made = with_safe_projection(made, answers[site], category=category, **how)
             strength = multiplier_of(vector, setting)
             steered[category].append(applied(made, setting, multiplier=strength))
         return steered
