@@ -386,11 +386,11 @@ def test_a_saved_vector_comes_back_bit_by_bit(tmp_path):
         assert back.vector.equal(vector.vector)
         assert back.vector.dtype == torch.float32
         for field in dataclasses.fields(SteeringVector):
-            if field.name not in ("vector", "site_norm"):
+            if field.name not in ("vector", "site_norm", "safe_projection"):
                 assert getattr(back, field.name) == getattr(vector, field.name), field.name
-        assert back.site_norm == vector.site_norm or (
-            math.isnan(vector.site_norm) and math.isnan(back.site_norm)
-        )
+        for name in ("site_norm", "safe_projection"):
+            found, expected = getattr(back, name), getattr(vector, name)
+            assert found == expected or (math.isnan(found) and math.isnan(expected))
 
 
 def test_the_card_says_what_the_vector_is(tmp_path):

@@ -221,7 +221,7 @@ def how_applied(setting: Mapping[str, Any]) -> str:
         words.append(f"{setting['positions']} tokens alone")
     if decay and decay != "none":
         words.append(f"{decay} decay")
-    if until is not None and until >= 0:
+    if isinstance(until, int | float) and until >= 0:  # a table has nan or -1 for no end
         words.append(f"ends after {until:.0f} generated tokens")
     if setting.get("keep_norm"):
         words.append("norm kept")
