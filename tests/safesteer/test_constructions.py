@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from workbench.models.sites import Site
+from workbench.prompts.choices import choice_prompts
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, load_prompts, select_prompts
 from workbench.safesteer.constructions import (
     CONSTRUCTIONS,
     GUIDED,
+    OWN,
     Measured,
     constructions_of,
     fit_all,
@@ -40,8 +42,10 @@ def measured(tiny: Any, folds: Folds, tmp_path_factory: pytest.TempPathFactory) 
         tiny,
         folds,
         tmp_path_factory.mktemp("store"),
-        own_answers=answer_prompts(folds.fit),
+        answers=dict.fromkeys(OWN, answer_prompts(folds.fit))
+        | {"choices": choice_prompts(folds.fit)},
         went_along=alone,
+        harmless=folds.fit[8:12],
     )
 
 

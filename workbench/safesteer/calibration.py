@@ -19,6 +19,7 @@ from workbench.generation.likelihood import answer_kl
 from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import in_turn
 from workbench.safesteer.settings import Setting, Vectors, multiplier_of, steering
+from workbench.steering.spectral import Fitted, SpectralEdit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
     from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
-    from workbench.steering.vectors import SteeringVector
 
 LEAST_PROMPTS = 5
 """Prompts of the first round, at least."""
@@ -347,9 +347,9 @@ def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[st
     }
 
 
-def _strength(vector: SteeringVector, setting: Setting) -> float:
+def _strength(vector: Fitted, setting: Setting) -> float:
     """Find what a setting makes of its relative strength: a multiplier, or a target."""
-    if setting.form == "target":
+    if setting.form == "target" and not isinstance(vector, SpectralEdit):
         return vector.target_for(setting.rho)
     return multiplier_of(vector, setting)
 

@@ -23,7 +23,8 @@ from workbench.prompts.prompt import Prompt
 from workbench.safesteer.config import config_from
 from workbench.safesteer.run_folder import read_run, vector_file
 from workbench.steering.gates import Gate, load_gate
-from workbench.steering.interventions import Intervention, add_vector, gated, raise_to
+from workbench.steering.interventions import Intervention, gated, raise_to
+from workbench.steering.spectral import load_fitted, steer_by
 from workbench.steering.vectors import load_vector
 
 if TYPE_CHECKING:
@@ -166,10 +167,11 @@ def steering_from(
             "decay": setting.get("decay", "none"),
             "keep_norm": setting.get("keep_norm", False),
         }
-    apply = raise_to if is_target else add_vector
+    apply: Any = raise_to if is_target else steer_by
+    load: Any = load_vector if is_target else load_fitted
     vectors = local_path(folder) / "vectors"
     return [
-        apply(load_vector(vectors / vector_file(name, Site.parse(site), category)), value, **how)
+        apply(load(vectors / vector_file(name, Site.parse(site), category)), value, **how)
         for site, value in strengths[category].items()
     ]
 

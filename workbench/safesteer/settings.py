@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from workbench.models.sites import Site, present_sites
 from workbench.steering.from_texts import MID_DEPTH
-from workbench.steering.interventions import Decay, Intervention, Positions, add_vector, raise_to
-from workbench.steering.vectors import SteeringVector
+from workbench.steering.interventions import Decay, Intervention, Positions, raise_to
+from workbench.steering.spectral import Fitted, SpectralEdit, steer_by
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
@@ -21,8 +21,8 @@ outputs over a band around it, or the residual stream at four layers. The paper'
 BAND_SHARE = 0.41
 """Strength at each of several layers over the strength at one layer: .07 to .17 in the
 exploration that both come from."""
-Vectors = Mapping[tuple[str, Site], Mapping[str, SteeringVector]]
-"""(construction, site) -> category -> vector."""
+Vectors = Mapping[tuple[str, Site], Mapping[str, Fitted]]
+"""(construction, site) -> category -> vector, or spectral edit."""
 _VARIED = ("positions", "until", "decay", "keep_norm", "form")
 
 
@@ -37,7 +37,8 @@ class Setting(NamedTuple):
     sites: tuple[Site, ...]
     sign: int
     rho: float
-    """Relative strength at each site; for the form "target" how far beyond the safe side's mean."""
+    """Relative strength at each site; for the form "target" how far beyond the safe side's mean; of
+    a spectral edit the share of its way."""
     positions: Positions = "all"
     until: int | None = None
     decay: Decay = "none"
@@ -45,6 +46,11 @@ class Setting(NamedTuple):
     keep_norm: bool = False
     """Whether each token's activation keeps its norm."""
     form: Form = "add"
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether a vector is just added, as long as the setting says."""
+        return self.decay == "none" and not self.keep_norm and self.form == "add"
 
     @property
     def name(self) -> str:
@@ -136,13 +142,11 @@ def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]
     }
 
 
-def applied(
-    vector: SteeringVector, setting: Setting, *, multiplier: float | None = None
-) -> Intervention:
-    """Apply one vector as a setting says, whatever construction and site it is of.
+def applied(vector: Fitted, setting: Setting, *, multiplier: float | None = None) -> Intervention:
+    """Apply one vector or edit as a setting says, whatever construction and site it is of.
 
     Args:
-        vector: A steering vector or a control of one.
+        vector: A steering vector, a spectral edit, or a control of one.
         setting: Its sign, strength, extent, decay and form count.
         multiplier: Used instead of the setting's strength where a vector is added.
 
@@ -153,15 +157,20 @@ def applied(
     _check(setting)
     extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
     if setting.form == "target":
+        if isinstance(vector, SpectralEdit):
+            raise ValueError(
+                f"setting {setting.name!r}: a spectral edit has no direction to set a target on; "
+                "take the form 'add'."
+            )
         return raise_to(vector, vector.target_for(setting.rho), **extent)
     if multiplier is None:
         multiplier = multiplier_of(vector, setting)
     way: dict[str, Any] = {"decay": setting.decay, "keep_norm": setting.keep_norm}
-    return add_vector(vector, multiplier, **extent, **way)
+    return steer_by(vector, multiplier, **extent, **way)
 
 
-def multiplier_of(vector: SteeringVector, setting: Setting) -> float:
-    """Find the multiplier that gives a vector a setting's sign and strength.
+def multiplier_of(vector: Fitted, setting: Setting) -> float:
+    """Find the multiplier that gives a vector a setting's sign and strength; an edit's is rho.
 
     Raises:
         ValueError: If the vector is zero, or the norm of the residual stream was not measured.
