@@ -98,8 +98,9 @@ class Calibration:
 
     Attributes:
         table: One row per setting and metric, from the last round the setting was in: construction,
-            sites, sign, rho, positions, until, round, metric (those of an evaluation, and
-            "neutral_kl" where neutral prompts were given), value, low, high, n, n_unscored,
+            sites, sign, rho, positions, until, multiplier (raw, where one was given), round, metric
+            (those of an evaluation, and "neutral_kl" where neutral prompts were given), value, low,
+            high, n, n_unscored,
             ``excess`` over the limits, ``feasible`` (no excess), ``front`` (in the last round, and
             nothing there is better in everything) and ``chosen``. The unsteered model's rows have
             construction "unsteered".
@@ -324,8 +325,7 @@ def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[st
     over = "" if headline["feasible"] else f"; it is over the limits by {excess:.2f}"
     multipliers = {
         category: {
-            str(site): setting.sign
-            * vectors[setting.construction, site][category].multiplier_for(setting.rho)
+            str(site): setting.multiplier_of(vectors[setting.construction, site][category])
             for site in setting.sites
         }
         for category in vectors[setting.construction, setting.sites[0]]
@@ -434,6 +434,7 @@ def _rows(
         "rho": setting.rho if setting else 0.0,
         "positions": setting.positions if setting else "",
         "until": setting.until if setting else None,
+        "multiplier": setting.multiplier if setting else None,
         "round": number,
     }
     rows = metrics[["value", "low", "high", "n", "n_unscored"]].reset_index()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.evaluation.metrics import HEADLINE
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.models.sites import Site
+from workbench.prompts.contrasts import SafeSide
 from workbench.prompts.prompt import Prompt, categories_of
 from workbench.safesteer.constructions import CONSTRUCTIONS
 from workbench.safesteer.settings import Setting, Vectors, steering
@@ -29,13 +30,18 @@ if TYPE_CHECKING:
 GATED, ALWAYS = "gated", "always on, same mean strength"
 
 
-def main_setting(tuned: Calibration) -> Setting:
-    """Choose the best contrast of answers on the tune fold.
+def main_setting(tuned: Calibration, *, of_answers_first: bool = True) -> Setting:
+    """Choose the best contrast of answers on the tune fold, or the best of all.
 
     It is what is gated, and what the controls have the strength of.
+
+    Args:
+        tuned: What was chosen for each construction.
+        of_answers_first: Take a contrast of prompts only where there is no other.
     """
     chosen = list(tuned.chosen.values())
     of_answers = [s for s in chosen if CONSTRUCTIONS[s.construction].reads != "prompts"]
+    of_answers = of_answers if of_answers_first else []
     return max(of_answers or chosen, key=lambda setting: _headline(tuned, setting))
 
 
@@ -51,7 +57,12 @@ def gate_site(setting: Setting) -> Site:
 
 
 def controls(
-    vectors: Vectors, setting: Setting, answers: Mapping[Site, ActivationSet], *, seed: int = 0
+    vectors: Vectors,
+    setting: Setting,
+    answers: Mapping[Site, ActivationSet],
+    *,
+    safe_side: SafeSide = "paired",
+    seed: int = 0,
 ) -> dict[str, Condition]:
     """Make vectors of equal norm, at the same places and strength, that should do nothing.
 
@@ -59,6 +70,7 @@ def controls(
         vectors: Vectors of every construction.
         setting: What they are controls for.
         answers: Activations that its vectors were fitted on.
+        safe_side: Which of them were the safe side.
         seed: Seed of the random draws.
 
     Returns:
@@ -69,7 +81,8 @@ def controls(
     categories = list(at_site[setting.sites[0]])
     next_category = dict(zip(categories, [*categories[1:], categories[0]], strict=True))
     shuffled = {
-        site: _shuffled(vectors, setting, site, answers[site], seed) for site in setting.sites
+        site: _shuffled(vectors, setting, site, answers[site], safe_side, seed)
+        for site in setting.sites
     }
 
     def random(vector: SteeringVector, site: Site) -> SteeringVector:
@@ -88,7 +101,7 @@ def controls(
         steered: dict[str, list[Intervention]] = {c: [] for c in categories}
         for category, site in itertools.product(categories, setting.sites):
             vector = at_site[site][category]
-            multiplier = setting.sign * vector.multiplier_for(setting.rho)
+            multiplier = setting.multiplier_of(vector)
             steered[category].append(add_vector(make(vector, site), multiplier))
         return steered
 
@@ -117,7 +130,7 @@ def behind_gate(
     known = {c: by_category[c] for c in by_category if c in gate.categories}
     conditions: dict[str, Condition] = {GATED: gated(known, gate)}
     if opening > 0:
-        conditions[ALWAYS] = steering(vectors, setting._replace(rho=setting.rho * opening))
+        conditions[ALWAYS] = steering(vectors, setting.times(opening))
     return conditions
 
 
@@ -147,12 +160,17 @@ def _headline(tuned: Calibration, setting: Setting) -> float:
 
 
 def _shuffled(
-    vectors: Vectors, setting: Setting, site: Site, answers: ActivationSet, seed: int
+    vectors: Vectors,
+    setting: Setting,
+    site: Site,
+    answers: ActivationSet,
+    safe_side: SafeSide,
+    seed: int,
 ) -> dict[str, SteeringVector]:
     """Fit what the construction finds where labels are shuffled; pooled where it pools."""
     real = vectors[setting.construction, site]
     shuffled = {
-        category: shuffled_vector(real[category], answers, seed=seed + i, safe_side="paired")
+        category: shuffled_vector(real[category], answers, seed=seed + i, safe_side=safe_side)
         for i, category in enumerate(categories_of(answers.prompts))
     }
     if CONSTRUCTIONS[setting.construction].pooled:

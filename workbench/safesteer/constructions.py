@@ -40,6 +40,8 @@ class SiteRows(NamedTuple):
     """None where the model gave too few pairs of answers."""
     went_along: frozenset[str]
     """Ids of the questions that the model goes along with; empty where no judge was asked."""
+    how: Mapping[str, Any] = {}
+    """How prompts are contrasted: arguments of ``fit_steering_vectors``."""
 
     @property
     def categories(self) -> list[str]:
@@ -83,7 +85,7 @@ class Construction:
 
 
 def _prompt_contrast(rows: SiteRows) -> ByCategory:
-    return fit_steering_vectors(rows.prompts, residual=rows.residual)
+    return fit_steering_vectors(rows.prompts, residual=rows.residual, **rows.how)
 
 
 def _prompt_guided(rows: SiteRows) -> ByCategory:
@@ -92,7 +94,7 @@ def _prompt_guided(rows: SiteRows) -> ByCategory:
     ids = rows.went_along
     kept = [p for p in rows.prompts.prompts if p.label != "unsafe" or p.id in ids]
     return fit_steering_vectors(
-        rows.prompts.of(kept), residual=rows.residual.of(kept), method=GUIDED
+        rows.prompts.of(kept), residual=rows.residual.of(kept), method=GUIDED, **rows.how
     )
 
 
@@ -218,15 +220,22 @@ class Measured(NamedTuple):
     went_along: frozenset[str] = frozenset()
     """Ids of the fit questions that the model's plain answers go along with, where a judge was
     asked."""
+    contrasted: Mapping[Site, ActivationSet] | None = None
+    """Prompts of the fit fold as their contrast reads them; None takes those above."""
+    how: Mapping[str, Any] = {}
+    """How prompts are contrasted: arguments of ``fit_steering_vectors``."""
 
     def at(self, site: Site, fit: Sequence[Prompt]) -> SiteRows:
         """Take what constructions are fitted on at one site."""
         return SiteRows(
-            prompts=self.prompts[site].of(fit),
+            prompts=self.prompts[site].of(fit)
+            if self.contrasted is None
+            else self.contrasted[site],
             residual=self.prompts[Site(site.layer, "resid_post")].of(fit),
             openings=self.answers["openings"][site],
             own_answers=self.answers.get("own answers", {}).get(site),
             went_along=self.went_along,
+            how=self.how,
         )
 
 
@@ -237,18 +246,24 @@ def measure(
     *,
     own_answers: Sequence[Prompt] = (),
     went_along: Sequence[Prompt] = (),
+    places: Sequence[tuple[Site, ...]] | None = None,
     system_prompt: str | None = None,
     template_keywords: Keywords = None,
     progress: bool = False,
 ) -> Measured:
-    """Run prompts, and fit questions with answers behind them, once for all sites there are."""
+    """Run prompts, and fit questions with answers behind them, once for all sites there are.
+
+    Vectors are wanted at ``places``, by default those of ``placements``.
+    """
     how: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     how |= {"store": store, "progress": progress}
     kinds = ("resid_post", "attn_out", "mlp_post", "z")
-    named = [Site(0, "resid_pre"), *present_sites(model, kinds)]
-    everywhere = computed_sites(model, named, folds.fit[0])
+    asked = [site for place in places or () for site in place]
+    named = dict.fromkeys([Site(0, "resid_pre"), *present_sites(model, kinds), *asked])
+    everywhere = computed_sites(model, list(named), folds.fit[0])
     prompts = cache_activations(model, [*folds.fit, *folds.tune], everywhere, **how)
-    placed = sorted({site for place in placements(model, prompts) for site in place})
+    wanted = placements(model) if places is None else places
+    placed = sorted({site for place in wanted for site in place if site in prompts})
     rows: dict[Reads, list[Prompt]] = {"openings": answer_prompts(folds.fit)}
     if own_answers:
         rows["own answers"] = list(own_answers)
@@ -301,4 +316,6 @@ def signs_of(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
 def activations_behind(construction: str, measured: Measured) -> Mapping[Site, ActivationSet]:
     """Return the activations that a construction was fitted on."""
     reads = CONSTRUCTIONS[construction].reads
-    return measured.prompts if reads == "prompts" else measured.answers[reads]
+    if reads != "prompts":
+        return measured.answers[reads]
+    return measured.prompts if measured.contrasted is None else measured.contrasted

@@ -16,8 +16,9 @@ from workbench.files.store import PathLike, local_path, write_json
 from workbench.prompts.prompt import select_prompts
 from workbench.safesteer.calibration import Calibration, calibrate, describe, plan_rounds
 from workbench.safesteer.config import config_from
-from workbench.safesteer.constructions import constructions_of, signs_of
+from workbench.safesteer.constructions import constructions_of
 from workbench.safesteer.inputs import TUNE_NEUTRAL, limits_of, load_job, load_run_model
+from workbench.safesteer.paper import places_of, settings_to_try
 from workbench.safesteer.run_folder import (
     check_model_of,
     read_run,
@@ -25,7 +26,6 @@ from workbench.safesteer.run_folder import (
     write_table,
 )
 from workbench.safesteer.saved_run import CALIBRATION
-from workbench.safesteer.settings import grid, placements
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
@@ -52,7 +52,7 @@ def recalibrate(
     Args:
         folder: Folder of a run.
         constructions: Constructions of the run; all by default.
-        rhos: Relative strengths at one layer; those of the run by default.
+        rhos: Relative strengths at one layer; those of the run, or its raw multiples, by default.
         positions: Which tokens are steered; each is tried.
         until: Generated tokens after which steering ends; each is tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
@@ -67,24 +67,28 @@ def recalibrate(
     run = read_run(folder)
     given = {"rhos": None if rhos is None else tuple(rhos), "tune_prompts": tune_prompts}
     changed: Any = {name: value for name, value in given.items() if value is not None}
+    if rhos is not None:
+        changed["multipliers"] = None
     config = replace(config_from(run.notes["config"]), **changed)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
     model = model if model is not None else load_run_model(config)
     check_model_of(run, model)
     out = local_path(folder) / CALIBRATION
-    job = load_job(config, verdicts=out / "verdicts.jsonl", model=model, progress=progress)
+    job = load_job(
+        config, verdicts=out / "verdicts.jsonl", model=model, fits=False, progress=progress
+    )
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
     extents = list(itertools.product(positions, until))
-    places = placements(job.model, {site for _, site in vectors})
-    settings = grid(names, places, config.rhos, signs=signs_of(names), extents=extents)
+    places = places_of(config, job.model, {site for _, site in vectors})
+    settings = settings_to_try(config, vectors, names, places, extents=extents)
     how: dict[str, Any] = {
         "score": job.score_for_tuning,
         "output": out / "tune.jsonl",
         "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
         "limits": limits_of(config),
         "rounds": plan_rounds(len(settings), len(questions), budget=budget),
-        **job.how,
+        **job.how_steered,
     }
     with locked_folder(out):
         tuned = calibrate(job.model, vectors, questions, settings, **how)

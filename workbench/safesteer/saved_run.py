@@ -15,6 +15,7 @@ from workbench.files.store import PathLike, local_path, read_json
 from workbench.generation.answers import UNSTEERED, Completion, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.activations import token_activations
+from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
 from workbench.models.templates import asked_by
 from workbench.models.tokens import token_strings
@@ -160,7 +161,7 @@ def steering_from(
         "until": setting.get("until"),
     }
     vectors = local_path(folder) / "vectors"
-    return [
+    interventions = [
         add_vector(
             load_vector(vectors / vector_file(name, Site.parse(site), category)),
             multiplier,
@@ -168,6 +169,12 @@ def steering_from(
         )
         for site, multiplier in multipliers[category].items()
     ]
+    notes = read_run(folder).notes
+    if not notes["config"].get("vectors_from"):
+        return interventions
+    # The run has checked that vectors of another model fit its own: they are for this one alone.
+    steered = ModelInfo(**notes["model"])
+    return [replace(one, model=steered) for one in interventions]
 
 
 def _main_construction(folder: PathLike) -> str | None:

@@ -32,9 +32,11 @@ class Setting(NamedTuple):
     sites: tuple[Site, ...]
     sign: int
     rho: float
-    """Relative strength at each site."""
+    """Relative strength at each site; the mean one where a raw multiple is given."""
     positions: Positions = "all"
     until: int | None = None
+    multiplier: float | None = None
+    """Raw multiple of the vector at each site, above 0, in place of the relative strength."""
 
     @property
     def name(self) -> str:
@@ -44,7 +46,18 @@ class Setting(NamedTuple):
             where += f"-{self.sites[-1].layer}"
         extent = "" if self.positions == "all" else f" {self.positions}"
         extent += "" if self.until is None else f" first {self.until}"
-        return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}{extent}"
+        strength = f"{self.rho:.3g}" if self.multiplier is None else f"{self.multiplier:.3g}x"
+        return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{strength}{extent}"
+
+    def multiplier_of(self, vector: SteeringVector) -> float:
+        """Give the signed multiple of a vector that is added at its site."""
+        size = self.multiplier
+        return self.sign * (vector.multiplier_for(self.rho) if size is None else size)
+
+    def times(self, factor: float) -> Setting:
+        """Give the same setting with so many times its strength."""
+        size = None if self.multiplier is None else self.multiplier * factor
+        return self._replace(rho=self.rho * factor, multiplier=size)
 
 
 def placements(model: HookedModel, among: Container[Site] | None = None) -> list[tuple[Site, ...]]:
@@ -98,13 +111,48 @@ def grid(
     return settings
 
 
+def raw_grid(
+    vectors: Vectors,
+    constructions: Sequence[str],
+    places: Sequence[tuple[Site, ...]],
+    multipliers: Sequence[float],
+    *,
+    extents: Sequence[tuple[Positions, int | None]] = (("all", None),),
+) -> list[Setting]:
+    """Combine every construction, place, raw multiple of its vectors and extent.
+
+    Each of several layers gets the whole multiple, as in the paper.
+
+    Args:
+        vectors: Vectors of every construction and site, for their relative strength.
+        constructions: Names of vectors.
+        places: Each a site or several.
+        multipliers: Multiples of the vectors; one below 0 turns them round.
+        extents: Pairs of positions and ``until`` (see ``steering.Intervention``).
+    """
+    settings = []
+    for construction in constructions:
+        for sites in places:
+            added = [v for site in sites for v in vectors[construction, site].values()]
+            for multiplier in multipliers:
+                rho = round(sum(v.rho(multiplier) for v in added) / len(added), 4)
+                sign, size = (1 if multiplier > 0 else -1), abs(multiplier)
+                settings += [
+                    Setting(construction, sites, sign, rho, *extent, multiplier=size)
+                    for extent in extents
+                ]
+    return settings
+
+
 def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]]:
     """Make the interventions of a setting: for each category its own vectors."""
     by_site = [vectors[setting.construction, site] for site in setting.sites]
     extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
     return {
         category: [
-            add_vector(by_category[category], rho=setting.sign * setting.rho, **extent)
+            add_vector(
+                by_category[category], setting.multiplier_of(by_category[category]), **extent
+            )
             for by_category in by_site
         ]
         for category in by_site[0]
