@@ -324,20 +324,13 @@ def _check_strengths(config: RunConfig) -> None:
     """Check relative strengths and raw multiples, of which a run takes one kind."""
     if config.rhos is not None and config.multipliers is not None:
         raise ValueError("give either rhos (relative strengths) or multipliers, not both.")
-    for name, is_right, what in (
-        ("rhos", lambda x: 0 < x < 2, "relative strengths above 0 and below 2"),
-        (
-            "multipliers",
-            lambda x: x != 0 and abs(x) <= 1000,
-            "multiples up to 1000, none of them 0",
-        ),
-    ):
-        values = getattr(config, name)
-        if values is None:
-            continue
-        are_numbers = isinstance(values, tuple) and values and all(map(_is_number, values))
-        if not are_numbers or not all(map(is_right, values)):
-            raise ValueError(f"{name} must be {what}, got {values!r}.")
+    rhos, multipliers = config.rhos, config.multipliers
+    if rhos is not None and not (_are_numbers(rhos) and all(0 < r < 2 for r in rhos)):
+        raise ValueError(f"rhos must be relative strengths above 0 and below 2, got {rhos!r}.")
+    if multipliers is not None and not (_are_numbers(multipliers) and all(multipliers)):
+        raise ValueError(
+            f"multipliers must be multiples of the vector, none of them 0, got {multipliers!r}."
+        )
 
 
 def _check_contrast(config: RunConfig) -> None:
