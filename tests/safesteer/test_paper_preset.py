@@ -29,7 +29,7 @@ from workbench.safesteer.conditions import controls
 from workbench.safesteer.config import CHOICES, PRESETS, RunConfig, config_from
 from workbench.safesteer.constructions import Measured, activations_behind, fit_all, measure
 from workbench.safesteer.inputs import folds_of, load_job
-from workbench.safesteer.paper import _layer, contrasted, places_of, settings_to_try
+from workbench.safesteer.paper import _layer, contrasted, places_of, settings_of
 from workbench.safesteer.recalibration import recalibrate
 from workbench.safesteer.recipe import run
 from workbench.safesteer.run_folder import saved_vectors
@@ -260,7 +260,7 @@ def test_raw_multiples_are_added_as_they_are_at_every_layer(
     vectors = fit_all(behind, folds.fit, ["prompt_contrast"])
     places = [(SITE,)]
     config = RunConfig(multipliers=(0.5, -2.0))
-    half, back = settings_to_try(config, vectors, ["prompt_contrast"], places)
+    half, back = settings_of(config, vectors, ["prompt_contrast"], places)
     assert [i.edit.multiplier for i in steering(vectors, half)["fraud"]] == [0.5]
     assert [i.edit.multiplier for i in steering(vectors, back)["fraud"]] == [-2.0]
     assert (half.name, back.name) == (
@@ -269,7 +269,7 @@ def test_raw_multiples_are_added_as_they_are_at_every_layer(
     rhos = [v.rho(0.5) for v in vectors["prompt_contrast", SITE].values()]
     assert half.rho == pytest.approx(sum(rhos) / len(rhos), abs=1e-4)
     assert half.times(0.5).multiplier_of(vectors["prompt_contrast", SITE]["fraud"]) == 0.25
-    relative = settings_to_try(RunConfig(rhos=(0.1,)), vectors, ["prompt_contrast"], places)
+    relative = settings_of(RunConfig(rhos=(0.1,)), vectors, ["prompt_contrast"], places)
     assert {(s.sign, s.rho, s.multiplier) for s in relative} == {(1, 0.1, None), (-1, 0.1, None)}
 
 

@@ -74,7 +74,7 @@ def _layer(number_or_share: float, n_layers: int) -> int:
     return min(n_layers - 1, round(number_or_share * n_layers))
 
 
-def settings_to_try(
+def settings_of(
     config: RunConfig,
     vectors: Vectors,
     names: Sequence[str],

@@ -18,7 +18,7 @@ from workbench.safesteer.calibration import Calibration, calibrate, describe, pl
 from workbench.safesteer.config import config_from
 from workbench.safesteer.constructions import constructions_of
 from workbench.safesteer.inputs import TUNE_NEUTRAL, limits_of, load_job, load_run_model
-from workbench.safesteer.paper import places_of, settings_to_try
+from workbench.safesteer.paper import places_of, settings_of
 from workbench.safesteer.run_folder import (
     check_model_of,
     read_run,
@@ -81,7 +81,7 @@ def recalibrate(
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
     extents = list(itertools.product(positions, until))
     places = places_of(config, job.model, {site for _, site in vectors})
-    settings = settings_to_try(config, vectors, names, places, extents=extents)
+    settings = settings_of(config, vectors, names, places, extents=extents)
     how: dict[str, Any] = {
         "score": job.score_for_tuning,
         "output": out / "tune.jsonl",

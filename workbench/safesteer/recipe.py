@@ -72,7 +72,7 @@ from workbench.safesteer.paper import (
     contrasted,
     places_of,
     safe_side_of,
-    settings_to_try,
+    settings_of,
 )
 from workbench.safesteer.run_folder import RunFolder
 from workbench.safesteer.settings import Setting, Vectors, steering
@@ -282,7 +282,7 @@ def tune(job: Job, out: RunFolder, vectors: Vectors) -> Calibration:
         job.model,
         vectors,
         select_prompts(job.folds.tune, label="unsafe", limit=job.config.tune_prompts),
-        settings_to_try(job.config, vectors, names, places),
+        settings_of(job.config, vectors, names, places),
         score=job.score_for_tuning,
         output=out.path / "tune.jsonl",
         neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
