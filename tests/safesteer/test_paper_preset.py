@@ -268,7 +268,7 @@ def test_raw_multiples_are_added_as_they_are_at_every_layer(
     )  # fmt: skip
     rhos = [v.rho(0.5) for v in vectors["prompt_contrast", SITE].values()]
     assert half.rho == pytest.approx(sum(rhos) / len(rhos), abs=1e-4)
-    assert half.times(0.5).multiplier_of(vectors["prompt_contrast", SITE]["fraud"]) == 0.25
+    assert steering(vectors, half.times(0.5))["fraud"][0].edit.multiplier == 0.25
     relative = settings_of(RunConfig(rhos=(0.1,)), vectors, ["prompt_contrast"], places)
     assert {(s.sign, s.rho, s.multiplier) for s in relative} == {(1, 0.1, None), (-1, 0.1, None)}
 

@@ -15,11 +15,17 @@ from workbench.generation.answers import UNSTEERED, Condition
 from workbench.models.sites import Site
 from workbench.prompts.contrasts import SafeSide
 from workbench.prompts.prompt import Prompt, categories_of
-from workbench.safesteer.constructions import CONSTRUCTIONS
-from workbench.safesteer.settings import Setting, Vectors, steering
+from workbench.safesteer.constructions import CONSTRUCTIONS, safe_side_of
+from workbench.safesteer.settings import Setting, Vectors, applied, multiplier_of, steering
 from workbench.steering.combine import pooled
-from workbench.steering.interventions import Intervention, add_vector, gated
-from workbench.steering.vectors import SteeringVector, random_vector, scaled_to, shuffled_vector
+from workbench.steering.interventions import Intervention, gated
+from workbench.steering.vectors import (
+    SteeringVector,
+    random_vector,
+    scaled_to,
+    shuffled_vector,
+    with_safe_projection,
+)
 
 if TYPE_CHECKING:
     from workbench.models.activations import ActivationSet
@@ -61,16 +67,19 @@ def controls(
     setting: Setting,
     answers: Mapping[Site, ActivationSet],
     *,
-    safe_side: SafeSide = "paired",
+    safe_side: SafeSide | None = None,
     seed: int = 0,
 ) -> dict[str, Condition]:
     """Make vectors of equal norm, at the same places and strength, that should do nothing.
+
+    A control is applied as the setting says. Its target is set by where the category's safe rows
+    lie along the control's own direction.
 
     Args:
         vectors: Vectors of every construction.
         setting: What they are controls for.
         answers: Activations that its vectors were fitted on.
-        safe_side: Which of them were the safe side.
+        safe_side: Which of them were the safe side; that of the construction by default.
         seed: Seed of the random draws.
 
     Returns:
@@ -78,11 +87,11 @@ def controls(
         category".
     """
     at_site = {site: vectors[setting.construction, site] for site in setting.sites}
+    side = safe_side or safe_side_of(setting.construction)
     categories = list(at_site[setting.sites[0]])
     next_category = dict(zip(categories, [*categories[1:], categories[0]], strict=True))
     shuffled = {
-        site: _shuffled(vectors, setting, site, answers[site], safe_side, seed)
-        for site in setting.sites
+        site: _shuffled(vectors, setting, site, answers[site], side, seed) for site in setting.sites
     }
 
     def random(vector: SteeringVector, site: Site) -> SteeringVector:
@@ -101,8 +110,12 @@ def controls(
         steered: dict[str, list[Intervention]] = {c: [] for c in categories}
         for category, site in itertools.product(categories, setting.sites):
             vector = at_site[site][category]
-            multiplier = setting.multiplier_of(vector)
-            steered[category].append(add_vector(make(vector, site), multiplier))
+            made = make(vector, site)
+            if setting.form == "target":
+                how: Any = {"category": category, "safe_side": side}
+                made = with_safe_projection(made, answers[site], **how)
+            multiplier = multiplier_of(vector, setting)
+            steered[category].append(applied(made, setting, multiplier=multiplier))
         return steered
 
     conditions: dict[str, Condition] = {
@@ -120,6 +133,8 @@ def behind_gate(
 ) -> dict[str, Condition]:
     """Make the steering that a gate lets through, and the same always on at its mean strength.
 
+    A target has no mean strength, so that the second one is left out there.
+
     Args:
         vectors: Vectors of every construction.
         setting: What is gated.
@@ -129,7 +144,7 @@ def behind_gate(
     by_category = steering(vectors, setting)
     known = {c: by_category[c] for c in by_category if c in gate.categories}
     conditions: dict[str, Condition] = {GATED: gated(known, gate)}
-    if opening > 0:
+    if opening > 0 and setting.form == "add":
         conditions[ALWAYS] = steering(vectors, setting.times(opening))
     return conditions
 

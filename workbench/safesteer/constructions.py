@@ -6,6 +6,7 @@ and from the model's own answers; the field's other constructions are there as b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,12 +17,17 @@ from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, Prompt, categories_of
 from workbench.safesteer.settings import Vectors, placements
 from workbench.steering.combine import own_part, pooled, summed, without
-from workbench.steering.vectors import SteeringVector, fit_steering_vectors
+from workbench.steering.vectors import (
+    SteeringVector,
+    fit_steering_vectors,
+    with_safe_projection,
+)
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
     from workbench.models.templates import Keywords
+    from workbench.prompts.contrasts import SafeSide
 
 Reads = Literal["prompts", "openings", "own answers"]
 """What a construction is fitted on: prompts, written openings of answers behind questions, or the
@@ -294,8 +300,30 @@ def fit_all(
         for name in wanted_names(names):
             by_category = CONSTRUCTIONS[name].fit(rows)
             if set(by_category) == categories:
-                vectors[name, site] = dict(by_category)
+                vectors[name, site] = _with_targets(by_category, name, rows)
     return vectors
+
+
+def _with_targets(by_category: ByCategory, name: str, rows: SiteRows) -> dict[str, SteeringVector]:
+    """Measure where the safe side lies along vectors that were combined from others."""
+    reads = CONSTRUCTIONS[name].reads
+    behind = {
+        "prompts": rows.prompts,
+        "openings": rows.openings,
+        "own answers": rows.own_answers or rows.openings,
+    }[reads]
+    side = safe_side_of(name, rows.how.get("safe_side", "generic"))
+    return {
+        category: with_safe_projection(vector, behind, safe_side=side)
+        if math.isnan(vector.safe_projection)
+        else vector
+        for category, vector in by_category.items()
+    }
+
+
+def safe_side_of(construction: str, of_prompts: SafeSide = "generic") -> SafeSide:
+    """Say what the safe side of a construction is: that of prompts, or answers in pairs."""
+    return of_prompts if CONSTRUCTIONS[construction].reads == "prompts" else "paired"
 
 
 def wanted_names(names: Sequence[str] | None) -> list[str]:

@@ -91,7 +91,7 @@ def settings_of(
     return grid(names, places, config.rhos or (), signs=signs_of(names), extents=extents)
 
 
-def safe_side_of(config: RunConfig) -> SafeSide:
+def side_of_prompts(config: RunConfig) -> SafeSide:
     """Say what a run's contrast of prompts has on its safe side."""
     return cast("SafeSide", config.safe_side or "generic")
 
@@ -103,7 +103,7 @@ def check_contrast_of(config: RunConfig, fit: Sequence[Prompt]) -> None:
         ValueError: If a category has no pairs, responses are missing, or pairs that are to be told
             apart by the question have the same one.
     """
-    side, span = safe_side_of(config), config.span or "content"
+    side, span = side_of_prompts(config), config.span or "content"
     is_filtered = config.refusal_filter not in (None, "none")
     for category in categories_of(fit):
         unsafe, safe = ([fit[i] for i in rows] for rows in sides_to_fit(fit, category, side))
@@ -165,7 +165,10 @@ def contrasted(
         if config.span == "response":
             rows = [prompt for prompt in rows if prompt.response]
         sets = cache_activations(model, rows, sites, span=config.span, **keywords)
-    how: dict[str, Any] = {"safe_side": safe_side_of(config), "pruning": config.pruning or "none"}
+    how: dict[str, Any] = {
+        "safe_side": side_of_prompts(config),
+        "pruning": config.pruning or "none",
+    }
     if config.keep is not None:
         how["keep"] = config.keep
     return measured._replace(contrasted=sets, how=how | {"seed": config.seed})
@@ -180,7 +183,7 @@ def _kept_rows(config: RunConfig, fit: Sequence[Prompt], judge: Judge) -> list[P
     refusals = {p.id for p, said in zip(answered, verdicts, strict=True) if said.label == "refusal"}
     wanted = refusals if config.refusal_filter == "keep" else {p.id for p in answered} - refusals
     kept = [prompt for prompt in fit if prompt.label == "unsafe" or prompt.id in wanted]
-    side = safe_side_of(config)
+    side = side_of_prompts(config)
     for category in categories_of(fit):
         before, after = ({rows[i].id for i in sides_to_fit(rows, category, side)[1]}
                          for rows in (fit, kept))  # fmt: skip

@@ -56,6 +56,7 @@ from workbench.safesteer.constructions import (
     constructions_of,
     fit_all,
     measure,
+    safe_side_of,
     wanted_names,
 )
 from workbench.safesteer.inputs import (
@@ -71,8 +72,8 @@ from workbench.safesteer.paper import (
     at_norms_of,
     contrasted,
     places_of,
-    safe_side_of,
     settings_of,
+    side_of_prompts,
 )
 from workbench.safesteer.run_folder import RunFolder
 from workbench.safesteer.settings import Setting, Vectors, steering
@@ -385,12 +386,11 @@ def controls_of(
     job: Job, behind: Measured, vectors: Vectors, main: Setting
 ) -> dict[str, Condition]:
     """Make the controls of the main setting from what its vectors were fitted on."""
-    reads_prompts = CONSTRUCTIONS[main.construction].reads == "prompts"
     return controls(
         vectors,
         main,
         activations_behind(main.construction, behind),
-        safe_side=safe_side_of(job.config) if reads_prompts else "paired",
+        safe_side=safe_side_of(main.construction, side_of_prompts(job.config)),
         seed=job.config.seed,
     )
 

@@ -98,13 +98,15 @@ _TEXT = (
     "gate",
     "prompts",
     "positions",
+    "decay",
+    "form",
     "reason",
 )
 _WHOLE = ("layer", "neuron")
 _OPTIONAL = (
     *("low", "high", "own_low", "own_high", "n", "n_unscored", "p", "p_holm", "no_loss_p", "asked"),
 )
-_YES_NO = ("feasible", "chosen", "front")
+_YES_NO = ("feasible", "chosen", "front", "keep_norm")
 _OBJECTS = ("config", "model", "versions", "durations", "folds", "chosen", "prompts", "left_out")
 _LISTS = ("categories", "judges", "vectors")
 

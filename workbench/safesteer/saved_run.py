@@ -24,7 +24,7 @@ from workbench.prompts.prompt import Prompt
 from workbench.safesteer.config import config_from
 from workbench.safesteer.run_folder import read_run, vector_file
 from workbench.steering.gates import Gate, load_gate
-from workbench.steering.interventions import Intervention, add_vector, gated
+from workbench.steering.interventions import Intervention, add_vector, gated, raise_to
 from workbench.steering.vectors import load_vector
 
 if TYPE_CHECKING:
@@ -150,24 +150,28 @@ def steering_from(
             f"{did_you_mean(name, settings)}"
         )
     setting = settings[name]
-    multipliers = setting["multiplier"]
-    if category not in multipliers:
+    is_target = setting.get("form", "add") == "target"
+    strengths = setting["target" if is_target else "multiplier"]
+    if category not in strengths:
         raise ValueError(
-            f"no category {category!r} in {str(folder)!r}; categories: {', '.join(multipliers)}."
-            f"{did_you_mean(category, multipliers)}"
+            f"no category {category!r} in {str(folder)!r}; categories: {', '.join(strengths)}."
+            f"{did_you_mean(category, strengths)}"
         )
-    extent: dict[str, Any] = {
+    # Runs of earlier versions have the first two of these, or none.
+    how: dict[str, Any] = {
         "positions": setting.get("positions", "all"),
         "until": setting.get("until"),
     }
+    if not is_target:
+        how |= {
+            "decay": setting.get("decay", "none"),
+            "keep_norm": setting.get("keep_norm", False),
+        }
+    apply = raise_to if is_target else add_vector
     vectors = local_path(folder) / "vectors"
     interventions = [
-        add_vector(
-            load_vector(vectors / vector_file(name, Site.parse(site), category)),
-            multiplier,
-            **extent,
-        )
-        for site, multiplier in multipliers[category].items()
+        apply(load_vector(vectors / vector_file(name, Site.parse(site), category)), value, **how)
+        for site, value in strengths[category].items()
     ]
     notes = read_run(folder).notes
     if not notes["config"].get("vectors_from"):

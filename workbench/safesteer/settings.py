@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from workbench.models.sites import Site, present_sites
 from workbench.steering.from_texts import MID_DEPTH
-from workbench.steering.interventions import Intervention, Positions, add_vector
+from workbench.steering.interventions import Decay, Intervention, Positions, add_vector, raise_to
 from workbench.steering.vectors import SteeringVector
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ BAND_SHARE = 0.41
 exploration that both come from."""
 Vectors = Mapping[tuple[str, Site], Mapping[str, SteeringVector]]
 """(construction, site) -> category -> vector."""
+_VARIED = ("positions", "until", "decay", "keep_norm", "form")
+
+
+Form = Literal["add", "target"]
+"""How a vector is applied: "add" a multiple of it, or raise the projection on it to a "target"."""
 
 
 class Setting(NamedTuple):
@@ -32,9 +37,15 @@ class Setting(NamedTuple):
     sites: tuple[Site, ...]
     sign: int
     rho: float
-    """Relative strength at each site; the mean one where a raw multiple is given."""
+    """Relative strength at each site; for the form "target" how far beyond the safe side's mean, and
+    the mean one where a raw multiple is given."""
     positions: Positions = "all"
     until: int | None = None
+    decay: Decay = "none"
+    """How strength falls while an answer is written, see ``steering.decayed``."""
+    keep_norm: bool = False
+    """Whether each token's activation keeps its norm."""
+    form: Form = "add"
     multiplier: float | None = None
     """Raw multiple of the vector at each site, above 0, in place of the relative strength."""
 
@@ -46,13 +57,12 @@ class Setting(NamedTuple):
             where += f"-{self.sites[-1].layer}"
         extent = "" if self.positions == "all" else f" {self.positions}"
         extent += "" if self.until is None else f" first {self.until}"
+        extent += "" if self.decay == "none" else f" decay {self.decay}"
+        extent += " norm kept" if self.keep_norm else ""
+        if self.form == "target":
+            return f"{self.construction} {where} target {self.rho:+.3g}{extent}"
         strength = f"{self.rho:.3g}" if self.multiplier is None else f"{self.multiplier:.3g}x"
         return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{strength}{extent}"
-
-    def multiplier_of(self, vector: SteeringVector) -> float:
-        """Give the signed multiple of a vector that is added at its site."""
-        size = self.multiplier
-        return self.sign * (vector.multiplier_for(self.rho) if size is None else size)
 
     def times(self, factor: float) -> Setting:
         """Give the same setting with so many times its strength."""
@@ -87,10 +97,12 @@ def grid(
     *,
     signs: Mapping[str, Sequence[int]] | None = None,
     extents: Sequence[tuple[Positions, int | None]] = (("all", None),),
+    variants: Sequence[Mapping[str, Any]] = ({},),
 ) -> list[Setting]:
-    """Combine every construction, place, sign, relative strength and extent.
+    """Combine every construction, place, sign, relative strength, extent and variant.
 
-    Where there are several layers, each gets ``BAND_SHARE`` of the strength.
+    Where there are several layers, each gets ``BAND_SHARE`` of the strength. A target is set along
+    the vector only, so the form "target" has no setting with sign -1.
 
     Args:
         constructions: Names of vectors.
@@ -98,6 +110,11 @@ def grid(
         rhos: Relative strengths at one layer.
         signs: Construction to the signs that are tried; +1 (from unsafe to safe) alone by default.
         extents: Pairs of positions and ``until`` (see ``steering.Intervention``).
+        variants: Further fields of ``Setting``, for instance
+            ``[{}, {"keep_norm": True}, {"decay": "linear", "until": 24}, {"form": "target"}]``.
+
+    Raises:
+        ValueError: If a variant names what is no field of a setting, or what cannot be done.
     """
     settings = []
     for construction in constructions:
@@ -105,10 +122,13 @@ def grid(
             for sign in (signs or {}).get(construction, (1,)):
                 for rho in rhos:
                     at_each = rho if len(sites) == 1 else round(BAND_SHARE * rho, 4)
-                    settings += [
+                    plain = [
                         Setting(construction, sites, sign, at_each, *extent) for extent in extents
                     ]
-    return settings
+                    settings += [_varied(one, fields) for one in plain for fields in variants]
+    # A variant that sets what an extent sets, too, comes out alike for several extents.
+    allowed = (one for one in settings if one.form != "target" or one.sign > 0)
+    return list(dict.fromkeys(allowed))
 
 
 def raw_grid(
@@ -145,15 +165,82 @@ def raw_grid(
 
 
 def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]]:
-    """Make the interventions of a setting: for each category its own vectors."""
+    """Make the interventions of a setting: for each category its own vectors.
+
+    Raises:
+        ValueError: If the setting asks for what cannot be done, or for a target where a vector has
+            no ``safe_projection``.
+    """
     by_site = [vectors[setting.construction, site] for site in setting.sites]
-    extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
     return {
-        category: [
-            add_vector(
-                by_category[category], setting.multiplier_of(by_category[category]), **extent
-            )
-            for by_category in by_site
-        ]
+        category: [applied(by_category[category], setting) for by_category in by_site]
         for category in by_site[0]
     }
+
+
+def applied(
+    vector: SteeringVector, setting: Setting, *, multiplier: float | None = None
+) -> Intervention:
+    """Apply one vector as a setting says, whatever construction and site it is of.
+
+    Args:
+        vector: A steering vector or a control of one.
+        setting: Its sign, strength, extent, decay and form count.
+        multiplier: Used instead of the setting's strength where a vector is added.
+
+    Raises:
+        ValueError: If the setting asks for what cannot be done, or for a target where the vector
+            has no ``safe_projection``.
+    """
+    _check(setting)
+    extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
+    if setting.form == "target":
+        return raise_to(vector, vector.target_for(setting.rho), **extent)
+    if multiplier is None:
+        multiplier = multiplier_of(vector, setting)
+    way: dict[str, Any] = {"decay": setting.decay, "keep_norm": setting.keep_norm}
+    return add_vector(vector, multiplier, **extent, **way)
+
+
+def multiplier_of(vector: SteeringVector, setting: Setting) -> float:
+    """Find the multiplier that gives a vector a setting's sign and strength.
+
+    Raises:
+        ValueError: If the vector is zero, or the norm of the residual stream was not measured.
+    """
+    if setting.multiplier is not None:
+        return setting.sign * setting.multiplier
+    return setting.sign * vector.multiplier_for(setting.rho)
+
+
+def _varied(setting: Setting, fields: Mapping[str, Any]) -> Setting:
+    """Change fields of a setting.
+
+    Raises:
+        ValueError: If one is no field, or the result cannot be done.
+    """
+    unknown = [name for name in fields if name not in _VARIED]
+    if unknown:
+        raise ValueError(
+            f"a variant of settings cannot have {unknown[0]!r}; allowed: {', '.join(_VARIED)}."
+        )
+    varied = setting._replace(**fields)
+    if varied.form != "target" or varied.sign > 0:
+        _check(varied)
+    return varied
+
+
+def _check(setting: Setting) -> None:
+    """Raise where a setting asks for what cannot be done."""
+    if setting.form not in get_args(Form):
+        raise ValueError(f"unknown form {setting.form!r}; allowed: {', '.join(get_args(Form))}.")
+    if setting.form == "target" and (
+        setting.decay != "none"
+        or setting.keep_norm
+        or setting.sign < 0
+        or setting.multiplier is not None
+    ):
+        raise ValueError(
+            f"setting {setting.name!r}: a target is set along the vector (sign 1) and takes no "
+            "decay, no keep_norm and no raw multiple; leave them out, or add the vector (form 'add')."
+        )

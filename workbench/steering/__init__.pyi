@@ -1,5 +1,6 @@
 from .apply import GateState, Steering, intervene
 from .combine import own_part, pooled, summed, without
+from .edits import AblateDirection, AddVector, ClampNeurons, RaiseTo, ScaleNeurons
 from .estimators import (
     mean_difference,
     principal_direction,
@@ -10,16 +11,12 @@ from .foreign_vectors import import_vectors
 from .from_texts import steering_vector
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .interventions import (
-    AblateDirection,
-    AddVector,
-    ClampNeurons,
     Intervention,
-    RaiseTo,
-    ScaleNeurons,
     ablate_direction,
     activate,
     add_vector,
     clamp_neurons,
+    decayed,
     gated,
     raise_to,
     scale_neurons,
@@ -35,6 +32,7 @@ from .vectors import (
     save_vector,
     scaled_to,
     shuffled_vector,
+    with_safe_projection,
 )
 
 __all__ = [
@@ -53,6 +51,7 @@ __all__ = [
     "add_vector",
     "calibrate_over_answers",
     "clamp_neurons",
+    "decayed",
     "fit_gate",
     "fit_steering_vectors",
     "gated",
@@ -78,5 +77,6 @@ __all__ = [
     "steering_vector",
     "summed",
     "suppress",
+    "with_safe_projection",
     "without",
 ]

@@ -1,7 +1,12 @@
-"""Make steering vectors out of others: sums, pools, own parts and what others leave."""
+"""Make steering vectors out of others: sums, pools, own parts and what others leave.
+
+Where the safe side lies along a new direction is not known from the old ones, so that the result
+has no ``safe_projection``; ``vectors.with_safe_projection`` measures it.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,7 +43,9 @@ def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
     total = torch.stack([v.direction.double() for v in vectors]).sum(dim=0).float()
     norm = sum(v.norm for v in vectors) / len(vectors)
     methods = "+".join(dict.fromkeys(v.method for v in vectors))
-    summed_vector = replace(first, vector=total, fitted_on=_all_prompts(vectors))
+    summed_vector = replace(
+        first, vector=total, fitted_on=_all_prompts(vectors), safe_projection=math.nan
+    )
     return replace(scaled_to(summed_vector, norm), method=methods)
 
 
@@ -59,6 +66,7 @@ def pooled(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
             scaled_to(replace(vector, vector=mean), vector.norm),
             method=f"{vector.method}_pooled",
             fitted_on=fitted_on,
+            safe_projection=math.nan,
         )
         for category, vector in vectors.items()
     }
@@ -84,6 +92,7 @@ def own_part(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]
             vector=vector.vector - others.mean(dim=0),
             method=f"{vector.method}, own part",
             fitted_on=fitted_on,
+            safe_projection=math.nan,
         )
     return own_parts
 
@@ -114,7 +123,12 @@ def without(vector: SteeringVector, removed: Sequence[SteeringVector]) -> Steeri
             "taken out."
         )
     names = ", ".join(dict.fromkeys(v.method for v in removed))
-    return replace(vector, vector=left.float(), method=f"{vector.method} without {names}")
+    return replace(
+        vector,
+        vector=left.float(),
+        method=f"{vector.method} without {names}",
+        safe_projection=math.nan,
+    )
 
 
 def _all_prompts(vectors: Sequence[SteeringVector]) -> frozenset[str]:
