@@ -112,16 +112,13 @@ def controls(
             vector = at_site[site][category]
             made = make(vector, site)
             if setting.form == "target":
-                how: Any = {"category": category, "safe_side": side}
-                made = with_safe_projection(made, answers[site], **how)
-            multiplier = multiplier_of(vector, setting)
-            steered[category].append(applied(made, setting, multiplier=multiplier))
+                made = with_safe_projection(made, answers[site], category=category, safe_side=side)
+            strength = multiplier_of(vector, setting)
+            steered[category].append(applied(made, setting, multiplier=strength))
         return steered
 
-    conditions: dict[str, Condition] = {
-        "random": control(random),
-        "shuffled labels": control(of_shuffled_labels),
-    }
+    conditions: dict[str, Condition] = {"random": control(random)}
+    conditions["shuffled labels"] = control(of_shuffled_labels)
     # A pooled vector is the same for all categories.
     if len(categories) > 1 and not CONSTRUCTIONS[setting.construction].pooled:
         conditions["other category"] = control(of_other_category)

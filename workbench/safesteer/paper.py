@@ -168,10 +168,11 @@ def contrasted(
     how: dict[str, Any] = {
         "safe_side": side_of_prompts(config),
         "pruning": config.pruning or "none",
+        "seed": config.seed,
     }
     if config.keep is not None:
         how["keep"] = config.keep
-    return measured._replace(contrasted=sets, how=how | {"seed": config.seed})
+    return measured._replace(contrasted=sets, how=how)
 
 
 def _kept_rows(config: RunConfig, fit: Sequence[Prompt], judge: Judge) -> list[Prompt]:

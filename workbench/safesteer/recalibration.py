@@ -75,9 +75,8 @@ def recalibrate(
     model = model if model is not None else load_run_model(config)
     check_model_of(run, model)
     out = local_path(folder) / CALIBRATION
-    job = load_job(
-        config, verdicts=out / "verdicts.jsonl", model=model, fits=False, progress=progress
-    )
+    loaded: dict[str, Any] = {"model": model, "fits": False, "progress": progress}
+    job = load_job(config, verdicts=out / "verdicts.jsonl", **loaded)
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
     extents = list(itertools.product(positions, until))
     places = places_of(config, job.model, {site for _, site in vectors})

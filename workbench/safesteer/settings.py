@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     sites: tuple[Site, ...]
     sign: int
     rho: float
-    """Relative strength at each site; for the form "target" how far beyond the safe side's mean, and
+    """Relative strength at each site; for the form "target" how far beyond the safe side's mean;
     the mean one where a raw multiple is given."""
     positions: Positions = "all"
     until: int | None = None
@@ -242,5 +242,6 @@ def _check(setting: Setting) -> None:
     ):
         raise ValueError(
             f"setting {setting.name!r}: a target is set along the vector (sign 1) and takes no "
-            "decay, no keep_norm and no raw multiple; leave them out, or add the vector (form 'add')."
+            "decay, no keep_norm and no raw multiple; leave them out, or add the vector "
+            "(form 'add')."
         )
