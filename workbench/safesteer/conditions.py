@@ -83,8 +83,7 @@ def controls(
         seed: Seed of the random draws.
 
     Returns:
-        "random", "shuffled labels" and, where categories have vectors of their own, "other
-        category".
+        "random", "shuffled labels" and, for vectors by category, "other category".
     """
     at_site = {site: vectors[setting.construction, site] for site in setting.sites}
     side = safe_side or safe_side_of(setting.construction)
@@ -113,8 +112,8 @@ def controls(
             made = make(vector, site)
             if setting.form == "target":
                 made = with_safe_projection(made, answers[site], category=category, safe_side=side)
-            strength = multiplier_of(vector, setting)
-            steered[category].append(applied(made, setting, multiplier=strength))
+            times = multiplier_of(vector, setting)
+            steered[category].append(applied(made, setting, multiplier=times))
         return steered
 
     conditions: dict[str, Condition] = {"random": control(random)}

@@ -29,6 +29,7 @@ from workbench.safesteer.saved_run import CALIBRATION
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
+    from workbench.safesteer.config import RunConfig
     from workbench.steering.interventions import Positions
 
 
@@ -65,11 +66,7 @@ def recalibrate(
             unknown, the budget is too small, or another process calibrates it.
     """
     run = read_run(folder)
-    given = {"rhos": None if rhos is None else tuple(rhos), "tune_prompts": tune_prompts}
-    changed: Any = {name: value for name, value in given.items() if value is not None}
-    if rhos is not None:
-        changed["multipliers"] = None
-    config = replace(config_from(run.notes["config"]), **changed)
+    config = _changed(config_from(run.notes["config"]), rhos, tune_prompts)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
     model = model if model is not None else load_run_model(config)
@@ -95,6 +92,15 @@ def recalibrate(
         chosen = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
         write_json(out / "chosen.json", chosen)
     return tuned
+
+
+def _changed(
+    config: RunConfig, rhos: Sequence[float] | None, tune_prompts: int | None
+) -> RunConfig:
+    """Change what a search is told in another way than its run; strengths replace multiples."""
+    if rhos is not None:
+        config = replace(config, rhos=tuple(rhos), multipliers=None)
+    return config if tune_prompts is None else replace(config, tune_prompts=tune_prompts)
 
 
 def _checked(names: Sequence[str] | None, known: list[str], folder: PathLike) -> list[str]:
