@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from workbench.files.hints import did_you_mean
 from workbench.files.store import data_path
 from workbench.prompts.forms import as_prompts
-from workbench.prompts.prompt import Message, Prompt
+from workbench.prompts.prompt import LABELS, Message, Prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,10 @@ Part = Literal["fit", "held_out"]
 
 MARK = "+"
 """Stands in an id between that of a question and the name of what was done to it."""
+
+
+AFTER_EVERYDAY, AFTER_RISKY = "after an everyday question", "after a risky question"
+"""Names of the sets of two turns."""
 
 
 _PLACE = re.compile(r"\{(question|base64|first|second|shots)\}")
@@ -70,9 +74,7 @@ def attack_templates(attack: str, part: Part) -> tuple[Template, ...]:
     return tuple(Template(attack=attack, part=part, **row) for row in rows)
 
 
-def wrap(
-    prompts: PromptsLike, attack: str, *, part: Part = "fit", seed: int = 0
-) -> list[Prompt]:
+def wrap(prompts: PromptsLike, attack: str, *, part: Part = "fit", seed: int = 0) -> list[Prompt]:
     """Wrap each prompt in one of an attack's templates, drawn by its id and the seed.
 
     A wrapped prompt keeps category, label and pair; earlier turns stay before it. Its id is that of
@@ -117,9 +119,7 @@ def wrap_in_turn(prompts: PromptsLike, *, part: Part = "fit", seed: int = 0) -> 
     return wrapped
 
 
-def in_second_turn(
-    prompts: PromptsLike, earlier: PromptsLike, *, seed: int = 0
-) -> list[Prompt]:
+def in_second_turn(prompts: PromptsLike, earlier: PromptsLike, *, seed: int = 0) -> list[Prompt]:
     """Put each prompt behind another question and a short neutral reply to that.
 
     The label stays that of the last question. The earlier questions take turns.
@@ -143,6 +143,37 @@ def in_second_turn(
         new_id = f"{prompt.id}{MARK}after.{first.id}"
         rows.append(replace(prompt, id=new_id, history=(*turns, *prompt.history)))
     return rows
+
+
+def wrapped_sets(
+    prompts: PromptsLike, *, part: Part = "held_out", seed: int = 0
+) -> dict[str, list[Prompt]]:
+    """Make the sets that a gate is tested on: as they are, under each attack, and in two turns.
+
+    Attacks wrap risky and safe questions, not everyday ones. In two turns a gate reads the last
+    one: what is asked in the set "after an everyday question" is risky or safe, what is asked
+    "after a risky question" is safe or everyday.
+
+    Args:
+        prompts: Prompts of a fold.
+        part: Which templates.
+        seed: As for ``wrap``.
+
+    Returns:
+        Name of the wrapping to its prompts: "none", the attacks by their names, and the two sets of
+        two turns, where there are the prompts for them.
+    """
+    prompts = as_prompts(prompts)
+    of = {label: [p for p in prompts if p.label == label] for label in LABELS}
+    judged = [*of["unsafe"], *of["safe"]]
+    sets = {"none": prompts}
+    sets |= {attack: wrap(judged, attack, part=part, seed=seed) for attack in attack_names()}
+    if of["neutral"]:
+        sets[AFTER_EVERYDAY] = in_second_turn(judged, of["neutral"], seed=seed)
+    if of["unsafe"]:
+        harmless = [*of["safe"], *of["neutral"]]
+        sets[AFTER_RISKY] = in_second_turn(harmless, of["unsafe"], seed=seed)
+    return {name: wrapped for name, wrapped in sets.items() if wrapped}
 
 
 def question_id(prompt: Prompt) -> str:

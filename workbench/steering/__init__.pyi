@@ -25,6 +25,14 @@ from .interventions import (
     scale_neurons,
     suppress,
 )
+from .layer_gates import (
+    LayerGate,
+    choose_layer_gate,
+    fit_layer_gate,
+    load_layer_gate,
+    open_conditions,
+    save_layer_gate,
+)
 from .separability import layer_separability
 from .stepwise import calibrate_over_answers, highest_scores
 from .vectors import (
@@ -44,6 +52,7 @@ __all__ = [
     "Gate",
     "GateState",
     "Intervention",
+    "LayerGate",
     "RaiseTo",
     "ScaleNeurons",
     "Steering",
@@ -52,8 +61,10 @@ __all__ = [
     "activate",
     "add_vector",
     "calibrate_over_answers",
+    "choose_layer_gate",
     "clamp_neurons",
     "fit_gate",
+    "fit_layer_gate",
     "fit_steering_vectors",
     "gated",
     "highest_scores",
@@ -61,8 +72,10 @@ __all__ = [
     "intervene",
     "layer_separability",
     "load_gate",
+    "load_layer_gate",
     "load_vector",
     "mean_difference",
+    "open_conditions",
     "own_part",
     "pooled",
     "principal_direction",
@@ -71,6 +84,7 @@ __all__ = [
     "raise_to",
     "random_vector",
     "save_gate",
+    "save_layer_gate",
     "save_vector",
     "scale_neurons",
     "scaled_to",
