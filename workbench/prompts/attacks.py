@@ -122,12 +122,12 @@ def wrap_in_turn(prompts: PromptsLike, *, part: Part = "fit", seed: int = 0) -> 
 def in_second_turn(prompts: PromptsLike, earlier: PromptsLike, *, seed: int = 0) -> list[Prompt]:
     """Put each prompt behind another question and a short neutral reply to that.
 
-    The label stays that of the last question. The earlier questions take turns.
+    The label stays that of the last question.
 
     Args:
         prompts: What is asked last.
         earlier: What is asked before.
-        seed: Seed of the drawn replies.
+        seed: With the prompt's id it draws the earlier question and the reply.
 
     Raises:
         ValueError: If there is no earlier question.
@@ -136,9 +136,9 @@ def in_second_turn(prompts: PromptsLike, earlier: PromptsLike, *, seed: int = 0)
     if not before:
         raise ValueError("no earlier questions are given; give at least one.")
     replies, rows = _read()["replies"], []
-    for place, prompt in enumerate(prompts):
-        first = before[place % len(before)]
-        reply = random.Random(f"{seed}|reply|{prompt.id}").choice(replies)
+    for prompt in prompts:
+        draw = random.Random(f"{seed}|turns|{prompt.id}")
+        first, reply = draw.choice(before), draw.choice(replies)
         turns = (*first.history, Message("user", first.text), Message("assistant", reply))
         new_id = f"{prompt.id}{MARK}after.{first.id}"
         rows.append(replace(prompt, id=new_id, history=(*turns, *prompt.history)))

@@ -233,7 +233,11 @@ def fit_gate(
 
 
 def fit_log_odds(
-    values: Float[Tensor, "prompt feature"], prompts: Sequence[Prompt], penalty: float
+    values: Float[Tensor, "prompt feature"],
+    prompts: Sequence[Prompt],
+    penalty: float,
+    *,
+    in_row_space: bool = False,
 ) -> tuple[tuple[str, ...], Float[Tensor, "category feature"], Float[Tensor, " category"]]:
     """Fit each category's log-odds against all safe and neutral prompts together.
 
@@ -243,6 +247,7 @@ def fit_log_odds(
         values: What is known of each prompt, such as an activation.
         prompts: Prompts of the fit fold, row by row.
         penalty: Weight of the squared norm of the weights of standardised values.
+        in_row_space: As for ``fit_linear_probe``.
 
     Returns:
         Categories in order, and for each the weights and the bias of its score, in float64.
@@ -254,7 +259,7 @@ def fit_log_odds(
     categories = tuple(sorted(set(risks) - {""}))
     if not categories or "" not in risks:
         raise CannotBeDone("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
-    probe = fit_linear_probe(values, risks, penalty=penalty)
+    probe = fit_linear_probe(values, risks, penalty=penalty, in_row_space=in_row_space)
     if len(categories) == 1:  # two classes have one row, for the second of them: "" sorts first
         return categories, probe.weights, probe.bias
     safe, places = probe.classes.index(""), [probe.classes.index(c) for c in categories]

@@ -58,10 +58,10 @@ Way = Literal["mean_cosine", "weighted_cosines", "joint_probe"]
 
 PENALTIES: dict[str, tuple[float, ...]] = {
     "mean_cosine": (0.0,),
-    "weighted_cosines": (1.0, 10.0, 100.0),
-    "joint_probe": (1e3, 1e4, 1e5),
+    "weighted_cosines": (1.0, 10.0),
+    "joint_probe": (1e3, 1e4),
 }
-"""Penalties that ``choose_layer_gate`` tries; the mean has none."""
+"""Penalties that ``choose_layer_gate`` tries, the usual one first; the mean has none."""
 
 
 FORMAT = "workbench layer gate 1"
@@ -209,8 +209,8 @@ def fit_layer_gate(
         fit: Pooled activations of unsafe, safe and neutral prompts at each site.
         tune: The same sites and span on prompts of the tune fold.
         way: How layers are put together.
-        penalty: Weight of the squared norm of what is learned, for standardised values; None is 10
-            for "weighted_cosines" and 10,000 for "joint_probe".
+        penalty: Weight of the squared norm of what is learned, for standardised values; None is the
+            first of ``PENALTIES``.
         neutral_rate: Largest share of neutral prompts that may open the gate.
         hard_rate: Largest share of twins and look-alikes that may open it.
         form: See ``LayerGate``.
@@ -222,7 +222,7 @@ def fit_layer_gate(
     _check_way(way)
     sites, prompts = _check_sites(fit, tune), next(iter(fit.values())).prompts
     values = [fit[site].values for site in sites]
-    penalty = PENALTIES[way][len(PENALTIES[way]) // 2] if penalty is None else penalty
+    penalty = PENALTIES[way][0] if penalty is None else penalty
     categories, center, directions = _directions(values, prompts)
     n_sites, n_categories = len(sites), len(categories)
     if way == "mean_cosine":
@@ -233,7 +233,8 @@ def fit_layer_gate(
         _, weights, bias = fit_log_odds(cosines.flatten(1), prompts, penalty)
         combine = weights.unflatten(1, (n_sites, n_categories))
     else:
-        _, weights, bias = fit_log_odds(torch.cat(values, dim=1), prompts, penalty)
+        side_by_side = torch.cat(values, dim=1)
+        _, weights, bias = fit_log_odds(side_by_side, prompts, penalty, in_row_space=True)
         directions = weights.unflatten(1, (n_sites, -1)).transpose(0, 1)
         bias = bias + torch.einsum("scd,sd->c", directions, center.double())
         combine = torch.eye(n_categories)[:, None].repeat(1, n_sites, 1)
