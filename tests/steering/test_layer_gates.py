@@ -34,10 +34,10 @@ SITES = tuple(Site(layer, "resid_post") for layer in range(3))
 ALL_SITES = tuple(Site(layer, "resid_post") for layer in range(LAYERS))
 WAYS = tuple(PENALTIES)
 CLASSES = (
-    ("unsafe", "fraud", 0),
-    ("unsafe", "malware", 1),
-    ("safe", "fraud", None),
-    ("neutral", "harmless", None),
+    ("unsafe", "fraud"),
+    ("unsafe", "malware"),
+    ("safe", "fraud"),
+    ("neutral", "harmless"),
 )
 
 
@@ -45,7 +45,7 @@ def planted(model, n, fold, seed, *, sites=SITES, strength=4.0, wrapped=False):
     """Plant a dimension a category at every site; wrapped prompts have another one in common."""
     generator = torch.Generator().manual_seed(seed)
     prompts, values = [], {site: [] for site in sites}
-    for label, category, place in CLASSES:
+    for label, category in CLASSES:
         for i in range(n):
             prompts.append(
                 Prompt(f"{fold}-{category}-{label}-{i}", "a text", None, category, label, "test")
@@ -157,9 +157,10 @@ def test_the_gate_that_ranks_the_tune_fold_best_is_chosen_and_all_are_told(tiny)
     assert gate.way == best["way"]
     again = fit_layer_gate(fit, tune, way=best["way"], penalty=best["penalty"])
     torch.testing.assert_close(gate.scores(tune), again.scores(tune))
-    with pytest.raises(CannotBeDone, match=r"0 and 60"):
-        only_safe = [p for p in tune[SITES[0]].prompts if p.label == "safe"]
-        choose_layer_gate(fit, {site: acts.of(only_safe) for site, acts in tune.items()})
+    only_safe = [p for p in tune[SITES[0]].prompts if p.label == "safe"]
+    without_risk = {site: acts.of(only_safe) for site, acts in tune.items()}
+    with pytest.raises(CannotBeDone, match=r"got 0 and 60"):
+        choose_layer_gate(fit, without_risk)
 
 
 def test_a_saved_gate_over_layers_comes_back_the_same(tiny, tmp_path):

@@ -7,6 +7,7 @@ its threshold promised.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,9 @@ def wrapping_rates(
     Returns:
         Columns wrapping, set (``KINDS``), rate (recall for risky prompts, false activations for the
         others), low, high (Wilson), n; auroc, auroc_low and auroc_high of the highest score, of the
-        wrapping's risky prompts against this set (nan for risky prompts, and where there are none).
+        wrapping's risky prompts against this set, and at_recall_90, the share of this set that would
+        open it at the threshold that nine of ten of those risky prompts reach (all four are nan for
+        risky prompts, and where there are none).
 
     Raises:
         ValueError: If activations are of another site, span or model, or lack a prompt.
@@ -133,14 +136,17 @@ def wrapping_rates(
             inside = kinds == kind
             if not inside.any():
                 continue
-            estimate, area = rate(is_open[inside]), (np.nan,) * 3
+            estimate, area, at_recall_90 = rate(is_open[inside]), (np.nan,) * 3, np.nan
             if kind != RISKY and len(risky):
                 both = np.concatenate([risky, highest[inside]])
                 value = float(auroc(both, np.arange(len(both)) < len(risky)))
                 area = (value, *auroc_interval(value, len(risky), int(inside.sum())))
+                reached = np.sort(risky)[len(risky) - math.ceil(0.9 * len(risky) - 1e-9)]
+                at_recall_90 = float((highest[inside] >= reached).mean())
             row = {"wrapping": wrapping, "set": kind, "rate": estimate.value}
             row |= {"low": estimate.low, "high": estimate.high, "n": estimate.n}
-            rows.append(row | dict(zip(("auroc", "auroc_low", "auroc_high"), area, strict=True)))
+            row |= zip(("auroc", "auroc_low", "auroc_high"), area, strict=True)
+            rows.append(row | {"at_recall_90": at_recall_90})
     return pd.DataFrame(rows)
 
 

@@ -410,7 +410,10 @@ def load_layer_gate(path: PathLike) -> LayerGate:
             categories=tuple(card["categories"]),
             thresholds=thresholds_from_json(card["thresholds"]),
             model=ModelInfo(**card["model"]),
-            **{name: tensors[name] for name in ("center", "directions", "combine", "bias")},
+            center=tensors["center"],
+            directions=tensors["directions"],
+            combine=tensors["combine"],
+            bias=tensors["bias"],
             **{name: card[name] for name in ("span", "way", "scale", "form", "asked_as")},
         )
     except (KeyError, TypeError) as error:
