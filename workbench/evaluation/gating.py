@@ -115,9 +115,9 @@ def wrapping_rates(
     Returns:
         Columns wrapping, set (``KINDS``), rate (recall for risky prompts, false activations for the
         others), low, high (Wilson), n; auroc, auroc_low and auroc_high of the highest score, of the
-        wrapping's risky prompts against this set, and at_recall_90, the share of this set that would
-        open it at the threshold that nine of ten of those risky prompts reach (all four are nan for
-        risky prompts, and where there are none).
+        wrapping's risky prompts against this set; and at_recall_90, the share of this set that
+        would open it at the threshold that nine of ten of those risky prompts reach. The last four
+        are nan for risky prompts, and where a wrapping has none.
 
     Raises:
         ValueError: If activations are of another site, span or model, or lack a prompt.
