@@ -39,7 +39,7 @@ from workbench.steering.gates import (
 from workbench.steering.interventions import AddVector
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import pandas as pd
     from jaxtyping import Float
@@ -53,7 +53,15 @@ if TYPE_CHECKING:
 
 
 Way = Literal["mean_cosine", "weighted_cosines", "joint_probe"]
-"""How layers are put together: see ``fit_layer_gate``."""
+"""How layers are put together to the score of a category.
+
+- "mean_cosine": the mean over the sites of the cosine that ``fit_layer_gate`` explains.
+- "weighted_cosines": a logistic regression on the cosines of all sites and categories. It is fitted
+  on cosines with directions of the other parts of the fold, as a prompt lies too near to a direction
+  that it was part of.
+- "joint_probe": a logistic regression on the activations of all sites side by side, standardised,
+  with a strong penalty.
+"""
 
 
 PENALTIES: dict[str, tuple[float, ...]] = {
@@ -195,20 +203,13 @@ def fit_layer_gate(
     prompt's activation minus the benign mean. The sign is kept: a prompt on the other side scores
     below zero.
 
-    - "mean_cosine": the score is the mean over the sites of the cosine of the two.
-    - "weighted_cosines": the score is a logistic regression on the cosines of all sites and
-      categories. It is fitted on cosines with directions of the other parts of the fold, as a
-      prompt lies too near to a direction that it was part of.
-    - "joint_probe": the score is a logistic regression on the activations of all sites side by
-      side, standardised, with a strong penalty.
-
     Both folds should hold wrapped prompts (``wrap_in_turn``): risky ones, and as many twins and
     look-alikes, which must not open the gate; else it learns the wrapping.
 
     Args:
         fit: Pooled activations of unsafe, safe and neutral prompts at each site.
         tune: The same sites and span on prompts of the tune fold.
-        way: How layers are put together.
+        way: How layers are put together, see ``Way``.
         penalty: Weight of the squared norm of what is learned, for standardised values; None is the
             first of ``PENALTIES``.
         neutral_rate: Largest share of neutral prompts that may open the gate.
@@ -223,21 +224,7 @@ def fit_layer_gate(
     sites, prompts = _check_sites(fit, tune), next(iter(fit.values())).prompts
     values = [fit[site].values for site in sites]
     penalty = PENALTIES[way][0] if penalty is None else penalty
-    categories, center, directions = _directions(values, prompts)
-    n_sites, n_categories = len(sites), len(categories)
-    if way == "mean_cosine":
-        combine = torch.eye(n_categories)[:, None].repeat(1, n_sites, 1) / n_sites
-        bias = torch.zeros(n_categories)
-    elif way == "weighted_cosines":
-        cosines = _held_out_cosines(values, prompts, categories)
-        _, weights, bias = fit_log_odds(cosines.flatten(1), prompts, penalty)
-        combine = weights.unflatten(1, (n_sites, n_categories))
-    else:
-        side_by_side = torch.cat(values, dim=1)
-        _, weights, bias = fit_log_odds(side_by_side, prompts, penalty, in_row_space=True)
-        directions = weights.unflatten(1, (n_sites, -1)).transpose(0, 1)
-        bias = bias + torch.einsum("scd,sd->c", directions, center.double())
-        combine = torch.eye(n_categories)[:, None].repeat(1, n_sites, 1)
+    categories, center, directions, combine, bias = _fitted(values, prompts, way, penalty)
     first = fit[sites[0]]
     gate = LayerGate(
         sites=sites,
@@ -345,24 +332,7 @@ def open_conditions(
             or is soft and an edit has no strength.
     """
     prompts = as_prompts(prompts)
-    for category in steering:
-        if category not in gate.categories:
-            raise ValueError(
-                f"the gate has no category {category!r}; categories: "
-                f"{', '.join(gate.categories)}.{did_you_mean(category, gate.categories)}"
-            )
-    info, asked = model_info(model), asked_as(system_prompt, template_keywords)
-    if gate.model.fingerprint != info.fingerprint:
-        raise ValueError(
-            f"the gate was fitted on {gate.model.name!r}, not on {info.name!r}; fit it again."
-        )
-    if gate.asked_as != asked:
-        warnings.warn(
-            f"the gate was fitted under {gate.asked_as or 'no system prompt'}, but reads under "
-            f"{asked or 'no system prompt'}: its threshold promises nothing there; fit it again, "
-            "or ask as it was fitted.",
-            stacklevel=2,
-        )
+    _check_use(model, gate, steering, asked_as(system_prompt, template_keywords))
     keywords: dict[str, Any] = {
         "system_prompt": system_prompt,
         "template_keywords": template_keywords,
@@ -431,6 +401,28 @@ def _check_way(way: str) -> None:
         )
 
 
+def _check_use(model: HookedModel, gate: LayerGate, categories: Iterable[str], asked: str) -> None:
+    """Raise where a gate knows not every category or not the model; warn of other words."""
+    for category in categories:
+        if category not in gate.categories:
+            raise ValueError(
+                f"the gate has no category {category!r}; categories: "
+                f"{', '.join(gate.categories)}.{did_you_mean(category, gate.categories)}"
+            )
+    info = model_info(model)
+    if gate.model.fingerprint != info.fingerprint:
+        raise ValueError(
+            f"the gate was fitted on {gate.model.name!r}, not on {info.name!r}; fit it again."
+        )
+    if gate.asked_as != asked:
+        warnings.warn(
+            f"the gate was fitted under {gate.asked_as or 'no system prompt'}, but reads under "
+            f"{asked or 'no system prompt'}: its threshold promises nothing there; fit it again, "
+            "or ask as it was fitted.",
+            stacklevel=3,
+        )
+
+
 def _check_sites(
     fit: Mapping[Site, ActivationSet], tune: Mapping[Site, ActivationSet]
 ) -> tuple[Site, ...]:
@@ -466,6 +458,33 @@ def _directions(
         centers.append(center)
         directions.append(torch.nn.functional.normalize(means - center, dim=1))
     return categories, torch.stack(centers), torch.stack(directions)
+
+
+def _fitted(
+    values: Sequence[Float[Tensor, "prompt d"]], prompts: Sequence[Prompt], way: Way, penalty: float
+) -> tuple[
+    tuple[str, ...],
+    Float[Tensor, "site d"],
+    Float[Tensor, "site category d"],
+    Float[Tensor, "category site category"],
+    Float[Tensor, " category"],
+]:
+    """Fit categories, center, directions, combine and bias of a ``LayerGate``."""
+    categories, center, directions = _directions(values, prompts)
+    n_sites, n_categories = len(values), len(categories)
+    own_at_every_site = torch.eye(n_categories)[:, None].repeat(1, n_sites, 1)
+    if way == "mean_cosine":
+        no_bias = torch.zeros(n_categories)
+        return categories, center, directions, own_at_every_site / n_sites, no_bias
+    if way == "weighted_cosines":
+        cosines = _held_out_cosines(values, prompts, categories)
+        _, weights, bias = fit_log_odds(cosines.flatten(1), prompts, penalty)
+        return categories, center, directions, weights.unflatten(1, (n_sites, n_categories)), bias
+    side_by_side = torch.cat(list(values), dim=1)
+    _, weights, bias = fit_log_odds(side_by_side, prompts, penalty, in_row_space=True)
+    directions = weights.unflatten(1, (n_sites, -1)).transpose(0, 1)
+    bias = bias + torch.einsum("scd,sd->c", directions, center)
+    return categories, center, directions, own_at_every_site, bias
 
 
 def _read(
