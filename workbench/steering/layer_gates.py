@@ -57,8 +57,8 @@ Way = Literal["mean_cosine", "weighted_cosines", "joint_probe"]
 
 - "mean_cosine": the mean over the sites of the cosine that ``fit_layer_gate`` explains.
 - "weighted_cosines": a logistic regression on the cosines of all sites and categories. It is fitted
-  on cosines with directions of the other parts of the fold, as a prompt lies too near to a direction
-  that it was part of.
+  on cosines with directions of the other parts of the fold, as a prompt lies too near to a
+  direction that it was part of.
 - "joint_probe": a logistic regression on the activations of all sites side by side, standardised,
   with a strong penalty.
 """
