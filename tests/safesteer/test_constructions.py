@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from workbench.models.sites import Site
+from workbench.prompts.choices import choice_prompts
 from workbench.prompts.openings import answer_prompts
-from workbench.prompts.prompt import Folds, load_prompts, select_prompts
+from workbench.prompts.prompt import Folds, Prompt, load_prompts, select_prompts
 from workbench.safesteer.constructions import (
     CONSTRUCTIONS,
     GUIDED,
+    OWN,
     Measured,
     constructions_of,
     fit_all,
     measure,
 )
+from workbench.safesteer.own_answers import ALONG
 from workbench.steering.vectors import fit_steering_vectors
 
 CATEGORIES = ("hate_speech", "illegal_activity")
+
+
+def against_both(fit: list[Prompt]) -> list[Prompt]:
+    rows = answer_prompts(fit)
+    named = [replace(row, id=f"{row.id}/2", pair_id=f"{row.pair_id}/{ALONG}") for row in rows]
+    return [*rows, *named]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +50,10 @@ def measured(tiny: Any, folds: Folds, tmp_path_factory: pytest.TempPathFactory) 
         tiny,
         folds,
         tmp_path_factory.mktemp("store"),
-        own_answers=answer_prompts(folds.fit),
+        answers=dict.fromkeys(OWN, answer_prompts(folds.fit))
+        | {"choices": choice_prompts(folds.fit), "against both": against_both(folds.fit)},
         went_along=alone,
+        harmless=folds.fit[8:12],
     )
 
 

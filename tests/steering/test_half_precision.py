@@ -31,6 +31,7 @@ UNIT = torch.nn.functional.normalize(noise(1, D), dim=0)
 KEEP = (noise(2, D) > 0).float() * 0.3
 EDITS = {
     "add": AddVector(0.013 * noise(3, D), 1.7),
+    "add, norm kept": AddVector(0.9 * noise(3, D), 1.7, keep_norm=True),
     "ablate": AblateDirection(UNIT, 0.2),
     "raise": RaiseTo(UNIT, 300.0),
     "scale": ScaleNeurons((0, 5, 200), 0.1),

@@ -19,7 +19,8 @@ from workbench.models.sites import Site
 from workbench.prompts.attacks import wrap_in_turn
 from workbench.prompts.prompt import Prompt
 from workbench.stats.selectivity import Threshold
-from workbench.steering.interventions import AddVector, ablate_direction, suppress
+from workbench.steering.edits import AddVector
+from workbench.steering.interventions import ablate_direction, suppress
 from workbench.steering.layer_gates import (
     PENALTIES,
     LayerGate,

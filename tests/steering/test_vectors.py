@@ -17,13 +17,15 @@ from helpers.openings import CATEGORIES, OPENINGS, prompts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.files.store import write_tensors
+from workbench.files.store import read_tensors, write_tensors
 from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
+from workbench.prompts.contrasts import sides_to_fit
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Prompt
 from workbench.steering.apply import intervene
+from workbench.steering.combine import own_part, pooled, summed, without
 from workbench.steering.estimators import mean_difference, pruned_mean_difference
 from workbench.steering.interventions import AddVector, Intervention, add_vector
 from workbench.steering.vectors import (
@@ -34,6 +36,7 @@ from workbench.steering.vectors import (
     save_vector,
     scaled_to,
     shuffled_vector,
+    with_safe_projection,
 )
 
 D = 24
@@ -386,11 +389,11 @@ def test_a_saved_vector_comes_back_bit_by_bit(tmp_path):
         assert back.vector.equal(vector.vector)
         assert back.vector.dtype == torch.float32
         for field in dataclasses.fields(SteeringVector):
-            if field.name not in ("vector", "site_norm"):
+            if field.name not in ("vector", "site_norm", "safe_projection"):
                 assert getattr(back, field.name) == getattr(vector, field.name), field.name
-        assert back.site_norm == vector.site_norm or (
-            math.isnan(vector.site_norm) and math.isnan(back.site_norm)
-        )
+        for name in ("site_norm", "safe_projection"):
+            found, expected = getattr(back, name), getattr(vector, name)
+            assert found == expected or (math.isnan(found) and math.isnan(expected))
 
 
 def test_the_card_says_what_the_vector_is(tmp_path):
@@ -492,3 +495,61 @@ def test_what_cannot_be_fitted_is_refused():
         mean_difference(torch.ones(0, 3), torch.ones(2, 3))
     with pytest.raises(ValueError, match="as many safe as unsafe rows, got 3 and 2"):
         pruned_mean_difference(torch.ones(2, 3), torch.ones(3, 3), paired=True)
+
+
+# Where the safe side lies along a vector.
+
+
+@pytest.mark.parametrize("safe_side", ["generic", "paired"])
+def test_a_fit_says_where_its_safe_rows_lie_along_the_vector(safe_side):
+    activations = planted(9)
+    vectors = fit_steering_vectors(activations, safe_side=safe_side)
+    for category, vector in vectors.items():
+        _, safe = sides_to_fit(activations.prompts, category, safe_side)
+        expected = float((activations.values[safe] @ vector.direction).mean())
+        assert vector.safe_projection == pytest.approx(expected, abs=1e-4)
+        assert scaled_to(vector, 3.0).safe_projection == vector.safe_projection
+        assert math.isnan(random_vector(vector, seed=0).safe_projection)
+        again = with_safe_projection(vector, activations, safe_side=safe_side)
+        assert again.safe_projection == pytest.approx(vector.safe_projection, abs=1e-5)
+
+
+def test_a_combined_vector_says_nothing_of_its_safe_side_until_it_is_measured():
+    activations = planted(9)
+    vectors = fit_steering_vectors(activations)
+    one = vectors["fraud"]
+    for made in (
+        pooled(vectors)["fraud"],
+        own_part(vectors)["fraud"],
+        summed([one, pooled(vectors)["fraud"]]),
+        without(one, [pooled(vectors)["fraud"]]),
+        shuffled_vector(one, activations, seed=0),
+    ):
+        assert math.isnan(made.safe_projection)
+        with pytest.raises(ValueError, match="measure it with with_safe_projection"):
+            made.target_for(0.1)
+        measured = with_safe_projection(made, activations, category="fraud")
+        _, safe = sides_to_fit(activations.prompts, "fraud", "generic")
+        expected = float((activations.values[safe] @ made.direction).mean())
+        assert measured.safe_projection == pytest.approx(expected, abs=1e-4)
+        assert measured.target_for(0.1) == pytest.approx(expected + 0.1 * one.site_norm, abs=1e-3)
+
+
+def test_a_target_is_measured_at_the_vectors_own_site_on_safe_rows():
+    activations = planted(9)
+    vector = fit_steering_vectors(activations)["fraud"]
+    elsewhere = planted(9, site=Site(2, "resid_post"))
+    with pytest.raises(ValueError, match=r"a target at L1\.resid_post .* got .*L2"):
+        with_safe_projection(vector, elsewhere)
+    unsafe = activations.of([p for p in activations.prompts if p.label == "unsafe"])
+    with pytest.raises(ValueError, match="no safe rows to measure a target of 'fraud'"):
+        with_safe_projection(vector, unsafe)
+
+
+def test_a_vector_saved_by_an_earlier_version_has_no_target(tmp_path):
+    vector = fit_steering_vectors(planted(9))["fraud"]
+    save_vector(tmp_path / "new.safetensors", vector)
+    tensors, card = read_tensors(tmp_path / "new.safetensors")
+    assert card.pop("safe_projection") == vector.safe_projection
+    write_tensors(tmp_path / "old.safetensors", tensors, card)
+    assert math.isnan(load_vector(tmp_path / "old.safetensors").safe_projection)

@@ -16,7 +16,7 @@ from workbench.figures.style import (
     plain_label,
     styled,
 )
-from workbench.figures.wording import UNSTEERED, metric, number, short_sites
+from workbench.figures.wording import UNSTEERED, how_applied, metric, number, short_sites
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,8 @@ def front(frame: pd.DataFrame) -> Figure:
 
 def _settings(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Return one record per setting, with each metric under its own name."""
-    optional = [name for name in ("positions", "until", "round") if name in frame]
+    ways = ("positions", "until", "decay", "keep_norm", "form", "round")
+    optional = [name for name in ways if name in frame]
     table = frame.fillna({"until": -1} if "until" in frame else {}).pivot_table(
         index=["construction", "sites", "sign", "rho", *optional, "front", "chosen"],
         columns="metric",
@@ -130,7 +131,8 @@ def _hover(row: Mapping[str, Any], cost: str) -> str:
     way = "along" if row["sign"] > 0 else "against"
     values = [f"{metric(m).label} {number(m, row[m])}" for m in (_HEADLINE, cost)]
     setting = f"{plain_label(short_sites(row['sites']))}, {way} the vector"
-    return f"{setting}, strength {row['rho']:.3g}<br>" + "<br>".join(values)
+    strength = ", ".join(filter(None, (f"strength {row['rho']:.3g}", how_applied(row))))
+    return f"{setting}, {strength}<br>" + "<br>".join(values)
 
 
 def _known(row: Mapping[str, Any], cost: str) -> bool:

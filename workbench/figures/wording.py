@@ -11,7 +11,7 @@ import unicodedata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 UNSTEERED = "unsteered"
@@ -204,6 +204,28 @@ def p_value(p: float) -> str:
     if p < 0.0005:
         return "< .001"
     return f"{p:.3f}".replace("0.", ".", 1) if p < 1 else "1"
+
+
+def how_applied(setting: Mapping[str, Any]) -> str:
+    """Say how a setting applies a vector beyond its strength; nothing where it adds it everywhere.
+
+    Args:
+        setting: Fields of a chosen setting, or of a calibration's row; those that a run of an
+            earlier version lacks count as not set.
+    """
+    words = []
+    until, decay = setting.get("until"), setting.get("decay")
+    if setting.get("form") == "target":
+        words.append("up to a target")
+    if setting.get("positions") in ("prompt", "generated"):
+        words.append(f"{setting['positions']} tokens alone")
+    if decay and decay != "none":
+        words.append(f"{decay} decay")
+    if isinstance(until, int | float) and until >= 0:  # a table has nan or -1 for no end
+        words.append(f"ends after {until:.0f} generated tokens")
+    if setting.get("keep_norm"):
+        words.append("norm kept")
+    return ", ".join(words)
 
 
 def short_sites(sites: str) -> str:

@@ -363,7 +363,8 @@ def _what_is_done(interventions: Sequence[Intervention]) -> Hashable:
             described.append(key_of(description(one)))
         except ValueError:  # an edit that nothing tells from another but itself
             described.append(id(one.edit))
-            described.append((one.site, one.positions, one.until, id(one.gate), one.gate_category))
+            extent = (one.positions, one.until, one.decay)
+            described.append((one.site, *extent, id(one.gate), one.gate_category))
     return tuple(described)
 
 

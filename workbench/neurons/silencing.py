@@ -18,7 +18,8 @@ import torch
 
 from workbench.models.sites import Site
 from workbench.neurons.attribution import output_matrix
-from workbench.steering.interventions import Intervention, at_least_float32
+from workbench.steering.edits import at_least_float32
+from workbench.steering.interventions import Intervention
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

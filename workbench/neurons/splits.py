@@ -32,7 +32,7 @@ from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import Encoded, encode, pad_id
 from workbench.neurons.attribution import output_norm, unit_vector, write_weights, writing_sites
 from workbench.prompts.forms import as_prompts
-from workbench.steering.interventions import at_least_float32
+from workbench.steering.edits import at_least_float32
 
 if TYPE_CHECKING:
     from jaxtyping import Float

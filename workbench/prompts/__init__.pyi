@@ -15,6 +15,7 @@ from .benchmarks import (
     read_dataset,
 )
 from .categories import all_categories_of, category_of
+from .choices import choice_prompts
 from .contrasts import Sides, has_twins, kind_of, rows_against, sides_of, sides_to_fit
 from .forms import PromptsLike, as_prompts
 from .openings import answer_prompts, read_openings
@@ -46,6 +47,7 @@ __all__ = [
     "attack_templates",
     "categories_of",
     "category_of",
+    "choice_prompts",
     "has_twins",
     "in_second_turn",
     "in_turn",

@@ -361,7 +361,9 @@ def _chosen(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "construction": construction,
                 "sites": wording.short_sites(names) if isinstance(sites, list) else names,
                 "sign": ways.get(sign, "–") if isinstance(sign, int) else "–",
-                "rho": _short(setting.get("rho")),
+                "rho": ", ".join(
+                    filter(None, (_short(setting.get("rho")), wording.how_applied(setting)))
+                ),
                 "reason": setting.get("reason", ""),
             }
         )

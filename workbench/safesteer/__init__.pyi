@@ -1,9 +1,29 @@
 from .calibration import Calibration, Limits, Round, calibrate, in_words, plan_rounds
 from .conditions import behind_gate, condition_of, controls, for_everyone, gate_site, main_setting
 from .config import AnswerSettings, RunConfig, config_from
-from .constructions import CONSTRUCTIONS, Construction, Measured, fit_all, measure, signs_of
+from .constructions import (
+    CONSTRUCTIONS,
+    Construction,
+    Measured,
+    fit_all,
+    measure,
+    settings_to_try,
+)
+from .fit_answers import FitAnswers, answers_to_fit_on
 from .inputs import Job, folds_of, limits_of, load_job, load_run_model
-from .own_answers import answer_pairs, instructed, kept_by, self_contrast, went_along
+from .own_answers import (
+    alternative_contrast,
+    alternative_pairs,
+    answer_pairs,
+    answered_harmlessly,
+    any_answer,
+    instructed,
+    kept_alternatives,
+    kept_by,
+    kept_harmless,
+    self_contrast,
+    went_along,
+)
 from .recalibration import recalibrate
 from .recipe import run
 from .run_folder import RunFolder, SavedRun, read_run, saved_vectors
@@ -25,6 +45,7 @@ __all__ = [
     "AnswerSettings",
     "Calibration",
     "Construction",
+    "FitAnswers",
     "GateReading",
     "Job",
     "Limits",
@@ -35,7 +56,12 @@ __all__ = [
     "SavedRun",
     "Setting",
     "Vectors",
+    "alternative_contrast",
+    "alternative_pairs",
     "answer_pairs",
+    "answered_harmlessly",
+    "answers_to_fit_on",
+    "any_answer",
     "behind_gate",
     "calibrate",
     "chosen_settings",
@@ -54,7 +80,9 @@ __all__ = [
     "grid",
     "in_words",
     "instructed",
+    "kept_alternatives",
     "kept_by",
+    "kept_harmless",
     "limits_of",
     "load_job",
     "load_run_model",
@@ -67,8 +95,8 @@ __all__ = [
     "run",
     "saved_vectors",
     "self_contrast",
+    "settings_to_try",
     "side_by_side",
-    "signs_of",
     "steering",
     "steering_from",
     "went_along",

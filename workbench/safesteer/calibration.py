@@ -18,7 +18,8 @@ from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_kl
 from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import in_turn
-from workbench.safesteer.settings import Setting, Vectors, steering
+from workbench.safesteer.settings import Setting, Vectors, multiplier_of, steering
+from workbench.steering.spectral import Fitted, SpectralEdit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +34,8 @@ LEAST_PROMPTS = 5
 NEUTRAL_KL = "neutral_kl"
 NEUTRAL_TOKENS = 16
 """First tokens of each answer to a neutral prompt along which the KL is measured."""
+PLAIN = {"decay": "none", "keep_norm": False, "form": "add"}
+"""How a vector is applied unless a setting says otherwise, by column of the table."""
 REFUSALS = ("blanket_refusal", "refusal")
 """Shares of refusals; the first that was measured is what the limit is on."""
 Score = Callable[[Sequence[Completion]], Evaluation]
@@ -98,11 +101,11 @@ class Calibration:
 
     Attributes:
         table: One row per setting and metric, from the last round the setting was in: construction,
-            sites, sign, rho, positions, until, round, metric (those of an evaluation, and
-            "neutral_kl" where neutral prompts were given), value, low, high, n, n_unscored,
-            ``excess`` over the limits, ``feasible`` (no excess), ``front`` (in the last round, and
-            nothing there is better in everything) and ``chosen``. The unsteered model's rows have
-            construction "unsteered".
+            sites, sign, rho, positions, until, decay, keep_norm, form, round, metric (those of an
+            evaluation, and "neutral_kl" where neutral prompts were given), value, low, high, n,
+            n_unscored, ``excess`` over the limits, ``feasible`` (no excess), ``front`` (in the last
+            round, and nothing there is better in everything) and ``chosen``. The unsteered model's
+            rows have construction "unsteered".
         chosen: Construction to its best setting.
         best: The best setting of all.
         rounds: What was answered.
@@ -316,19 +319,18 @@ def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[st
         table: ``Calibration.table``.
 
     Returns:
-        Places, sign, strength, multipliers by category and site, and why it was chosen.
+        Places, sign, strength, how it is applied, multipliers (or targets, for the form "target")
+        by category and site, and why it was chosen.
     """
+    by_site = {site: vectors[setting.construction, site] for site in setting.sites}
     chosen_rows = table[table["chosen"] & (table["construction"] == setting.construction)]
     headline = chosen_rows[chosen_rows["metric"] == HEADLINE].iloc[0]
     excess = headline["excess"]
     over = "" if headline["feasible"] else f"; it is over the limits by {excess:.2f}"
-    multipliers = {
-        category: {
-            str(site): setting.sign
-            * vectors[setting.construction, site][category].multiplier_for(setting.rho)
-            for site in setting.sites
-        }
-        for category in vectors[setting.construction, setting.sites[0]]
+    is_target = setting.form == "target"
+    strengths = {
+        category: {str(site): _strength(by_site[site][category], setting) for site in setting.sites}
+        for category in by_site[setting.sites[0]]
     }
     return {
         "sites": [str(site) for site in setting.sites],
@@ -336,10 +338,20 @@ def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[st
         "rho": setting.rho,
         "positions": setting.positions,
         "until": setting.until,
-        "multiplier": multipliers,
+        "decay": setting.decay,
+        "keep_norm": setting.keep_norm,
+        "form": setting.form,
+        "target" if is_target else "multiplier": strengths,
         "reason": "most safe and helpful answers (proxy) on the tune fold, less costs over the "
         f"limits: {headline['value']:.2f}, n={headline['n']}{over}",
     }
+
+
+def _strength(vector: Fitted, setting: Setting) -> float:
+    """Find what a setting makes of its relative strength: a multiplier, or a target."""
+    if setting.form == "target" and not isinstance(vector, SpectralEdit):
+        return vector.target_for(setting.rho)
+    return multiplier_of(vector, setting)
 
 
 def in_words(tuned: Calibration) -> str:
@@ -353,6 +365,8 @@ def in_words(tuned: Calibration) -> str:
     ]
     worth_showing = (table["construction"] == UNSTEERED) | table["front"] | table["chosen"]
     keys = ["construction", "sites", "sign", "rho", "positions", "until"]
+    # How vectors are applied is shown where some are applied in another way than the plain one.
+    keys += [name for name, plain in PLAIN.items() if _differs(table[name], plain)]
     keys += ["front", "chosen", "excess"]
     wide = (
         table[worth_showing]
@@ -361,6 +375,11 @@ def in_words(tuned: Calibration) -> str:
     )
     text = wide[metrics].reset_index().round(3).to_string(index=False)
     return f"{text}\nbest: {tuned.best.name}"
+
+
+def _differs(column: pd.Series, plain: object) -> bool:
+    """Tell whether any setting has something else in a column than the plain value."""
+    return bool((~column.isin([plain, ""])).any())
 
 
 def _neutral_kl(
@@ -434,6 +453,9 @@ def _rows(
         "rho": setting.rho if setting else 0.0,
         "positions": setting.positions if setting else "",
         "until": setting.until if setting else None,
+        "decay": setting.decay if setting else "",
+        "keep_norm": setting.keep_norm if setting else False,
+        "form": setting.form if setting else "",
         "round": number,
     }
     rows = metrics[["value", "low", "high", "n", "n_unscored"]].reset_index()

@@ -14,11 +14,23 @@ from workbench.evaluation.metrics import HEADLINE
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, categories_of
-from workbench.safesteer.constructions import CONSTRUCTIONS
-from workbench.safesteer.settings import Setting, Vectors, steering
+from workbench.safesteer.constructions import CONSTRUCTIONS, safe_side_of
+from workbench.safesteer.settings import Setting, Vectors, applied, multiplier_of, steering
 from workbench.steering.combine import pooled
-from workbench.steering.interventions import Intervention, add_vector, gated
-from workbench.steering.vectors import SteeringVector, random_vector, scaled_to, shuffled_vector
+from workbench.steering.interventions import Intervention, gated
+from workbench.steering.spectral import (
+    Fitted,
+    SpectralEdit,
+    random_edit,
+    shuffled_edits,
+)
+from workbench.steering.vectors import (
+    SteeringVector,
+    random_vector,
+    scaled_to,
+    shuffled_vector,
+    with_safe_projection,
+)
 
 if TYPE_CHECKING:
     from workbench.models.activations import ActivationSet
@@ -51,14 +63,23 @@ def gate_site(setting: Setting) -> Site:
 
 
 def controls(
-    vectors: Vectors, setting: Setting, answers: Mapping[Site, ActivationSet], *, seed: int = 0
+    vectors: Vectors,
+    setting: Setting,
+    answers: Mapping[Site, ActivationSet],
+    *,
+    questions: Mapping[Site, ActivationSet] | None = None,
+    seed: int = 0,
 ) -> dict[str, Condition]:
     """Make vectors of equal norm, at the same places and strength, that should do nothing.
+
+    A control is applied as the setting says. Its target is set by where the category's safe rows
+    lie along the control's own direction. The controls of a spectral edit are edits of equal rank.
 
     Args:
         vectors: Vectors of every construction.
         setting: What they are controls for.
         answers: Activations that its vectors were fitted on.
+        questions: Activations of the questions alone, which a spectral edit is fitted on too.
         seed: Seed of the random draws.
 
     Returns:
@@ -68,28 +89,29 @@ def controls(
     at_site = {site: vectors[setting.construction, site] for site in setting.sites}
     categories = list(at_site[setting.sites[0]])
     next_category = dict(zip(categories, [*categories[1:], categories[0]], strict=True))
-    shuffled = {
-        site: _shuffled(vectors, setting, site, answers[site], seed) for site in setting.sites
-    }
+    behind = {site: (answers[site], (questions or {}).get(site)) for site in setting.sites}
+    shuffled = {site: _shuffled(vectors, setting, site, *behind[site], seed) for site in behind}
 
-    def random(vector: SteeringVector, site: Site) -> SteeringVector:
-        place = site.layer + 1000 * categories.index(vector.category)
-        return random_vector(vector, seed=seed + place)
+    def random(fitted: Fitted, site: Site) -> Fitted:
+        place = seed + site.layer + 1000 * categories.index(fitted.category)
+        return _random(fitted, place)
 
-    def of_shuffled_labels(vector: SteeringVector, site: Site) -> SteeringVector:
-        return scaled_to(shuffled[site][vector.category], vector.norm)
+    def of_shuffled_labels(fitted: Fitted, site: Site) -> Fitted:
+        return _as_strong_as(fitted, shuffled[site][fitted.category])
 
-    def of_other_category(vector: SteeringVector, site: Site) -> SteeringVector:
-        return scaled_to(at_site[site][next_category[vector.category]], vector.norm)
+    def of_other_category(fitted: Fitted, site: Site) -> Fitted:
+        return _as_strong_as(fitted, at_site[site][next_category[fitted.category]])
 
-    def control(
-        make: Callable[[SteeringVector, Site], SteeringVector],
-    ) -> dict[str, list[Intervention]]:
+    def control(make: Callable[[Fitted, Site], Fitted]) -> dict[str, list[Intervention]]:
         steered: dict[str, list[Intervention]] = {c: [] for c in categories}
         for category, site in itertools.product(categories, setting.sites):
             vector = at_site[site][category]
-            multiplier = setting.sign * vector.multiplier_for(setting.rho)
-            steered[category].append(add_vector(make(vector, site), multiplier))
+            made = make(vector, site)
+            if setting.form == "target" and not isinstance(made, SpectralEdit):
+                how: Any = {"safe_side": safe_side_of(setting.construction)}
+                made = with_safe_projection(made, answers[site], category=category, **how)
+            strength = multiplier_of(vector, setting)
+            steered[category].append(applied(made, setting, multiplier=strength))
         return steered
 
     conditions: dict[str, Condition] = {
@@ -107,6 +129,8 @@ def behind_gate(
 ) -> dict[str, Condition]:
     """Make the steering that a gate lets through, and the same always on at its mean strength.
 
+    A target has no mean strength, so that the second one is left out there.
+
     Args:
         vectors: Vectors of every construction.
         setting: What is gated.
@@ -116,7 +140,7 @@ def behind_gate(
     by_category = steering(vectors, setting)
     known = {c: by_category[c] for c in by_category if c in gate.categories}
     conditions: dict[str, Condition] = {GATED: gated(known, gate)}
-    if opening > 0:
+    if opening > 0 and setting.form == "add":
         conditions[ALWAYS] = steering(vectors, setting._replace(rho=setting.rho * opening))
     return conditions
 
@@ -147,15 +171,47 @@ def _headline(tuned: Calibration, setting: Setting) -> float:
 
 
 def _shuffled(
-    vectors: Vectors, setting: Setting, site: Site, answers: ActivationSet, seed: int
-) -> dict[str, SteeringVector]:
+    vectors: Vectors,
+    setting: Setting,
+    site: Site,
+    answers: ActivationSet,
+    questions: ActivationSet | None,
+    seed: int,
+) -> Mapping[str, Fitted]:
     """Fit what the construction finds where labels are shuffled; pooled where it pools."""
     real = vectors[setting.construction, site]
+    is_pooled = CONSTRUCTIONS[setting.construction].pooled
+    vectors_here: dict[str, SteeringVector] = {}
+    for category, fitted in real.items():
+        if isinstance(fitted, SpectralEdit):
+            if questions is None:
+                raise ValueError(
+                    f"the controls of {setting.construction!r} are fitted again, on the questions "
+                    "too: give questions=activations of the prompts."
+                )
+            how: Any = {"share": fitted.share, "pooled": is_pooled}
+            return shuffled_edits(answers, questions, seed=seed, **how)
+        vectors_here[category] = fitted
     shuffled = {
-        category: shuffled_vector(real[category], answers, seed=seed + i, safe_side="paired")
+        category: shuffled_vector(
+            vectors_here[category], answers, seed=seed + i, safe_side="paired"
+        )
         for i, category in enumerate(categories_of(answers.prompts))
     }
-    if CONSTRUCTIONS[setting.construction].pooled:
+    if is_pooled:
         shuffled = pooled(shuffled)
     any_one = next(iter(shuffled.values()))
     return {category: shuffled.get(category, any_one) for category in real}
+
+
+def _random(fitted: Fitted, seed: int) -> Fitted:
+    if isinstance(fitted, SpectralEdit):
+        return random_edit(fitted, seed=seed)
+    return random_vector(fitted, seed=seed)
+
+
+def _as_strong_as(like: Fitted, other: Fitted) -> Fitted:
+    """Give a vector the norm of another one; an edit's strength is its share alone."""
+    if isinstance(like, SpectralEdit) or isinstance(other, SpectralEdit):
+        return other
+    return scaled_to(other, like.norm)

@@ -6,27 +6,44 @@ and from the model's own answers; the field's other constructions are there as b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from workbench.models.activations import ActivationSet, cache_activations, computed_sites
 from workbench.models.sites import Site, present_sites
+from workbench.prompts.contrasts import paired_rows, unsafe_rows
 from workbench.prompts.openings import answer_prompts
-from workbench.prompts.prompt import Folds, Prompt, categories_of
-from workbench.safesteer.settings import Vectors, placements
+from workbench.prompts.prompt import Folds, Prompt, categories_of, text_key
+from workbench.safesteer.own_answers import ALONG
+from workbench.safesteer.settings import Setting, Vectors, grid, placements
 from workbench.steering.combine import own_part, pooled, summed, without
-from workbench.steering.vectors import SteeringVector, fit_steering_vectors
+from workbench.steering.spectral import Fitted, SpectralEdit, fit_spectral_edits
+from workbench.steering.vectors import (
+    SteeringVector,
+    fit_steering_vectors,
+    with_safe_projection,
+)
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
     from workbench.models.hooked_model import HookedModel
     from workbench.models.templates import Keywords
+    from workbench.prompts.contrasts import SafeSide
 
-Reads = Literal["prompts", "openings", "own answers"]
-"""What a construction is fitted on: prompts, written openings of answers behind questions, or the
-model's own answers behind questions."""
+Reads = Literal[
+    "prompts", "openings", "own answers", "plain answers", "alternatives", "against both", "choices"
+]
+"""What a construction is fitted on: prompts; written openings of answers behind questions; the
+model's own answers behind questions (kept by a judge on both sides, on the safe side alone, or
+those that explain or offer another way against blanket refusals, or against these and against
+answers that go along); letters behind two choices."""
+OWN: tuple[Reads, ...] = ("own answers", "plain answers", "alternatives", "against both")
+"""Those for which the model answers the fit questions, plainly and under the instruction."""
 ByCategory = Mapping[str, SteeringVector]
+CATEGORY_PAIRS = 3
+"""Pairs of own answers of a category, below which it has no vector of its own."""
 
 
 class SiteRows(NamedTuple):
@@ -35,16 +52,27 @@ class SiteRows(NamedTuple):
     prompts: ActivationSet
     residual: ActivationSet
     """The same prompts at the layer's residual stream, to which strength is relative."""
-    openings: ActivationSet
-    own_answers: ActivationSet | None
-    """None where the model gave too few pairs of answers."""
+    answers: Mapping[Reads, ActivationSet]
+    """Openings, and what else was read; own answers are missing where there were too few pairs."""
     went_along: frozenset[str]
     """Ids of the questions that the model goes along with; empty where no judge was asked."""
+    harmless: frozenset[str]
+    """Ids of the neutral prompts that it answers harmlessly; empty where no judge was asked."""
 
     @property
     def categories(self) -> list[str]:
         """Risk categories of the fit fold."""
         return categories_of(self.prompts.prompts)
+
+    @property
+    def openings(self) -> ActivationSet:
+        """Written openings behind the questions."""
+        return self.answers["openings"]
+
+    @property
+    def toward_harmless(self) -> SteeringVector:
+        """Harmless minus harmful prompts: Arditi et al.'s refusal direction, turned."""
+        return next(iter(pooled(_prompt_contrast(self)).values()))
 
     def contrast(self, answers: ActivationSet, method: str, **estimator: Any) -> ByCategory:
         """Fit safe minus unsafe answers to the same question, category by category."""
@@ -71,15 +99,21 @@ class Construction:
         pooled: Whether all categories share one vector.
         signs: Signs that the calibration tries; +1 points from unsafe to safe.
         default: Whether a run takes it unless told otherwise.
+        rhos: Strengths that the calibration tries, where they are not those of the run.
+        kinds: Kinds of sites at which it is fitted and tried.
+        is_edit: Whether it makes spectral edits, which decay, kept norms and targets are not for.
     """
 
     summary: str
     source: str
-    fit: Callable[[SiteRows], ByCategory]
+    fit: Callable[[SiteRows], Mapping[str, Fitted]]
     reads: Reads
     pooled: bool = False
     signs: tuple[int, ...] = (1,)
     default: bool = False
+    rhos: tuple[float, ...] | None = None
+    kinds: tuple[str, ...] = ("resid_post", "attn_out")
+    is_edit: bool = False
 
 
 def _prompt_contrast(rows: SiteRows) -> ByCategory:
@@ -93,6 +127,16 @@ def _prompt_guided(rows: SiteRows) -> ByCategory:
     kept = [p for p in rows.prompts.prompts if p.label != "unsafe" or p.id in ids]
     return fit_steering_vectors(
         rows.prompts.of(kept), residual=rows.residual.of(kept), method=GUIDED
+    )
+
+
+def _prompt_guided_both(rows: SiteRows) -> ByCategory:
+    if not rows.went_along or not rows.harmless:
+        return {}
+    ids_of = {"unsafe": rows.went_along, "neutral": rows.harmless}
+    kept = [p for p in rows.prompts.prompts if p.id in ids_of.get(p.label, ())]
+    return fit_steering_vectors(
+        rows.prompts.of(kept), residual=rows.residual.of(kept), method=GUIDED_BOTH
     )
 
 
@@ -110,9 +154,63 @@ def _openings_pooled(rows: SiteRows) -> ByCategory:
 
 
 def _self_pooled(rows: SiteRows) -> ByCategory:
-    if rows.own_answers is None:
+    if "own answers" not in rows.answers:
         return {}
-    return rows.everyone(pooled(rows.contrast(rows.own_answers, "self_contrast")))
+    return rows.everyone(pooled(rows.contrast(rows.answers["own answers"], "self_contrast")))
+
+
+def _self_plain(rows: SiteRows) -> ByCategory:
+    if "plain answers" not in rows.answers:
+        return {}
+    vectors = rows.contrast(rows.answers["plain answers"], "self_contrast_plain")
+    return rows.everyone(pooled(vectors))
+
+
+def _self_plain_by_category(rows: SiteRows) -> ByCategory:
+    if "plain answers" not in rows.answers:
+        return {}
+    answers = rows.answers["plain answers"]
+    n_pairs = {c: len(paired_rows(answers.prompts, c)[0]) for c in categories_of(answers.prompts)}
+    enough = [c for c, n in n_pairs.items() if n >= CATEGORY_PAIRS]
+    if not enough:
+        return {}
+    return rows.contrast(answers, "self_contrast_plain", categories=enough)
+
+
+def _alternatives(rows: SiteRows) -> ByCategory:
+    if "alternatives" not in rows.answers:
+        return {}
+    vectors = pooled(rows.contrast(rows.answers["alternatives"], "alternative_contrast"))
+    harmless = rows.toward_harmless
+    return rows.everyone({c: without(v, [harmless]) for c, v in vectors.items()})
+
+
+def _against_both(rows: SiteRows) -> ByCategory:
+    if "against both" not in rows.answers:
+        return {}
+    answers, parts = rows.answers["against both"], []
+    for is_along in (True, False):
+        kept = [p for p in answers.prompts if str(p.pair_id).endswith(ALONG) == is_along]
+        parts.append(rows.everyone(pooled(rows.contrast(answers.of(kept), BOTH))))
+    parts.append(_openings_pooled(rows))
+    return {c: summed([part[c] for part in parts], BOTH_WEIGHTS) for c in rows.categories}
+
+
+def _caa(rows: SiteRows) -> ByCategory:
+    if "choices" not in rows.answers:
+        return {}
+    prompts = rows.prompts.prompts
+    # The texts it reads hold the questions, and count as having been fitted on them.
+    questions = {
+        c: {text_key(prompts[i].text, prompts[i].history) for i in unsafe_rows(prompts, c)}
+        for c in rows.categories
+    }
+    vectors = rows.contrast(rows.answers["choices"], "caa")
+    return {c: replace(v, fitted_on=v.fitted_on | questions[c]) for c, v in vectors.items()}
+
+
+def _sea(rows: SiteRows) -> Mapping[str, SpectralEdit]:
+    return fit_spectral_edits(rows.openings, rows.prompts, pooled=True)
 
 
 def _openings_and_self_pooled(rows: SiteRows) -> ByCategory:
@@ -124,14 +222,16 @@ def _openings_and_self_pooled(rows: SiteRows) -> ByCategory:
 
 
 def _openings_without_refusal(rows: SiteRows) -> ByCategory:
-    # Harmless minus harmful prompts: Arditi et al.'s refusal direction, turned.
-    refusal = pooled(_prompt_contrast(rows))
-    any_one = next(iter(refusal.values()))
-    return {c: without(v, [refusal.get(c, any_one)]) for c, v in _openings(rows).items()}
+    harmless = rows.toward_harmless
+    return {c: without(v, [harmless]) for c, v in _openings(rows).items()}
 
 
-PROMPT, GUIDED = "prompt_contrast", "prompt_guided"
-OPENINGS = "answer_contrast"
+PROMPT, GUIDED, GUIDED_BOTH = "prompt_contrast", "prompt_guided", "prompt_guided_both"
+OPENINGS, BOTH = "answer_contrast", "safe_against_both"
+BOTH_WEIGHTS = (2.0, 1.0, 2.0)
+"""Weights of the three directions of ``safe_against_both``: own answers that offer another way
+against those that go along, the same against blanket refusals, and openings. They were chosen on
+the tune fold of a Qwen model of .5B, among eight mixes (docs/results.md)."""
 CONSTRUCTIONS: dict[str, Construction] = {
     PROMPT: Construction(
         "the paper's: neutral prompts minus the category's unsafe ones",
@@ -203,6 +303,59 @@ CONSTRUCTIONS: dict[str, Construction] = {
         _openings_without_refusal,
         reads="openings",
     ),
+    "self_contrast_plain": Construction(
+        "the model's own answers under an instruction minus its plain ones, whatever they are",
+        "ours; on an aligned model most plain answers are refusals",
+        _self_plain,
+        reads="plain answers",
+        pooled=True,
+    ),
+    "self_contrast_plain_by_category": Construction(
+        "the same, each category's own",
+        "ours",
+        _self_plain_by_category,
+        reads="plain answers",
+    ),
+    "alternative_contrast": Construction(
+        "own answers that explain or offer another way minus own blanket refusals, orthogonal to "
+        "the refusal direction",
+        "alternative vector of AltSteer (Kwon et al. 2026, arXiv:2608.30197); its refusal "
+        "direction is refused minus answered harmful prompts, here that of arXiv:2406.11717",
+        _alternatives,
+        reads="alternatives",
+        pooled=True,
+    ),
+    BOTH: Construction(
+        "own answers that offer another way, against own going along and own blanket refusals, and "
+        "openings: three directions, weighed 2, 1 and 2",
+        "ours",
+        _against_both,
+        reads="against both",
+        pooled=True,
+    ),
+    GUIDED_BOTH: Construction(
+        "the guided one, from those neutral prompts too whose plain answer is judged harmless",
+        "guided variant of category-wise steering (arXiv:2410.01174)",
+        _prompt_guided_both,
+        reads="prompts",
+        signs=(1, -1),
+    ),
+    "caa": Construction(
+        "two written openings to choose from: the safe one's letter minus the other's",
+        "CAA (Rimsky et al. 2023, arXiv:2312.06681); openings are ours",
+        _caa,
+        reads="choices",
+    ),
+    "sea": Construction(
+        "an edit that keeps what covaries with safe openings and removes what does with others",
+        "spectral editing of activations (Qiu et al. 2024, arXiv:2405.09719), pooled",
+        _sea,
+        reads="openings",
+        pooled=True,
+        rhos=(0.25, 0.5, 1.0),
+        kinds=("resid_post",),
+        is_edit=True,
+    ),
 }
 """Every construction by name, in the order in which a run compares them."""
 
@@ -213,20 +366,22 @@ class Measured(NamedTuple):
     prompts: dict[Site, ActivationSet]
     """Fit and tune prompts, span content."""
     answers: dict[Reads, dict[Site, ActivationSet]]
-    """Openings and, where there are enough of them, the model's own answers, behind questions of
+    """Openings, and what else constructions read where there is enough of it, behind questions of
     the fit fold, span response."""
     went_along: frozenset[str] = frozenset()
     """Ids of the fit questions that the model's plain answers go along with, where a judge was
     asked."""
+    harmless: frozenset[str] = frozenset()
+    """Ids of the neutral fit prompts that the model answers harmlessly, where judges were asked."""
 
     def at(self, site: Site, fit: Sequence[Prompt]) -> SiteRows:
         """Take what constructions are fitted on at one site."""
         return SiteRows(
             prompts=self.prompts[site].of(fit),
             residual=self.prompts[Site(site.layer, "resid_post")].of(fit),
-            openings=self.answers["openings"][site],
-            own_answers=self.answers.get("own answers", {}).get(site),
+            answers={reads: at_sites[site] for reads, at_sites in self.answers.items()},
             went_along=self.went_along,
+            harmless=self.harmless,
         )
 
 
@@ -235,13 +390,26 @@ def measure(
     folds: Folds,
     store: PathLike,
     *,
-    own_answers: Sequence[Prompt] = (),
+    answers: Mapping[Reads, Sequence[Prompt]] | None = None,
     went_along: Sequence[Prompt] = (),
+    harmless: Sequence[Prompt] = (),
     system_prompt: str | None = None,
     template_keywords: Keywords = None,
     progress: bool = False,
 ) -> Measured:
-    """Run prompts, and fit questions with answers behind them, once for all sites there are."""
+    """Run prompts, and fit questions with answers behind them, once for all sites there are.
+
+    Args:
+        model: A hooked model.
+        folds: Prompts; those of the fit and the tune fold are run.
+        store: Folder that keeps the activations.
+        answers: Rows with answers beside the written openings, by what reads them.
+        went_along: Fit questions that the model goes along with.
+        harmless: Neutral fit prompts that it answers harmlessly.
+        system_prompt: Words for the system turn.
+        template_keywords: What else the chat template reads.
+        progress: Show progress bars.
+    """
     how: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     how |= {"store": store, "progress": progress}
     kinds = ("resid_post", "attn_out", "mlp_post", "z")
@@ -250,13 +418,13 @@ def measure(
     prompts = cache_activations(model, [*folds.fit, *folds.tune], everywhere, **how)
     placed = sorted({site for place in placements(model, prompts) for site in place})
     rows: dict[Reads, list[Prompt]] = {"openings": answer_prompts(folds.fit)}
-    if own_answers:
-        rows["own answers"] = list(own_answers)
-    answers = {
-        kind: cache_activations(model, kind_rows, placed, span="response", **how)
-        for kind, kind_rows in rows.items()
+    rows |= {reads: list(of_kind) for reads, of_kind in (answers or {}).items() if of_kind}
+    behind = {
+        reads: cache_activations(model, of_kind, placed, span="response", **how)
+        for reads, of_kind in rows.items()
     }
-    return Measured(prompts, answers, frozenset(prompt.id for prompt in went_along))
+    ids = (frozenset(prompt.id for prompt in chosen) for chosen in (went_along, harmless))
+    return Measured(prompts, behind, *ids)
 
 
 def fit_all(
@@ -272,15 +440,36 @@ def fit_all(
             answers of the model, openings for each category where a category has none (the pooled
             vector then stands for it).
     """
-    vectors: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
+    vectors: dict[tuple[str, Site], dict[str, Fitted]] = {}
     categories = set(categories_of(fit))
     for site in measured.answers["openings"]:
         rows = measured.at(site, fit)
         for name in wanted_names(names):
+            if site.kind not in CONSTRUCTIONS[name].kinds:
+                continue
             by_category = CONSTRUCTIONS[name].fit(rows)
             if set(by_category) == categories:
-                vectors[name, site] = dict(by_category)
+                vectors[name, site] = _with_targets(by_category, name, rows)
     return vectors
+
+
+def _with_targets(
+    by_category: Mapping[str, Fitted], name: str, rows: SiteRows
+) -> dict[str, Fitted]:
+    """Measure where the safe side lies along vectors that were combined from others."""
+    reads = CONSTRUCTIONS[name].reads
+    behind = rows.prompts if reads == "prompts" else rows.answers[reads]
+    return {
+        category: with_safe_projection(fitted, behind, safe_side=safe_side_of(name))
+        if isinstance(fitted, SteeringVector) and math.isnan(fitted.safe_projection)
+        else fitted
+        for category, fitted in by_category.items()
+    }
+
+
+def safe_side_of(construction: str) -> SafeSide:
+    """Say what the safe side of a construction is: everyday prompts, or answers in pairs."""
+    return "generic" if CONSTRUCTIONS[construction].reads == "prompts" else "paired"
 
 
 def wanted_names(names: Sequence[str] | None) -> list[str]:
@@ -288,14 +477,44 @@ def wanted_names(names: Sequence[str] | None) -> list[str]:
     return list(names or (name for name, what in CONSTRUCTIONS.items() if what.default))
 
 
+def reads_of(names: Sequence[str] | None) -> set[Reads]:
+    """Collect what the constructions of a run are fitted on."""
+    return {CONSTRUCTIONS[name].reads for name in wanted_names(names)}
+
+
 def constructions_of(vectors: Vectors) -> list[str]:
     """Name the constructions that have vectors."""
     return list(dict.fromkeys(construction for construction, _ in vectors))
 
 
-def signs_of(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Say which signs the calibration tries for each construction."""
-    return {name: CONSTRUCTIONS[name].signs for name in names if name in CONSTRUCTIONS}
+def settings_to_try(
+    names: Sequence[str],
+    places: Sequence[tuple[Site, ...]],
+    rhos: Sequence[float],
+    *,
+    own_rhos: bool = True,
+    **how: Any,
+) -> list[Setting]:
+    """Combine each construction with the places, signs and strengths that it is tried at.
+
+    Args:
+        names: Names of constructions that have vectors.
+        places: Each a site or several.
+        rhos: Relative strengths at one layer.
+        own_rhos: Whether a construction that names strengths of its own is tried at these instead.
+        how: Further arguments of ``grid``.
+    """
+    settings = []
+    for name in names:
+        what = CONSTRUCTIONS.get(name)
+        if what is None:  # of a run of another version
+            settings += grid([name], places, rhos, **how)
+            continue
+        here = [place for place in places if all(site.kind in what.kinds for site in place)]
+        strengths = what.rhos if own_rhos and what.rhos else rhos
+        tried = grid([name], here, strengths, signs={name: what.signs}, **how)
+        settings += [one for one in tried if one.is_plain] if what.is_edit else tried
+    return settings
 
 
 def activations_behind(construction: str, measured: Measured) -> Mapping[Site, ActivationSet]:

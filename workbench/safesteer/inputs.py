@@ -21,6 +21,7 @@ from workbench.models.packing import is_packed
 from workbench.models.tokens import encode, template_text
 from workbench.models.trusted_paths import untrusted_paths
 from workbench.prompts.benchmarks import prompts_from
+from workbench.prompts.choices import choice_prompts
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import (
     Folds,
@@ -33,8 +34,8 @@ from workbench.prompts.prompt import (
     text_key,
 )
 from workbench.safesteer.calibration import NEUTRAL_TOKENS, Limits
-from workbench.safesteer.constructions import CONSTRUCTIONS, wanted_names
-from workbench.safesteer.own_answers import instructed
+from workbench.safesteer.constructions import GUIDED_BOTH, OWN, reads_of, wanted_names
+from workbench.safesteer.own_answers import ALTERNATIVES, INSTRUCTION, instructed
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
@@ -199,7 +200,7 @@ def check_lengths(model: HookedModel, folds: Folds, config: RunConfig) -> None:
     """Check before the first pass that every text a run will read or answer fits the context.
 
     These are the prompts of all folds, those that are answered with room for the answer, and fit
-    questions with openings and under the instruction of the self-contrast.
+    questions with openings, under the instruction of the self-contrast and with two choices.
 
     Raises:
         ValueError: If some do not fit, with how many and the ids of the first ones.
@@ -214,9 +215,14 @@ def check_lengths(model: HookedModel, folds: Folds, config: RunConfig) -> None:
         (answered, {"max_new_tokens": room}),
         (answer_prompts(folds.fit), {"with_response": True}),
     ]
-    wanted = wanted_names(config.constructions)
-    if any(CONSTRUCTIONS[name].reads == "own answers" for name in wanted):
-        texts.append((instructed(risky), {"max_new_tokens": room}))
+    reads = reads_of(config.constructions)
+    if reads & set(OWN):
+        asked = [instructed(risky, words) for words in (INSTRUCTION, ALTERNATIVES)]
+        texts += [(prompts, {"max_new_tokens": room}) for prompts in asked]
+    if "choices" in reads:
+        texts.append((choice_prompts(folds.fit, seed=config.seed), {"with_response": True}))
+    if GUIDED_BOTH in wanted_names(config.constructions):
+        texts.append((select_prompts(folds.fit, label="neutral"), {"max_new_tokens": room}))
     problems: dict[str, str] = {}
     for prompts, how in texts:
         problems |= _misfits(model, prompts, {**config.decoding().asked_by, **how})

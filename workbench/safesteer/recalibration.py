@@ -16,7 +16,7 @@ from workbench.files.store import PathLike, local_path, write_json
 from workbench.prompts.prompt import select_prompts
 from workbench.safesteer.calibration import Calibration, calibrate, describe, plan_rounds
 from workbench.safesteer.config import config_from
-from workbench.safesteer.constructions import constructions_of, signs_of
+from workbench.safesteer.constructions import constructions_of, settings_to_try
 from workbench.safesteer.inputs import TUNE_NEUTRAL, limits_of, load_job, load_run_model
 from workbench.safesteer.run_folder import (
     check_model_of,
@@ -25,7 +25,7 @@ from workbench.safesteer.run_folder import (
     write_table,
 )
 from workbench.safesteer.saved_run import CALIBRATION
-from workbench.safesteer.settings import grid, placements
+from workbench.safesteer.settings import placements
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
@@ -52,7 +52,7 @@ def recalibrate(
     Args:
         folder: Folder of a run.
         constructions: Constructions of the run; all by default.
-        rhos: Relative strengths at one layer; those of the run by default.
+        rhos: Relative strengths at one layer; by default the run's, or a construction's own.
         positions: Which tokens are steered; each is tried.
         until: Generated tokens after which steering ends; each is tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
@@ -77,7 +77,7 @@ def recalibrate(
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
     extents = list(itertools.product(positions, until))
     places = placements(job.model, {site for _, site in vectors})
-    settings = grid(names, places, config.rhos, signs=signs_of(names), extents=extents)
+    settings = settings_to_try(names, places, config.rhos, own_rhos=rhos is None, extents=extents)
     how: dict[str, Any] = {
         "score": job.score_for_tuning,
         "output": out / "tune.jsonl",

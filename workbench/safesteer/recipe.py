@@ -34,7 +34,7 @@ from workbench.models.sites import Site
 from workbench.neurons.attribution import writing_sites
 from workbench.neurons.ranking import attribute_neurons
 from workbench.prompts.contrasts import has_twins
-from workbench.prompts.prompt import Prompt, select_prompts
+from workbench.prompts.prompt import select_prompts
 from workbench.safesteer.calibration import Calibration, calibrate, describe
 from workbench.safesteer.conditions import (
     ALWAYS,
@@ -47,20 +47,18 @@ from workbench.safesteer.conditions import (
     main_setting,
 )
 from workbench.safesteer.constructions import (
-    CONSTRUCTIONS,
-    GUIDED,
     Measured,
     activations_behind,
     constructions_of,
     fit_all,
     measure,
-    signs_of,
+    settings_to_try,
     wanted_names,
 )
+from workbench.safesteer.fit_answers import FitAnswers, answers_to_fit_on
 from workbench.safesteer.inputs import TUNE_NEUTRAL, Job, limits_of, load_job, questions_of_test
-from workbench.safesteer.own_answers import kept_by, self_contrast, went_along
 from workbench.safesteer.run_folder import RunFolder
-from workbench.safesteer.settings import Setting, Vectors, grid, placements, steering
+from workbench.safesteer.settings import Setting, Vectors, placements, steering
 from workbench.steering.gates import Gate, fit_gate, save_gate
 from workbench.steering.separability import layer_separability
 
@@ -74,8 +72,6 @@ if TYPE_CHECKING:
     from workbench.safesteer.config import RunConfig
 
 GATE_CONDITIONS = (GATED, ORACLE, AT_RANDOM, ALWAYS, REFUSING)
-LEAST_PAIRS = 8
-"""Pairs of own answers over all categories, below which there is no self-contrast."""
 
 
 def run(
@@ -108,9 +104,9 @@ def run(
             job = load_job(config, verdicts=verdicts, model=model, progress=progress)
             out.note(**job.facts())
         with out.stage("own answers"):
-            own_answers, questions_went_along = answer_fit_questions(job, out)
+            answered = answer_fit_questions(job, out)
         with out.stage("activations"):  # SafeSteer: activations by category
-            measured = measure_fit_and_tune(job, out, own_answers, questions_went_along)
+            measured = measure_fit_and_tune(job, out, answered)
         with out.stage("vectors"):  # SafeSteer: category-wise steering vectors
             vectors = fit_vectors(job, out, measured)
         with out.stage("separability"):
@@ -129,43 +125,32 @@ def run(
         return out.finish()
 
 
-def answer_fit_questions(job: Job, out: RunFolder) -> tuple[list[Prompt], list[Prompt]]:
-    """Let the model answer the fit questions itself, where a construction needs it.
-
-    Returns:
-        Rows of the self-contrast, none where the model gives too few pairs of answers; and the
-        questions that the model goes along with, for the guided variant of the paper's vector.
-    """
-    wanted = job.config.constructions
-    keep_safe, keep_unsafe = kept_by(job.tuning_judge)
-    keywords: dict[str, Any] = {"output": out.path / "fit.jsonl", **job.how}
-    own_answers, questions_went_along = [], []
-    if wanted is None or any(CONSTRUCTIONS[name].reads == "own answers" for name in wanted):
-        own_answers = self_contrast(
-            job.model, job.folds.fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, **keywords
-        )
-        if len(own_answers) < 2 * LEAST_PAIRS:
-            out.leave_out(
-                "own answers",
-                f"{len(own_answers) // 2} pairs of the model's own answers were kept, and "
-                f"{LEAST_PAIRS} are needed for a vector.",
-            )
-            own_answers = []
-    if GUIDED in (wanted or ()):
-        questions_went_along = went_along(job.model, job.folds.fit, keep_unsafe, **keywords)
-    return own_answers, questions_went_along
+def answer_fit_questions(job: Job, out: RunFolder) -> FitAnswers:
+    """Let the model answer the fit questions itself, where a construction needs it."""
+    answered = answers_to_fit_on(
+        job.model,
+        job.folds.fit,
+        job.config.constructions,
+        judge=job.tuning_judge,
+        refusals=job.refusal_judge,
+        output=out.path / "fit.jsonl",
+        seed=job.config.seed,
+        **job.how,
+    )
+    for kind, reason in answered.left_out.items():
+        out.leave_out(kind, reason)
+    return answered
 
 
-def measure_fit_and_tune(
-    job: Job, out: RunFolder, own_answers: list[Prompt], questions_went_along: list[Prompt]
-) -> Measured:
+def measure_fit_and_tune(job: Job, out: RunFolder, answered: FitAnswers) -> Measured:
     """Cache the activations that vectors, neurons and gate are made from."""
     measured = measure(
         job.model,
         job.folds,
         out.path / "activations",
-        own_answers=own_answers,
-        went_along=questions_went_along,
+        answers=answered.rows,
+        went_along=answered.went_along,
+        harmless=answered.harmless,
         progress=job.progress,
         **job.decoding.asked_by,
     )
@@ -246,7 +231,7 @@ def tune(job: Job, out: RunFolder, vectors: Vectors) -> Calibration:
         job.model,
         vectors,
         select_prompts(job.folds.tune, label="unsafe", limit=job.config.tune_prompts),
-        grid(names, places, job.config.rhos, signs=signs_of(names)),
+        settings_to_try(names, places, job.config.rhos),
         score=job.score_for_tuning,
         output=out.path / "tune.jsonl",
         neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
@@ -333,7 +318,7 @@ def answer_test_questions(
     if gated is not None:
         share_opened = sum(gated.fired[p.id] for p in questions) / len(questions)
         steered |= behind_gate(vectors, main, gated.gate, share_opened)
-    steered |= controls(vectors, main, behind, seed=job.config.seed)
+    steered |= controls(vectors, main, behind, questions=measured.prompts, seed=job.config.seed)
     conditions = for_everyone(steered, questions)
     output = out.path / "test.jsonl"
     return sweep(job.model, questions, conditions, output=output, **job.how), list(conditions)

@@ -29,7 +29,8 @@ from workbench.files.store import (
 from workbench.models.errors import CannotBeDone
 from workbench.models.load import model_info
 from workbench.models.sites import Site
-from workbench.steering.vectors import SteeringVector, load_vector, save_vector
+from workbench.steering.spectral import Fitted, SpectralEdit, load_fitted, save_spectral_edit
+from workbench.steering.vectors import save_vector
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,13 +95,15 @@ _TEXT = (
     "gate",
     "prompts",
     "positions",
+    "decay",
+    "form",
     "reason",
 )
 _WHOLE = ("layer", "neuron")
 _OPTIONAL = (
     *("low", "high", "own_low", "own_high", "n", "n_unscored", "p", "p_holm", "no_loss_p", "asked"),
 )
-_YES_NO = ("feasible", "chosen", "front")
+_YES_NO = ("feasible", "chosen", "front", "keep_norm")
 _OBJECTS = ("config", "model", "versions", "durations", "folds", "chosen", "prompts", "left_out")
 _LISTS = ("categories", "judges", "vectors")
 
@@ -188,12 +191,16 @@ class RunFolder:
         write_jsonl(self.path / f"{name}.jsonl", rows)
 
     def save_vectors(self, vectors: Vectors) -> None:
-        """Write every vector with its card, and note their files."""
+        """Write every vector or spectral edit with its card, and note their files."""
         names = []
         for (construction, site), by_category in vectors.items():
-            for category, vector in by_category.items():
+            for category, fitted in by_category.items():
                 names.append(vector_file(construction, site, category))
-                save_vector(self.path / "vectors" / names[-1], vector)
+                path = self.path / "vectors" / names[-1]
+                if isinstance(fitted, SpectralEdit):
+                    save_spectral_edit(path, fitted)
+                else:
+                    save_vector(path, fitted)
         self.note(vectors=names)
 
     def finish(self) -> Path:
@@ -267,18 +274,18 @@ def check_model_of(run: SavedRun, model: HookedModel) -> None:
         )
 
 
-def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, SteeringVector]]:
-    """Read the vectors of a run: (construction, site) to category to vector.
+def saved_vectors(folder: PathLike) -> dict[tuple[str, Site], dict[str, Fitted]]:
+    """Read what a run fitted: (construction, site) to category to vector or spectral edit.
 
     Raises:
         ValueError: If the run has none.
     """
     run = read_run(folder)
-    vectors: dict[tuple[str, Site], dict[str, SteeringVector]] = {}
+    vectors: dict[tuple[str, Site], dict[str, Fitted]] = {}
     for name in run.notes["vectors"]:
         construction = str(name).split(".", 1)[0]
-        vector = load_vector(run.path / "vectors" / str(name))
-        vectors.setdefault((construction, vector.site), {})[vector.category] = vector
+        fitted = load_fitted(run.path / "vectors" / str(name))
+        vectors.setdefault((construction, fitted.site), {})[fitted.category] = fitted
     if not vectors:
         raise ValueError(
             f"{str(folder)!r} has no vectors yet; "

@@ -23,7 +23,8 @@ from workbench.prompts.prompt import Prompt
 from workbench.safesteer.config import config_from
 from workbench.safesteer.run_folder import read_run, vector_file
 from workbench.steering.gates import Gate, load_gate
-from workbench.steering.interventions import Intervention, add_vector, gated
+from workbench.steering.interventions import Intervention, gated, raise_to
+from workbench.steering.spectral import load_fitted, steer_by
 from workbench.steering.vectors import load_vector
 
 if TYPE_CHECKING:
@@ -149,24 +150,29 @@ def steering_from(
             f"{did_you_mean(name, settings)}"
         )
     setting = settings[name]
-    multipliers = setting["multiplier"]
-    if category not in multipliers:
+    is_target = setting.get("form", "add") == "target"
+    strengths = setting["target" if is_target else "multiplier"]
+    if category not in strengths:
         raise ValueError(
-            f"no category {category!r} in {str(folder)!r}; categories: {', '.join(multipliers)}."
-            f"{did_you_mean(category, multipliers)}"
+            f"no category {category!r} in {str(folder)!r}; categories: {', '.join(strengths)}."
+            f"{did_you_mean(category, strengths)}"
         )
-    extent: dict[str, Any] = {
+    # Runs of earlier versions have the first two of these, or none.
+    how: dict[str, Any] = {
         "positions": setting.get("positions", "all"),
         "until": setting.get("until"),
     }
+    if not is_target:
+        how |= {
+            "decay": setting.get("decay", "none"),
+            "keep_norm": setting.get("keep_norm", False),
+        }
+    apply: Any = raise_to if is_target else steer_by
+    load: Any = load_vector if is_target else load_fitted
     vectors = local_path(folder) / "vectors"
     return [
-        add_vector(
-            load_vector(vectors / vector_file(name, Site.parse(site), category)),
-            multiplier,
-            **extent,
-        )
-        for site, multiplier in multipliers[category].items()
+        apply(load(vectors / vector_file(name, Site.parse(site), category)), value, **how)
+        for site, value in strengths[category].items()
     ]
 
 

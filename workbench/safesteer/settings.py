@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from workbench.models.sites import Site, present_sites
 from workbench.steering.from_texts import MID_DEPTH
-from workbench.steering.interventions import Intervention, Positions, add_vector
-from workbench.steering.vectors import SteeringVector
+from workbench.steering.interventions import Decay, Intervention, Positions, raise_to
+from workbench.steering.spectral import Fitted, SpectralEdit, steer_by
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
@@ -21,8 +21,13 @@ outputs over a band around it, or the residual stream at four layers. The paper'
 BAND_SHARE = 0.41
 """Strength at each of several layers over the strength at one layer: .07 to .17 in the
 exploration that both come from."""
-Vectors = Mapping[tuple[str, Site], Mapping[str, SteeringVector]]
-"""(construction, site) -> category -> vector."""
+Vectors = Mapping[tuple[str, Site], Mapping[str, Fitted]]
+"""(construction, site) -> category -> vector, or spectral edit."""
+_VARIED = ("positions", "until", "decay", "keep_norm", "form")
+
+
+Form = Literal["add", "target"]
+"""How a vector is applied: "add" a multiple of it, or raise the projection on it to a "target"."""
 
 
 class Setting(NamedTuple):
@@ -32,9 +37,20 @@ class Setting(NamedTuple):
     sites: tuple[Site, ...]
     sign: int
     rho: float
-    """Relative strength at each site."""
+    """Relative strength at each site; for the form "target" how far beyond the safe side's mean; of
+    a spectral edit the share of its way."""
     positions: Positions = "all"
     until: int | None = None
+    decay: Decay = "none"
+    """How strength falls while an answer is written, see ``steering.decayed``."""
+    keep_norm: bool = False
+    """Whether each token's activation keeps its norm."""
+    form: Form = "add"
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether a vector is just added, as long as the setting says."""
+        return self.decay == "none" and not self.keep_norm and self.form == "add"
 
     @property
     def name(self) -> str:
@@ -44,6 +60,10 @@ class Setting(NamedTuple):
             where += f"-{self.sites[-1].layer}"
         extent = "" if self.positions == "all" else f" {self.positions}"
         extent += "" if self.until is None else f" first {self.until}"
+        extent += "" if self.decay == "none" else f" decay {self.decay}"
+        extent += " norm kept" if self.keep_norm else ""
+        if self.form == "target":
+            return f"{self.construction} {where} target {self.rho:+.3g}{extent}"
         return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}{extent}"
 
 
@@ -74,10 +94,12 @@ def grid(
     *,
     signs: Mapping[str, Sequence[int]] | None = None,
     extents: Sequence[tuple[Positions, int | None]] = (("all", None),),
+    variants: Sequence[Mapping[str, Any]] = ({},),
 ) -> list[Setting]:
-    """Combine every construction, place, sign, relative strength and extent.
+    """Combine every construction, place, sign, relative strength, extent and variant.
 
-    Where there are several layers, each gets ``BAND_SHARE`` of the strength.
+    Where there are several layers, each gets ``BAND_SHARE`` of the strength. A target is set along
+    the vector only, so the form "target" has no setting with sign -1.
 
     Args:
         constructions: Names of vectors.
@@ -85,6 +107,11 @@ def grid(
         rhos: Relative strengths at one layer.
         signs: Construction to the signs that are tried; +1 (from unsafe to safe) alone by default.
         extents: Pairs of positions and ``until`` (see ``steering.Intervention``).
+        variants: Further fields of ``Setting``, for instance
+            ``[{}, {"keep_norm": True}, {"decay": "linear", "until": 24}, {"form": "target"}]``.
+
+    Raises:
+        ValueError: If a variant names what is no field of a setting, or what cannot be done.
     """
     settings = []
     for construction in constructions:
@@ -92,20 +119,90 @@ def grid(
             for sign in (signs or {}).get(construction, (1,)):
                 for rho in rhos:
                     at_each = rho if len(sites) == 1 else round(BAND_SHARE * rho, 4)
-                    settings += [
+                    plain = [
                         Setting(construction, sites, sign, at_each, *extent) for extent in extents
                     ]
-    return settings
+                    settings += [_varied(one, fields) for one in plain for fields in variants]
+    # A variant that sets what an extent sets, too, comes out alike for several extents.
+    allowed = (one for one in settings if one.form != "target" or one.sign > 0)
+    return list(dict.fromkeys(allowed))
 
 
 def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]]:
-    """Make the interventions of a setting: for each category its own vectors."""
+    """Make the interventions of a setting: for each category its own vectors.
+
+    Raises:
+        ValueError: If the setting asks for what cannot be done, or for a target where a vector has
+            no ``safe_projection``.
+    """
     by_site = [vectors[setting.construction, site] for site in setting.sites]
-    extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
     return {
-        category: [
-            add_vector(by_category[category], rho=setting.sign * setting.rho, **extent)
-            for by_category in by_site
-        ]
+        category: [applied(by_category[category], setting) for by_category in by_site]
         for category in by_site[0]
     }
+
+
+def applied(vector: Fitted, setting: Setting, *, multiplier: float | None = None) -> Intervention:
+    """Apply one vector or edit as a setting says, whatever construction and site it is of.
+
+    Args:
+        vector: A steering vector, a spectral edit, or a control of one.
+        setting: Its sign, strength, extent, decay and form count.
+        multiplier: Used instead of the setting's strength where a vector is added.
+
+    Raises:
+        ValueError: If the setting asks for what cannot be done, or for a target where the vector
+            has no ``safe_projection``.
+    """
+    _check(setting)
+    extent: dict[str, Any] = {"positions": setting.positions, "until": setting.until}
+    if setting.form == "target":
+        if isinstance(vector, SpectralEdit):
+            raise ValueError(
+                f"setting {setting.name!r}: a spectral edit has no direction to set a target on; "
+                "take the form 'add'."
+            )
+        return raise_to(vector, vector.target_for(setting.rho), **extent)
+    if multiplier is None:
+        multiplier = multiplier_of(vector, setting)
+    way: dict[str, Any] = {"decay": setting.decay, "keep_norm": setting.keep_norm}
+    return steer_by(vector, multiplier, **extent, **way)
+
+
+def multiplier_of(vector: Fitted, setting: Setting) -> float:
+    """Find the multiplier that gives a vector a setting's sign and strength; an edit's is rho.
+
+    Raises:
+        ValueError: If the vector is zero, or the norm of the residual stream was not measured.
+    """
+    return setting.sign * vector.multiplier_for(setting.rho)
+
+
+def _varied(setting: Setting, fields: Mapping[str, Any]) -> Setting:
+    """Change fields of a setting.
+
+    Raises:
+        ValueError: If one is no field, or the result cannot be done.
+    """
+    unknown = [name for name in fields if name not in _VARIED]
+    if unknown:
+        raise ValueError(
+            f"a variant of settings cannot have {unknown[0]!r}; allowed: {', '.join(_VARIED)}."
+        )
+    varied = setting._replace(**fields)
+    if varied.form != "target" or varied.sign > 0:
+        _check(varied)
+    return varied
+
+
+def _check(setting: Setting) -> None:
+    """Raise where a setting asks for what cannot be done."""
+    if setting.form not in get_args(Form):
+        raise ValueError(f"unknown form {setting.form!r}; allowed: {', '.join(get_args(Form))}.")
+    if setting.form == "target" and (
+        setting.decay != "none" or setting.keep_norm or setting.sign < 0
+    ):
+        raise ValueError(
+            f"setting {setting.name!r}: a target is set along the vector (sign 1) and takes no "
+            "decay and no keep_norm; leave them out, or add the vector (form 'add')."
+        )

@@ -1,25 +1,23 @@
 from .apply import GateState, Steering, intervene
 from .combine import own_part, pooled, summed, without
+from .edits import AblateDirection, AddVector, ClampNeurons, RaiseTo, ScaleNeurons
 from .estimators import (
     mean_difference,
     principal_direction,
     probe_direction,
     pruned_mean_difference,
+    spectral_directions,
 )
 from .foreign_vectors import import_vectors
 from .from_texts import steering_vector
 from .gates import Gate, fit_gate, load_gate, save_gate
 from .interventions import (
-    AblateDirection,
-    AddVector,
-    ClampNeurons,
     Intervention,
-    RaiseTo,
-    ScaleNeurons,
     ablate_direction,
     activate,
     add_vector,
     clamp_neurons,
+    decayed,
     gated,
     raise_to,
     scale_neurons,
@@ -34,6 +32,18 @@ from .layer_gates import (
     save_layer_gate,
 )
 from .separability import layer_separability
+from .spectral import (
+    EditSpectrum,
+    SpectralEdit,
+    edit_spectrum,
+    fit_spectral_edits,
+    load_fitted,
+    load_spectral_edit,
+    random_edit,
+    save_spectral_edit,
+    shuffled_edits,
+    steer_by,
+)
 from .stepwise import calibrate_over_answers, highest_scores
 from .vectors import (
     SteeringVector,
@@ -43,18 +53,21 @@ from .vectors import (
     save_vector,
     scaled_to,
     shuffled_vector,
+    with_safe_projection,
 )
 
 __all__ = [
     "AblateDirection",
     "AddVector",
     "ClampNeurons",
+    "EditSpectrum",
     "Gate",
     "GateState",
     "Intervention",
     "LayerGate",
     "RaiseTo",
     "ScaleNeurons",
+    "SpectralEdit",
     "Steering",
     "SteeringVector",
     "ablate_direction",
@@ -63,16 +76,21 @@ __all__ = [
     "calibrate_over_answers",
     "choose_layer_gate",
     "clamp_neurons",
+    "decayed",
+    "edit_spectrum",
     "fit_gate",
     "fit_layer_gate",
+    "fit_spectral_edits",
     "fit_steering_vectors",
     "gated",
     "highest_scores",
     "import_vectors",
     "intervene",
     "layer_separability",
+    "load_fitted",
     "load_gate",
     "load_layer_gate",
+    "load_spectral_edit",
     "load_vector",
     "mean_difference",
     "open_conditions",
@@ -82,15 +100,21 @@ __all__ = [
     "probe_direction",
     "pruned_mean_difference",
     "raise_to",
+    "random_edit",
     "random_vector",
     "save_gate",
     "save_layer_gate",
+    "save_spectral_edit",
     "save_vector",
     "scale_neurons",
     "scaled_to",
+    "shuffled_edits",
     "shuffled_vector",
+    "spectral_directions",
+    "steer_by",
     "steering_vector",
     "summed",
     "suppress",
+    "with_safe_projection",
     "without",
 ]

@@ -1,7 +1,12 @@
-"""Make steering vectors out of others: sums, pools, own parts and what others leave."""
+"""Make steering vectors out of others: sums, pools, own parts and what others leave.
+
+Where the safe side lies along a new direction is not known from the old ones, so that the result
+has no ``safe_projection``; ``vectors.with_safe_projection`` measures it.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,17 +18,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
+def summed(
+    vectors: Sequence[SteeringVector], weights: Sequence[float] | None = None
+) -> SteeringVector:
     """Add up the unit directions of several constructions, at the mean of their norms.
 
     Args:
         vectors: Measured at one site for one category on one model.
+        weights: Weight of each direction; equal ones by default.
 
     Raises:
-        ValueError: If there are none, or sites, categories or models differ.
+        ValueError: If there are none, sites, categories or models differ, or there is not one
+            weight for each.
     """
     if not vectors:
         raise ValueError("nothing to sum: give at least one steering vector.")
+    if weights is not None and len(weights) != len(vectors):
+        raise ValueError(f"a sum of {len(vectors)} vectors needs as many weights, got {weights!r}.")
     first = vectors[0]
     for other in vectors[1:]:
         if (other.site, other.category, other.model.fingerprint) != (
@@ -35,10 +46,13 @@ def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
                 f"only vectors of one site, category and model can be summed, got {first!r} and "
                 f"{other!r}."
             )
-    total = torch.stack([v.direction.double() for v in vectors]).sum(dim=0).float()
+    shares = torch.tensor(weights or [1.0] * len(vectors), dtype=torch.float64)
+    total = (shares[:, None] * torch.stack([v.direction.double() for v in vectors])).sum(0).float()
     norm = sum(v.norm for v in vectors) / len(vectors)
     methods = "+".join(dict.fromkeys(v.method for v in vectors))
-    summed_vector = replace(first, vector=total, fitted_on=_all_prompts(vectors))
+    summed_vector = replace(
+        first, vector=total, fitted_on=_all_prompts(vectors), safe_projection=math.nan
+    )
     return replace(scaled_to(summed_vector, norm), method=methods)
 
 
@@ -59,6 +73,7 @@ def pooled(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:
             scaled_to(replace(vector, vector=mean), vector.norm),
             method=f"{vector.method}_pooled",
             fitted_on=fitted_on,
+            safe_projection=math.nan,
         )
         for category, vector in vectors.items()
     }
@@ -84,6 +99,7 @@ def own_part(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]
             vector=vector.vector - others.mean(dim=0),
             method=f"{vector.method}, own part",
             fitted_on=fitted_on,
+            safe_projection=math.nan,
         )
     return own_parts
 
@@ -114,7 +130,12 @@ def without(vector: SteeringVector, removed: Sequence[SteeringVector]) -> Steeri
             "taken out."
         )
     names = ", ".join(dict.fromkeys(v.method for v in removed))
-    return replace(vector, vector=left.float(), method=f"{vector.method} without {names}")
+    return replace(
+        vector,
+        vector=left.float(),
+        method=f"{vector.method} without {names}",
+        safe_projection=math.nan,
+    )
 
 
 def _all_prompts(vectors: Sequence[SteeringVector]) -> frozenset[str]:

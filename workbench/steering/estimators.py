@@ -154,6 +154,47 @@ def probe_direction(
     return (direction / direction.norm()).float()
 
 
+def spectral_directions(
+    neutral: Float[Tensor, "pair d"], other: Float[Tensor, "pair d"], *, share: float = 0.9
+) -> Float[Tensor, "d k"]:
+    """Find the directions of neutral activations that covary most with other ones.
+
+    These are the first left singular vectors of the centred cross-covariance, as many as explain
+    ``share`` of its summed singular values.
+
+    Args:
+        neutral: Activations, residual-stream units; row i belongs to row i of ``other``.
+        other: Activations at the same site.
+        share: Share that is explained, above 0 and at most 1.
+
+    Returns:
+        Orthonormal columns, float32; none where nothing covaries.
+
+    Raises:
+        ValueError: If the sets do not pair up, hold fewer than two pairs, or share is out of range.
+
+    Source: SEA (Qiu et al. 2024, arXiv:2405.09719).
+    """
+    _check_sides(other, neutral)
+    if len(neutral) != len(other) or len(neutral) < 2:
+        raise ValueError(
+            f"a covariance needs two pairs or more, row by row, got {len(neutral)} and "
+            f"{len(other)} rows."
+        )
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}.")
+    sides = [(rows.double() - rows.double().mean(dim=0)).T for rows in (neutral, other)]
+    # Few rows, wide activations: the singular vectors of a small core, in a basis of the rows.
+    (basis, core), (_, other_core) = (torch.linalg.qr(side) for side in sides)
+    left, sizes, _ = torch.linalg.svd(core @ other_core.T)
+    total = sizes.sum()
+    if total <= 1e-12 * sides[0].norm() * sides[1].norm():
+        return torch.zeros(neutral.shape[1], 0)
+    explained = sizes.cumsum(dim=0) / total
+    n_kept = 1 + int((explained < share - 1e-9).sum())
+    return (basis @ left[:, :n_kept]).float()
+
+
 def _check_filled(unsafe: Tensor, safe: Tensor) -> None:
     if len(unsafe) == 0 or len(safe) == 0:
         raise ValueError(f"both sides need rows, got {len(unsafe)} unsafe and {len(safe)} safe.")

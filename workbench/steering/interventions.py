@@ -1,153 +1,47 @@
-"""Describe changes of a model's computation, as edits and interventions.
+"""Describe changes of a model's computation, as interventions.
 
-An edit says what is done to an activation: a frozen function of a tensor that knows nothing of
-models, rows or positions. An ``Intervention`` says where and when an edit is made, and which
-steering gate must let it through. ``apply.intervene`` carries interventions out.
+An ``Intervention`` says where and when an edit (``edits``) is made, how its strength falls, and
+which steering gate must let it through. ``apply.intervene`` carries interventions out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from workbench.files.store import tensor_digest
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.sites import Site, check_sites
+from workbench.steering.edits import (
+    AblateDirection,
+    AddVector,
+    ClampNeurons,
+    Edit,
+    RaiseTo,
+    ScaleNeurons,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import Float
+    from torch import Tensor
 
     from workbench.models.hooked_model import HookedModel
     from workbench.steering.gates import Gate
     from workbench.steering.vectors import SteeringVector
 
 
-def at_least_float32(activation: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Give an activation as edits compute with it: a 16 bit one in float32, others as they are.
-
-    What an edit makes of it is rounded to the model's dtype once, at the end.
-    """
-    return activation.to(torch.promote_types(activation.dtype, torch.float32))
-
-
-@dataclass(frozen=True, eq=False)
-class AddVector:
-    """Add ``multiplier * vector``."""
-
-    vector: Float[Tensor, " d"]
-    multiplier: float = 1.0
-
-    def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """Move the activation by the vector."""
-        wide = at_least_float32(activation)
-        return (wide + (self.multiplier * self.vector).to(wide)).to(activation)
-
-    @property
-    def width(self) -> int:
-        """Width of the activations it fits."""
-        return len(self.vector)
-
-
-@dataclass(frozen=True, eq=False)
-class AblateDirection:
-    """Set the projection on a unit direction to ``target``.
-
-    At 0 the activation no longer says anything along the direction.
-    """
-
-    direction: Float[Tensor, " d"]
-    target: float = 0.0
-
-    def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """Replace the projection."""
-        wide = at_least_float32(activation)
-        u = self.direction.to(wide)
-        return (wide + (self.target - wide @ u)[..., None] * u).to(activation)
-
-    @property
-    def width(self) -> int:
-        """Width of the activations it fits."""
-        return len(self.direction)
-
-
-@dataclass(frozen=True, eq=False)
-class RaiseTo:
-    """Raise the projection on a unit direction to ``target``.
-
-    An activation that is there already or beyond stays as it is.
-    """
-
-    direction: Float[Tensor, " d"]
-    target: float
-
-    def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """Add the missing part of the projection."""
-        wide = at_least_float32(activation)
-        u = self.direction.to(wide)
-        return (wide + (self.target - wide @ u).clamp(min=0)[..., None] * u).to(activation)
-
-    @property
-    def width(self) -> int:
-        """Width of the activations it fits."""
-        return len(self.direction)
-
-
-@dataclass(frozen=True, eq=False)
-class ScaleNeurons:
-    """Multiply the activations of some neurons; factor 0 silences them."""
-
-    neurons: tuple[int, ...]
-    factor: float
-
-    def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """Scale these neurons."""
-        wide = at_least_float32(activation)
-        factors = torch.ones(wide.shape[-1], device=wide.device, dtype=wide.dtype)
-        factors[list(self.neurons)] = self.factor
-        return (wide * factors).to(activation)
-
-    @property
-    def width(self) -> int:
-        """Least width of the activations it fits."""
-        return max(self.neurons, default=-1) + 1
-
-
-@dataclass(frozen=True, eq=False)
-class ClampNeurons:
-    """Set some neurons to given values, for instance to their mean on safe prompts."""
-
-    neurons: tuple[int, ...]
-    values: Float[Tensor, " neuron"]
-
-    def __call__(self, activation: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """Set these neurons."""
-        index = torch.tensor(self.neurons, device=activation.device, dtype=torch.long)
-        return activation.index_copy(
-            -1, index, self.values.to(activation).expand(*activation.shape[:-1], -1)
-        )
-
-    @property
-    def width(self) -> int:
-        """Least width of the activations it fits."""
-        return max(self.neurons, default=-1) + 1
-
-
-Edit = (
-    AddVector | AblateDirection | RaiseTo | ScaleNeurons | ClampNeurons | Callable[[Tensor], Tensor]
-)
-"""What is done to an activation: one of these, or any function of a tensor."""
-
-
 Positions = Literal["all", "prompt", "generated"]
 """Which tokens an intervention means. Padding is never touched."""
+
+
+Decay = Literal["none", "linear", "sqrt", "altsteer"]
+"""How the strength of steering falls while an answer is written, see ``decayed``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +55,8 @@ class Intervention:
             touched.
         until: Generated tokens after which it ends: an answer's opening decides where it goes, and
             what follows keeps its quality. None never ends.
+        decay: How its strength falls until then, see ``decayed``. What is no addition goes that
+            share of its way.
         rows: Rows of the batch it applies to; None means every row.
         label: Name in results.
         model: What its vector was measured on; None where nothing was measured.
@@ -179,6 +75,7 @@ class Intervention:
     gate: Gate | None = None
     gate_category: str = ""
     fitted_on: frozenset[str] = frozenset()
+    decay: Decay = "none"
 
     def __post_init__(self) -> None:
         allowed = get_args(Positions)
@@ -190,6 +87,7 @@ class Intervention:
             raise ValueError(
                 f"until must be a number of generated tokens from 0, or None, got {self.until}."
             )
+        _check_decay(self.decay, self.until)
 
     def for_rows(self, rows: Iterable[int]) -> Intervention:
         """Restrict the change to some rows of a batch."""
@@ -204,6 +102,47 @@ class Intervention:
         return self.positions != "generated" or (n_generated > 0 and self.until != 0)
 
 
+def decayed(
+    decay: Decay, until: int | None, steps: Float[Tensor, " step"]
+) -> Float[Tensor, " step"]:
+    """Compute which share of its strength steering has at generated tokens.
+
+    "none" keeps it at 1, "linear" is ``1 - i/until``, "sqrt" is ``1/sqrt(1 + i)``, and "altsteer"
+    is ``1 - sqrt(i/until)``. From ``until`` on the share is 0.
+
+    Args:
+        decay: The form.
+        until: Generated tokens after which steering ends; None never ends ("none" and "sqrt").
+        steps: Generated tokens before each token, i, from 0; tokens of a prompt count as 0.
+
+    Raises:
+        ValueError: If the decay is unknown, or needs ``until`` and has none.
+
+    Source: "altsteer" is the fall of the refusal vector in AltSteer (Kwon et al. 2026,
+    arXiv:2608.30197), where ``until`` is the longest answer, 512 tokens. The other two are ours.
+    """
+    _check_decay(decay, until)
+    share = torch.ones_like(steps)
+    if decay == "sqrt":
+        share = (1 + steps).rsqrt()
+    elif until is not None and decay == "linear":
+        share = 1 - steps / until
+    elif until is not None and decay == "altsteer":
+        share = 1 - (steps / until).sqrt()
+    return share if until is None else share.masked_fill(steps >= until, 0.0)
+
+
+def _check_decay(decay: Decay, until: int | None) -> None:
+    """Raise where a decay is unknown, or lacks the number of tokens over which it falls."""
+    if decay not in get_args(Decay):
+        raise ValueError(f"unknown decay {decay!r}; allowed: {', '.join(get_args(Decay))}.")
+    if decay in ("linear", "altsteer") and not until:
+        raise ValueError(
+            f"decay {decay!r} needs until=, the number of generated tokens from 1 over which "
+            f"strength falls to 0, got {until}."
+        )
+
+
 def add_vector(
     vector: SteeringVector,
     multiplier: float | None = None,
@@ -211,6 +150,8 @@ def add_vector(
     rho: float | None = None,
     positions: Positions = "all",
     until: int | None = None,
+    decay: Decay = "none",
+    keep_norm: bool = False,
 ) -> Intervention:
     """Steer: add a multiple of a steering vector at its site.
 
@@ -223,9 +164,14 @@ def add_vector(
             tries 0.09 and 0.17; ``calibrate`` finds what a model's text bears.
         positions: Which tokens: "all", those of the "prompt", or the "generated" ones.
         until: Generated tokens after which it ends; None never ends.
+        decay: How its strength falls while an answer is written, see ``decayed``; prompts get all
+            of it.
+        keep_norm: Scale each token's activation back to the L2 norm it had, so that its direction
+            changes alone.
 
     Raises:
-        ValueError: If not exactly one of multiplier and rho is given, or it is no finite number.
+        ValueError: If not exactly one of multiplier and rho is given, it is no finite number, or
+            the decay is unknown or needs ``until``.
     """
     if (multiplier is None) == (rho is None):
         raise ValueError(
@@ -241,7 +187,7 @@ def add_vector(
         )
     if multiplier is None:
         multiplier = vector.multiplier_for(float(rho))  # type: ignore[arg-type]
-    edit = AddVector(vector.vector, float(multiplier))
+    edit = AddVector(vector.vector, float(multiplier), keep_norm)
     return Intervention(
         vector.site,
         edit,
@@ -249,6 +195,7 @@ def add_vector(
         label=f"{multiplier:+.3g} {vector.category}",
         model=vector.model,
         until=until,
+        decay=decay,
         fitted_on=vector.fitted_on,
     )
 
@@ -259,7 +206,7 @@ def suppress(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
     Args:
         vector: A steering vector; it points from unsafe to safe.
         rho: Strength relative to the residual stream, above 0.
-        extent: ``positions`` and ``until`` of ``add_vector``.
+        extent: ``positions``, ``until``, ``decay`` and ``keep_norm`` of ``add_vector``.
 
     Raises:
         ValueError: If ``rho`` is not above 0.
@@ -279,7 +226,11 @@ def activate(vector: SteeringVector, rho: float, **extent: Any) -> Intervention:
 
 
 def raise_to(
-    vector: SteeringVector, target: float, *, positions: Positions = "all"
+    vector: SteeringVector,
+    target: float,
+    *,
+    positions: Positions = "all",
+    until: int | None = None,
 ) -> Intervention:
     """Steer up to a target: move along a steering vector until the projection is ``target``.
 
@@ -289,13 +240,23 @@ def raise_to(
     Args:
         vector: Its site and direction are used.
         target: Projection on the unit direction, in residual-stream units; for instance the safe
-            class's mean there.
+            class's mean there, ``vector.safe_projection``.
         positions: Which tokens.
+        until: Generated tokens after which it ends; None never ends.
+
+    Raises:
+        ValueError: If the target is no finite number.
     """
-    edit = RaiseTo(vector.direction, float(target))
-    label = f"to {target:.3g} {vector.category}"
+    if not (isinstance(target, Real) and math.isfinite(target)):
+        raise ValueError(f"target must be a finite number, got {target!r}.")
     return Intervention(
-        vector.site, edit, positions, label=label, model=vector.model, fitted_on=vector.fitted_on
+        vector.site,
+        RaiseTo(vector.direction, float(target)),
+        positions,
+        label=f"to {target:.3g} {vector.category}",
+        model=vector.model,
+        until=until,
+        fitted_on=vector.fitted_on,
     )
 
 
@@ -430,6 +391,8 @@ def description(intervention: Intervention) -> list[Any]:
     """
     edit = intervention.edit
     values = {f.name: getattr(edit, f.name) for f in fields(edit)} if is_dataclass(edit) else {}
+    if isinstance(edit, AddVector) and not edit.keep_norm:
+        del values["keep_norm"]  # so that keys are what they were before there was this option
     what = {k: tensor_digest(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
     is_json = str | int | float | tuple | list | None
     if not what or not all(isinstance(value, is_json) for value in what.values()):
@@ -438,11 +401,11 @@ def description(intervention: Intervention) -> list[Any]:
             "in a file: nothing tells it from another one when they are read back; make it a "
             "frozen dataclass of numbers and tensors, or leave out output."
         )
-    extent = (
-        intervention.positions
-        if intervention.until is None
-        else [intervention.positions, intervention.until]
-    )
+    extent: Any = intervention.positions
+    if intervention.decay != "none":
+        extent = [intervention.positions, intervention.until, intervention.decay]
+    elif intervention.until is not None:
+        extent = [intervention.positions, intervention.until]
     gate = [] if intervention.gate is None else [intervention.gate.key, intervention.gate_category]
     return [str(intervention.site), type(edit).__name__, what, extent, intervention.label, *gate]
 

@@ -26,6 +26,7 @@ from workbench.prompts.attacks import question_id
 from workbench.prompts.contrasts import safe_rows, unsafe_rows
 from workbench.prompts.forms import as_prompts
 from workbench.stats.selectivity import Threshold, auroc, auroc_interval
+from workbench.steering.edits import AddVector
 from workbench.steering.gates import (
     check_folds,
     fit_log_odds,
@@ -36,7 +37,6 @@ from workbench.steering.gates import (
     thresholds_to_json,
     why_closed,
 )
-from workbench.steering.interventions import AddVector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -70,6 +70,8 @@ class SteeringVector:
             one of them is noticed.
         asked_as: System prompt and template keywords that it was measured under, see
             ``ActivationSet``.
+        safe_projection: Mean projection of the safe side's rows on the unit direction, in units of
+            the residual stream: a target for ``raise_to``. nan where it was not measured.
     """
 
     site: Site
@@ -84,6 +86,7 @@ class SteeringVector:
     model: ModelInfo
     fitted_on: frozenset[str] = frozenset()
     asked_as: str = ""
+    safe_projection: float = math.nan
 
     def __repr__(self) -> str:
         return (
@@ -130,6 +133,24 @@ class SteeringVector:
                 "strength."
             )
         return rho * self._known_site_norm() / self.norm
+
+    def target_for(self, rho: float) -> float:
+        """Find the projection that lies ``rho`` beyond the safe side's mean, for ``raise_to``.
+
+        Args:
+            rho: Distance relative to the norm of the residual stream; below 0 it stops short of the
+                safe side's mean.
+
+        Raises:
+            ValueError: If that mean, or the norm of the residual stream, was not measured.
+        """
+        if math.isnan(self.safe_projection):
+            raise ValueError(
+                f"a target at {self.site} needs the safe side's mean projection, which the vector "
+                f"of {self.category!r} ({self.method}) lacks: measure it with "
+                "with_safe_projection(vector, activations), or give raise_to a target."
+            )
+        return self.safe_projection + rho * self._known_site_norm()
 
     def _known_site_norm(self) -> float:
         if math.isnan(self.site_norm):
@@ -205,6 +226,7 @@ def random_vector(like: SteeringVector, *, seed: int) -> SteeringVector:
         method="random",
         category=f"{like.category}/random{seed}",
         fitted_on=frozenset(),
+        safe_projection=math.nan,
     )
 
 
@@ -224,11 +246,7 @@ def shuffled_vector(
     Raises:
         ValueError: If the activations are of another site or model, or hold no such rows.
     """
-    if activations.site != like.site or activations.model.fingerprint != like.model.fingerprint:
-        raise ValueError(
-            f"a control at {like.site} of {like.model.name!r} needs activations from there, "
-            f"got {activations!r}."
-        )
+    _check_same_place("a control", like, activations)
     unsafe_rows, safe_rows = sides_to_fit(activations.prompts, like.category, safe_side)
     if not unsafe_rows or not safe_rows:
         raise ValueError(
@@ -247,7 +265,43 @@ def shuffled_vector(
         scaled_to(replace(like, vector=vector.float()), like.norm),
         method="shuffled",
         category=f"{like.category}/shuffled{seed}",
+        safe_projection=math.nan,
     )
+
+
+def with_safe_projection(
+    vector: SteeringVector,
+    activations: ActivationSet,
+    *,
+    category: str | None = None,
+    safe_side: SafeSide = "generic",
+) -> SteeringVector:
+    """Measure where the safe side lies along a vector that was combined, or is a control.
+
+    ``fit_steering_vectors`` has measured it already.
+
+    Args:
+        vector: Its direction is used.
+        activations: Activations at its site, with rows of the safe side.
+        category: Whose safe rows; by default the vector's own category. Where it has none, those
+            of all categories stand for them.
+        safe_side: As in the fit.
+
+    Returns:
+        The vector with its ``safe_projection``.
+
+    Raises:
+        ValueError: If the activations are of another site or model, or hold no safe rows.
+    """
+    _check_same_place("a target", vector, activations)
+    _, rows = sides_to_fit(activations.prompts, category or vector.category, safe_side)
+    rows = rows or [i for i, prompt in enumerate(activations.prompts) if prompt.label == "safe"]
+    if not rows:
+        raise ValueError(
+            f"no safe rows to measure a target of {vector.category!r} on; give activations that "
+            "hold the safe side too."
+        )
+    return replace(vector, safe_projection=_projection(activations.values[rows], vector.vector))
 
 
 def scaled_to(vector: SteeringVector, norm: float) -> SteeringVector:
@@ -272,7 +326,8 @@ def save_vector(path: PathLike, vector: SteeringVector) -> None:
         name: importlib.metadata.version(name)
         for name in ("workbench", "torch", "transformer-lens")
     }
-    card["site_norm"] = None if math.isnan(vector.site_norm) else vector.site_norm
+    for name in ("site_norm", "safe_projection"):
+        card[name] = None if math.isnan(card[name]) else card[name]
     write_tensors(path, {"vector": vector.vector}, card)
 
 
@@ -294,7 +349,8 @@ def load_vector(path: PathLike) -> SteeringVector:
         vector = SteeringVector(
             site=Site.parse(str(card["site"])),
             vector=tensors["vector"],
-            site_norm=math.nan if card["site_norm"] is None else card["site_norm"],
+            site_norm=_or_nan(card["site_norm"]),
+            safe_projection=_or_nan(card.get("safe_projection")),
             model=ModelInfo(**card["model"]),
             fitted_on=frozenset(card.get("fitted_on", ())),
             asked_as=str(card.get("asked_as", "")),
@@ -314,6 +370,10 @@ def load_vector(path: PathLike) -> SteeringVector:
             "of its card; take another copy, or fit it again."
         )
     return vector
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _what_it_is(path: PathLike) -> str:
@@ -384,10 +444,12 @@ def _fit_category(
 ) -> SteeringVector:
     unsafe_rows, safe_rows = _rows_to_fit(activations.prompts, category, options)
     fitted_rows = (*unsafe_rows, *safe_rows)
+    safe = activations.values[safe_rows]
+    vector = _estimate(activations.values[unsafe_rows], safe, options)
     return SteeringVector(
         site=activations.site,
         category=category,
-        vector=_estimate(activations.values[unsafe_rows], activations.values[safe_rows], options),
+        vector=vector,
         method=method,
         span=activations.span,
         kept=1.0 if options.pruning == "none" else options.keep,
@@ -400,6 +462,7 @@ def _fit_category(
             for i in fitted_rows
         ),
         asked_as=activations.asked_as,
+        safe_projection=_projection(safe, vector),
     )
 
 
@@ -458,6 +521,21 @@ def _estimate(
         else principal_direction(unsafe, safe)
     )
     return direction * mean_difference(unsafe, safe).norm()
+
+
+def _projection(rows: Float[Tensor, "row d"], vector: Float[Tensor, " d"]) -> float:
+    """Average the projections of rows on a vector's unit direction; nan for a zero vector."""
+    along = rows.double().mean(dim=0) @ vector.double()
+    return float(along / vector.double().norm())
+
+
+def _check_same_place(what: str, vector: SteeringVector, activations: ActivationSet) -> None:
+    """Raise where activations are not of a vector's site and model."""
+    if activations.site != vector.site or activations.model.fingerprint != vector.model.fingerprint:
+        raise ValueError(
+            f"{what} at {vector.site} of {vector.model.name!r} needs activations from there, "
+            f"got {activations!r}."
+        )
 
 
 def _site_norm(activations: ActivationSet, residual: ActivationSet | None) -> float:
