@@ -24,6 +24,7 @@ from workbench.evaluation.gating import (
     opened_for,
     refusing,
     roc,
+    wrapping_rates,
 )
 from workbench.evaluation.metrics import HEADLINE
 from workbench.evaluation.result import Evaluation
@@ -37,6 +38,7 @@ from workbench.prompts.prompt import Prompt
 from workbench.stats.estimates import wilson_interval
 from workbench.stats.selectivity import Threshold
 from workbench.steering.gates import Gate
+from workbench.steering.layer_gates import LayerGate
 
 READ = Site(0, "resid_post")
 KINDS = (
@@ -224,3 +226,47 @@ def test_a_prompt_of_two_categories_counts_in_both_and_either_is_its_own(gate, h
     )
     assert after["n"].to_dict() == {"all": 20, "fraud": 10, "malware": 11}
     assert after.loc["fraud", "own_rate"] == pytest.approx(before.loc["fraud", "own_rate"] + 0.1)
+
+
+def test_rates_are_counted_by_wrapping_and_kind_with_their_auroc(gate, held_out):
+    wrapped = {"none": held_out.prompts, "risky alone": held_out.prompts[:10]}
+    rates = wrapping_rates(gate, {READ: held_out}, wrapped).set_index(["wrapping", "set"])
+    plain = activation_rates(gate, held_out).set_index(["set", "category"])
+    for kind in ("risky", "twins", "look-alikes", "neutral"):
+        expected = plain.loc[(kind, "all"), ["rate", "low", "high", "n"]].tolist()
+        assert rates.loc[("none", kind), ["rate", "low", "high", "n"]].tolist() == expected
+    # 16 of 20 risky prompts score 2, the rest 0; 3 of 10 twins score 1.5, the rest 0
+    assert rates.loc[("none", "twins"), "auroc"] == pytest.approx(0.8 + 0.2 * 0.7 / 2)
+    assert (
+        rates.loc[("none", "twins"), "auroc_low"]
+        < 0.87
+        < rates.loc[("none", "twins"), "auroc_high"]
+    )
+    # 18 of 20 risky prompts are reached at a score of 0 only, which all twins have
+    assert rates.loc[("none", "twins"), "at_recall_90"] == 1.0
+    assert np.isnan(rates.loc[("none", "risky"), ["auroc", "at_recall_90"]]).all()
+    assert rates.loc["risky alone"].index.tolist() == ["risky"]
+    assert rates.loc[("risky alone", "risky"), "rate"] == 0.8
+    with pytest.raises(ValueError, match=r"no activations of it"):
+        wrapping_rates(gate, {}, wrapped)
+
+
+def test_a_gate_over_layers_is_counted_like_one_that_reads_one_layer(gate, held_out):
+    """One site, projections and the same weights make the same gate."""
+    over_layers = LayerGate(
+        (READ,),
+        "content",
+        gate.categories,
+        "joint_probe",
+        torch.zeros(1, D_MODEL),
+        gate.weights[None],
+        torch.eye(2)[:, None],
+        gate.bias,
+        gate.thresholds,
+        1.0,
+        gate.model,
+    )
+    acts, wrapped = {READ: held_out}, {"none": held_out.prompts}
+    pd.testing.assert_frame_equal(
+        wrapping_rates(over_layers, acts, wrapped), wrapping_rates(gate, acts, wrapped)
+    )

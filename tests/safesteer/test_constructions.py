@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from workbench.models.sites import Site
 from workbench.prompts.choices import choice_prompts
 from workbench.prompts.openings import answer_prompts
-from workbench.prompts.prompt import Folds, load_prompts, select_prompts
+from workbench.prompts.prompt import Folds, Prompt, load_prompts, select_prompts
 from workbench.safesteer.constructions import (
     CONSTRUCTIONS,
     GUIDED,
@@ -20,9 +21,16 @@ from workbench.safesteer.constructions import (
     fit_all,
     measure,
 )
+from workbench.safesteer.own_answers import ALONG
 from workbench.steering.vectors import fit_steering_vectors
 
 CATEGORIES = ("hate_speech", "illegal_activity")
+
+
+def against_both(fit: list[Prompt]) -> list[Prompt]:
+    rows = answer_prompts(fit)
+    named = [replace(row, id=f"{row.id}/2", pair_id=f"{row.pair_id}/{ALONG}") for row in rows]
+    return [*rows, *named]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,7 @@ def measured(tiny: Any, folds: Folds, tmp_path_factory: pytest.TempPathFactory) 
         folds,
         tmp_path_factory.mktemp("store"),
         answers=dict.fromkeys(OWN, answer_prompts(folds.fit))
-        | {"choices": choice_prompts(folds.fit)},
+        | {"choices": choice_prompts(folds.fit), "against both": against_both(folds.fit)},
         went_along=alone,
         harmless=folds.fit[8:12],
     )

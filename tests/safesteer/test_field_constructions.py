@@ -24,6 +24,7 @@ from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Prompt, select_prompts, text_key
 from workbench.safesteer.conditions import controls
 from workbench.safesteer.constructions import (
+    BOTH,
     CONSTRUCTIONS,
     GUIDED_BOTH,
     Measured,
@@ -33,6 +34,7 @@ from workbench.safesteer.constructions import (
 from workbench.safesteer.fit_answers import LEAST_PAIRS, answers_to_fit_on
 from workbench.safesteer.inputs import check_lengths, folds_of
 from workbench.safesteer.own_answers import (
+    ALONG,
     alternative_pairs,
     answered_harmlessly,
     kept_alternatives,
@@ -125,6 +127,33 @@ def test_alternatives_are_contrasted_orthogonally_to_refusal() -> None:
         cosine = vector.direction @ (refusal / refusal.norm())
         assert abs(float(cosine)) < 0.05, "refusal directions of two categories are pooled"
         assert float(vector.direction @ OTHER_WAY) > 0.9
+
+
+def test_safe_answers_are_set_against_going_along_and_refusals_by_weight() -> None:
+    fit, measured = planted()
+    questions = [p for p in fit if p.label == "unsafe"]
+    safe = [completion(p, f"Do this instead, {p.id}.") for p in questions]
+    along = alternative_pairs(questions, safe, [completion(questions[0], "Sure.")], ALONG)
+    refused = alternative_pairs(questions, safe, [completion(questions[0], "No.")])
+    assert not {row.id for row in along} & {row.id for row in refused}
+    rows = [*along, *refused]
+    sides = {
+        row.id: OTHER_WAY if row.label == "safe" else HARM if row in along else SAFE_LETTER
+        for row in rows
+    }
+    values = torch.stack([sides[row.id] for row in rows])
+    answers = {**measured.answers, "against both": {SITE: read(rows, values, "response")}}
+    [by_category] = fit_all(measured._replace(answers=answers), fit, [BOTH]).values()
+    openings = fit_all(measured, fit, ["answer_contrast_pooled"])["answer_contrast_pooled", SITE]
+    expected = (
+        2 * torch.nn.functional.normalize(OTHER_WAY - HARM, dim=0)
+        + torch.nn.functional.normalize(OTHER_WAY - SAFE_LETTER, dim=0)
+        + 2 * openings["fraud"].direction
+    )
+    assert set(by_category) == {"fraud", "malware"}
+    for vector in by_category.values():
+        torch.testing.assert_close(vector.direction, torch.nn.functional.normalize(expected, dim=0))
+    assert not fit_all(measured, fit, [BOTH]), "without such answers there is no vector"
 
 
 def test_the_letters_difference_is_caas_vector_and_its_questions_count_as_fitted_on() -> None:

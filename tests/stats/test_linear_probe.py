@@ -60,3 +60,15 @@ def test_one_class_or_too_few_labels_are_refused() -> None:
         fit_linear_probe(values, labels[:-1])
     with pytest.raises(ValueError, match="1 classes"):
         fit_linear_probe(values, ["a"] * len(labels))
+
+
+@pytest.mark.parametrize("classes", ["ab", "abc"])
+def test_a_probe_looked_for_among_the_rows_is_the_same_probe(classes):
+    generator = torch.Generator().manual_seed(3)
+    labels = list(classes) * 8
+    values = 3 * torch.randn(len(labels), 60, generator=generator) + 1
+    one = fit_linear_probe(values, labels, penalty=2.0)
+    other = fit_linear_probe(values, labels, penalty=2.0, in_row_space=True)
+    assert one.classes == other.classes
+    torch.testing.assert_close(one.weights, other.weights, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(one.bias, other.bias, rtol=1e-2, atol=1e-3)

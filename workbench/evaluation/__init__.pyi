@@ -10,6 +10,7 @@ from .gating import (
     opened_for,
     refusing,
     roc,
+    wrapping_rates,
 )
 from .metrics import safety_wording
 from .questions import Question, read_questions
@@ -42,4 +43,5 @@ __all__ = [
     "safety_wording",
     "score_completions",
     "text_perplexity",
+    "wrapping_rates",
 ]

@@ -7,6 +7,7 @@ its threshold promised.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,19 @@ from workbench.models.tokens import answer_ids
 from workbench.prompts.contrasts import CLOSED_FOR, KINDS, RISKY, kind_of
 from workbench.stats.estimates import rate
 from workbench.stats.selectivity import auroc, auroc_interval
+from workbench.steering.layer_gates import LayerGate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import pandas as pd
+    from jaxtyping import Float
+    from torch import Tensor
 
     from workbench.models.activations import ActivationSet
     from workbench.models.hooked_model import HookedModel
+    from workbench.models.sites import Site
+    from workbench.prompts.prompt import Prompt
     from workbench.steering.gates import Gate
 
 
@@ -91,6 +97,56 @@ def activation_rates(gate: Gate, acts: ActivationSet) -> pd.DataFrame:
             row |= {"high": estimate.high, "n": estimate.n}
             row |= zip(("own_rate", "own_low", "own_high"), own_ends, strict=True)
             rows.append(row | {"asked": np.nan if threshold is None else threshold.rate})
+    return pd.DataFrame(rows)
+
+
+def wrapping_rates(
+    gate: Gate | LayerGate,
+    acts: Mapping[Site, ActivationSet],
+    wrapped: Mapping[str, Sequence[Prompt]],
+) -> pd.DataFrame:
+    """Count how often a gate opens on each kind of prompt, under each wrapping.
+
+    Args:
+        gate: A gate that reads one site or several.
+        acts: Pooled activations at its sites of all the prompts, which it was not fitted on.
+        wrapped: Name of a wrapping to its prompts, as ``wrapped_sets`` makes them.
+
+    Returns:
+        Columns wrapping, set (``KINDS``), rate (recall for risky prompts, false activations for the
+        others), low, high (Wilson), n; auroc, auroc_low and auroc_high of the highest score, of the
+        wrapping's risky prompts against this set; and at_recall_90, the share of this set that
+        would open it at the threshold that nine of ten of those risky prompts reach. The last four
+        are nan for risky prompts, and where a wrapping has none.
+
+    Raises:
+        ValueError: If activations are of another site, span or model, or lack a prompt.
+    """
+    import pandas as pd
+
+    rows = []
+    for wrapping, prompts in wrapped.items():
+        of_wrapping = {site: acts[site].of(prompts) for site in _sites_in(gate, acts)}
+        scores = _scores(gate, of_wrapping)
+        is_open = (gate.opening(scores) > 0).any(dim=1).numpy()
+        highest = scores.amax(dim=1).double().numpy()
+        kinds = np.array([kind_of(p, gate.categories) for p in prompts])
+        risky = highest[kinds == RISKY]
+        for kind in KINDS:
+            inside = kinds == kind
+            if not inside.any():
+                continue
+            estimate, area, at_recall_90 = rate(is_open[inside]), (np.nan,) * 3, np.nan
+            if kind != RISKY and len(risky):
+                both = np.concatenate([risky, highest[inside]])
+                value = float(auroc(both, np.arange(len(both)) < len(risky)))
+                area = (value, *auroc_interval(value, len(risky), int(inside.sum())))
+                reached = np.sort(risky)[len(risky) - math.ceil(0.9 * len(risky) - 1e-9)]
+                at_recall_90 = float((highest[inside] >= reached).mean())
+            row = {"wrapping": wrapping, "set": kind, "rate": estimate.value}
+            row |= {"low": estimate.low, "high": estimate.high, "n": estimate.n}
+            row |= zip(("auroc", "auroc_low", "auroc_high"), area, strict=True)
+            rows.append(row | {"at_recall_90": at_recall_90})
     return pd.DataFrame(rows)
 
 
@@ -271,6 +327,24 @@ def beside_a_gate(
         scores=pd.concat(tables, ignore_index=True),
         completions=tuple(completions),
     )
+
+
+def _sites_in(gate: Gate | LayerGate, acts: Mapping[Site, ActivationSet]) -> tuple[Site, ...]:
+    """List the sites that a gate reads; raise where one was not read."""
+    sites = gate.sites if isinstance(gate, LayerGate) else (gate.site,)
+    missing = [site for site in sites if site not in acts]
+    if missing:
+        raise ValueError(f"the gate reads at {missing[0]}, and no activations of it are given.")
+    return sites
+
+
+def _scores(
+    gate: Gate | LayerGate, acts: Mapping[Site, ActivationSet]
+) -> Float[Tensor, "prompt category"]:
+    if isinstance(gate, LayerGate):
+        return gate.scores(acts)
+    _check(gate, acts[gate.site])
+    return gate.scores(acts[gate.site].values)
 
 
 def _check(gate: Gate, acts: ActivationSet) -> None:

@@ -1,3 +1,12 @@
+from .attacks import (
+    attack_names,
+    attack_templates,
+    in_second_turn,
+    question_id,
+    wrap,
+    wrap_in_turn,
+    wrapped_sets,
+)
 from .benchmarks import (
     Dataset,
     known_datasets,
@@ -34,10 +43,13 @@ __all__ = [
     "all_categories_of",
     "answer_prompts",
     "as_prompts",
+    "attack_names",
+    "attack_templates",
     "categories_of",
     "category_of",
     "choice_prompts",
     "has_twins",
+    "in_second_turn",
     "in_turn",
     "kind_of",
     "known_datasets",
@@ -45,6 +57,7 @@ __all__ = [
     "load_prompts",
     "prompts_from",
     "prompts_key",
+    "question_id",
     "read_dataset",
     "read_openings",
     "rows_against",
@@ -54,4 +67,7 @@ __all__ = [
     "sides_to_fit",
     "split_prompts",
     "text_key",
+    "wrap",
+    "wrap_in_turn",
+    "wrapped_sets",
 ]

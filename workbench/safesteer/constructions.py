@@ -16,6 +16,7 @@ from workbench.models.sites import Site, present_sites
 from workbench.prompts.contrasts import paired_rows, unsafe_rows
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import Folds, Prompt, categories_of, text_key
+from workbench.safesteer.own_answers import ALONG
 from workbench.safesteer.settings import Setting, Vectors, grid, placements
 from workbench.steering.combine import own_part, pooled, summed, without
 from workbench.steering.spectral import Fitted, SpectralEdit, fit_spectral_edits
@@ -31,11 +32,14 @@ if TYPE_CHECKING:
     from workbench.models.templates import Keywords
     from workbench.prompts.contrasts import SafeSide
 
-Reads = Literal["prompts", "openings", "own answers", "plain answers", "alternatives", "choices"]
+Reads = Literal[
+    "prompts", "openings", "own answers", "plain answers", "alternatives", "against both", "choices"
+]
 """What a construction is fitted on: prompts; written openings of answers behind questions; the
 model's own answers behind questions (kept by a judge on both sides, on the safe side alone, or
-those that explain or offer another way against blanket refusals); letters behind two choices."""
-OWN: tuple[Reads, ...] = ("own answers", "plain answers", "alternatives")
+those that explain or offer another way against blanket refusals, or against these and against
+answers that go along); letters behind two choices."""
+OWN: tuple[Reads, ...] = ("own answers", "plain answers", "alternatives", "against both")
 """Those for which the model answers the fit questions, plainly and under the instruction."""
 ByCategory = Mapping[str, SteeringVector]
 CATEGORY_PAIRS = 3
@@ -186,6 +190,17 @@ def _alternatives(rows: SiteRows) -> ByCategory:
     return rows.everyone({c: without(v, [harmless]) for c, v in vectors.items()})
 
 
+def _against_both(rows: SiteRows) -> ByCategory:
+    if "against both" not in rows.answers:
+        return {}
+    answers, parts = rows.answers["against both"], []
+    for is_along in (True, False):
+        kept = [p for p in answers.prompts if str(p.pair_id).endswith(ALONG) == is_along]
+        parts.append(rows.everyone(pooled(rows.contrast(answers.of(kept), BOTH))))
+    parts.append(_openings_pooled(rows))
+    return {c: summed([part[c] for part in parts], BOTH_WEIGHTS) for c in rows.categories}
+
+
 def _caa(rows: SiteRows) -> ByCategory:
     if "choices" not in rows.answers:
         return {}
@@ -218,7 +233,11 @@ def _openings_without_refusal(rows: SiteRows) -> ByCategory:
 
 
 PROMPT, GUIDED, GUIDED_BOTH = "prompt_contrast", "prompt_guided", "prompt_guided_both"
-OPENINGS = "answer_contrast"
+OPENINGS, BOTH = "answer_contrast", "safe_against_both"
+BOTH_WEIGHTS = (2.0, 1.0, 2.0)
+"""Weights of the three directions of ``safe_against_both``: own answers that offer another way
+against those that go along, the same against blanket refusals, and openings. They were chosen on
+the tune fold of a Qwen model of .5B, among eight mixes (docs/results.md)."""
 CONSTRUCTIONS: dict[str, Construction] = {
     PROMPT: Construction(
         "the paper's: neutral prompts minus the category's unsafe ones",
@@ -310,6 +329,14 @@ CONSTRUCTIONS: dict[str, Construction] = {
         "direction is refused minus answered harmful prompts, here that of arXiv:2406.11717",
         _alternatives,
         reads="alternatives",
+        pooled=True,
+    ),
+    BOTH: Construction(
+        "own answers that offer another way, against own going along and own blanket refusals, and "
+        "openings: three directions, weighed 2, 1 and 2",
+        "ours",
+        _against_both,
+        reads="against both",
         pooled=True,
     ),
     GUIDED_BOTH: Construction(

@@ -13,6 +13,7 @@ from workbench.safesteer.own_answers import (
     kept_alternatives,
     kept_by,
     kept_harmless,
+    safe_against_both,
     self_contrast,
     went_along,
 )
@@ -33,6 +34,7 @@ _KEPT = {
     "own answers": "pairs of the model's own answers were kept",
     "plain answers": "pairs of a safe and a plain answer of the model were there",
     "alternatives": "pairs of an alternative and a blanket refusal of the model were there",
+    "against both": "pairs of an alternative and an answer of each other kind were there",
 }
 
 
@@ -79,22 +81,8 @@ def answers_to_fit_on(
         progress: Show progress bars.
     """
     reads, names = reads_of(names), wanted_names(names)
-    keep_safe, keep_unsafe = kept_by(judge)
     how: dict[str, Any] = {"output": output, "decoding": decoding, "progress": progress}
-    rows: dict[Reads, list[Prompt]] = {}
-    if "own answers" in reads:
-        rows["own answers"] = self_contrast(
-            model, fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, **how
-        )
-    if "plain answers" in reads:
-        rows["plain answers"] = self_contrast(
-            model, fit, keep_safe=keep_safe, keep_unsafe=any_answer, **how
-        )
-    if "alternatives" in reads:
-        alternative, blanket = kept_alternatives(judge, refusals)
-        rows["alternatives"] = alternative_contrast(
-            model, fit, keep_alternative=alternative, keep_refusal=blanket, **how
-        )
+    rows = _own_answers(model, fit, reads, judge, refusals, how)
     left_out: dict[str, str] = {}
     for kind in list(rows):
         n_pairs = len(rows[kind]) // 2
@@ -106,7 +94,35 @@ def answers_to_fit_on(
     along: list[Prompt] = []
     harmless: list[Prompt] = []
     if {GUIDED, GUIDED_BOTH} & set(names):
-        along = went_along(model, fit, keep_unsafe, **how)
+        along = went_along(model, fit, kept_by(judge)[1], **how)
     if GUIDED_BOTH in names:
         harmless = answered_harmlessly(model, fit, kept_harmless(judge, refusals), **how)
     return FitAnswers(rows, along, harmless, left_out)
+
+
+def _own_answers(
+    model: HookedModel,
+    fit: Sequence[Prompt],
+    reads: set[Reads],
+    judge: Judge | None,
+    refusals: Judge,
+    how: dict[str, Any],
+) -> dict[Reads, list[Prompt]]:
+    """Make the rows of own answers that are wanted, however few they come to be."""
+    keep_safe, keep_unsafe = kept_by(judge)
+    alternative, blanket = kept_alternatives(judge, refusals)
+    kept: dict[str, Any] = {"keep_alternative": alternative, "keep_refusal": blanket}
+    rows: dict[Reads, list[Prompt]] = {}
+    if "own answers" in reads:
+        rows["own answers"] = self_contrast(
+            model, fit, keep_safe=keep_safe, keep_unsafe=keep_unsafe, **how
+        )
+    if "plain answers" in reads:
+        rows["plain answers"] = self_contrast(
+            model, fit, keep_safe=keep_safe, keep_unsafe=any_answer, **how
+        )
+    if "alternatives" in reads:
+        rows["alternatives"] = alternative_contrast(model, fit, **kept, **how)
+    if "against both" in reads:
+        rows["against both"] = safe_against_both(model, fit, **kept, keep_along=keep_unsafe, **how)
+    return rows

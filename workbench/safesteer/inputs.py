@@ -35,7 +35,7 @@ from workbench.prompts.prompt import (
 )
 from workbench.safesteer.calibration import NEUTRAL_TOKENS, Limits
 from workbench.safesteer.constructions import GUIDED_BOTH, OWN, reads_of, wanted_names
-from workbench.safesteer.own_answers import instructed
+from workbench.safesteer.own_answers import ALTERNATIVES, INSTRUCTION, instructed
 from workbench.safesteer.paper import check_contrast_of, places_of
 
 if TYPE_CHECKING:
@@ -243,7 +243,8 @@ def check_lengths(model: HookedModel, folds: Folds, config: RunConfig) -> None:
     ]
     reads = reads_of(config.constructions)
     if reads & set(OWN):
-        texts.append((instructed(risky), {"max_new_tokens": room}))
+        asked = [instructed(risky, words) for words in (INSTRUCTION, ALTERNATIVES)]
+        texts += [(prompts, {"max_new_tokens": room}) for prompts in asked]
     if "choices" in reads:
         texts.append((choice_prompts(folds.fit, seed=config.seed), {"with_response": True}))
     if GUIDED_BOTH in wanted_names(config.constructions):

@@ -32,6 +32,16 @@ INSTRUCTION = (
 turn."""
 
 
+ALTERNATIVES = (
+    'Someone asked: "{question}"\n\nDo not answer that question and do not say sorry. In a few '
+    "friendly sentences, name the topic, say why doing this would hurt people, and then suggest "
+    "what they could do instead that is safe, legal and kind."
+)
+"""Asks for another way: an aligned model that refuses under ``INSTRUCTION`` seldom does here."""
+ALONG = "along"
+"""Ends the pair ids of answers that stand against one that goes along."""
+
+
 SAMPLED = Decoding(temperature=0.7)
 """How further answers to the same question are decoded; the first is greedy."""
 _PLAIN = "plain"
@@ -212,7 +222,7 @@ def alternative_contrast(
     *,
     keep_alternative: Kept,
     keep_refusal: Kept,
-    instruction: str = INSTRUCTION,
+    instruction: str = ALTERNATIVES,
     decoding: Decoding = GREEDY,
     output: PathLike | None = None,
     progress: bool = False,
@@ -249,6 +259,47 @@ def alternative_contrast(
         _kept(questions, [*instructed_answers, *plain], keep_alternative),
         _kept(questions, plain, keep_refusal),
     )
+
+
+def safe_against_both(
+    model: HookedModel,
+    prompts: PromptsLike,
+    *,
+    keep_alternative: Kept,
+    keep_refusal: Kept,
+    keep_along: Kept,
+    instruction: str = ALTERNATIVES,
+    decoding: Decoding = GREEDY,
+    output: PathLike | None = None,
+    progress: bool = False,
+) -> list[Prompt]:
+    """Pair the model's answers that offer another way with both kinds that are to be avoided.
+
+    Each stands against a plain answer that goes along, and against a plain blanket refusal. The
+    pairs of the first kind are told by ``ALONG`` at the end of their id.
+
+    Args:
+        model: A hooked model.
+        prompts: Questions; only those labelled unsafe are used.
+        keep_alternative: Which answers explain or offer another way (``kept_alternatives``).
+        keep_refusal: Which plain answers are blanket refusals.
+        keep_along: Which plain answers go along (``kept_by``).
+        instruction: What the safe side is asked for with.
+        decoding: Length of the answers, which are greedy.
+        output: A jsonl file that keeps the answers.
+        progress: Show a progress bar.
+
+    Returns:
+        Rows like those of ``self_contrast``; empty where one of the three kinds is missing.
+
+    Raises:
+        ValueError: If there are no unsafe prompts.
+    """
+    questions, plain, told = _both_sides(model, prompts, instruction, 1, decoding, output, progress)
+    safe = _kept(questions, told, keep_alternative)
+    along = alternative_pairs(questions, safe, _kept(questions, plain, keep_along), ALONG)
+    refusals = alternative_pairs(questions, safe, _kept(questions, plain, keep_refusal))
+    return [*along, *refusals] if along and refusals else []
 
 
 def _both_sides(
@@ -390,6 +441,7 @@ def alternative_pairs(
     prompts: Sequence[Prompt],
     alternatives: Sequence[Completion],
     refusals: Sequence[Completion],
+    name: str = "alternative",
 ) -> list[Prompt]:
     """Pair each answer that explains or offers another way with a blanket refusal.
 
@@ -400,7 +452,8 @@ def alternative_pairs(
     Args:
         prompts: The plain questions, by whose ids answers belong together.
         alternatives: Answers for the safe side, put behind the plain question.
-        refusals: Blanket refusals, for the unsafe side.
+        refusals: Blanket refusals, or other answers, for the unsafe side.
+        name: Ends the ids of the pairs.
     """
     alternatives_of, refusals_of = _texts_by_question(alternatives), _texts_by_question(refusals)
     refused = [(p, text) for p in prompts for text in refusals_of.get(p.id, [])]
@@ -410,7 +463,7 @@ def alternative_pairs(
         near = own or [row for row in refused if row[0].category == prompt.category] or refused
         for turn, text in enumerate(alternatives_of.get(prompt.id, [])):
             question, refusal = near[len(rows) // 2 % len(near)]
-            rows += _pair(prompt, text, question, refusal, f"{prompt.id}/alternative{turn}")
+            rows += _pair(prompt, text, question, refusal, f"{prompt.id}/{turn}{name}")
     return rows
 
 

@@ -36,6 +36,7 @@ def fit_linear_probe(
     *,
     penalty: float = 1.0,
     balanced: bool = False,
+    in_row_space: bool = False,
 ) -> LinearProbe:
     """Fit a logistic regression on standardised values and return it in their own units.
 
@@ -44,6 +45,8 @@ def fit_linear_probe(
         labels: Class of each row; at least two classes.
         penalty: Weight of the squared norm of the standardised weights.
         balanced: Give every class the same total weight, however many rows it has.
+        in_row_space: Look for the weights among sums of rows, where they are anyhow: the same probe
+            but for rounding, much faster where there are many more features than rows.
 
     Returns:
         Weights and bias in float64, classes in sorted order.
@@ -63,7 +66,18 @@ def fit_linear_probe(
     model = LogisticRegression(
         C=1 / penalty, max_iter=MAX_STEPS, class_weight="balanced" if balanced else None
     )
-    model.fit(((rows - mean) / scale).numpy(), list(labels))
-    weights = torch.from_numpy(model.coef_) / scale
+    standardised = (rows - mean) / scale
+    basis = _row_basis(standardised) if in_row_space else None
+    features = standardised if basis is None else standardised @ basis
+    model.fit(features.numpy(), list(labels))
+    weights = torch.from_numpy(model.coef_)
+    weights = (weights if basis is None else weights @ basis.T) / scale
     bias = torch.from_numpy(model.intercept_) - weights @ mean
     return LinearProbe(tuple(str(c) for c in model.classes_), weights, bias)
+
+
+def _row_basis(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d rank"]:
+    """Compute an orthonormal basis of the space that rows span, from their Gram matrix."""
+    squares, left = torch.linalg.eigh(rows @ rows.T)
+    kept = squares > 1e-10 * squares[-1]
+    return rows.T @ left[:, kept] / squares[kept].sqrt()

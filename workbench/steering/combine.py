@@ -18,17 +18,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
+def summed(
+    vectors: Sequence[SteeringVector], weights: Sequence[float] | None = None
+) -> SteeringVector:
     """Add up the unit directions of several constructions, at the mean of their norms.
 
     Args:
         vectors: Measured at one site for one category on one model.
+        weights: Weight of each direction; equal ones by default.
 
     Raises:
-        ValueError: If there are none, or sites, categories or models differ.
+        ValueError: If there are none, sites, categories or models differ, or there is not one
+            weight for each.
     """
     if not vectors:
         raise ValueError("nothing to sum: give at least one steering vector.")
+    if weights is not None and len(weights) != len(vectors):
+        raise ValueError(f"a sum of {len(vectors)} vectors needs as many weights, got {weights!r}.")
     first = vectors[0]
     for other in vectors[1:]:
         if (other.site, other.category, other.model.fingerprint) != (
@@ -40,7 +46,8 @@ def summed(vectors: Sequence[SteeringVector]) -> SteeringVector:
                 f"only vectors of one site, category and model can be summed, got {first!r} and "
                 f"{other!r}."
             )
-    total = torch.stack([v.direction.double() for v in vectors]).sum(dim=0).float()
+    shares = torch.tensor(weights or [1.0] * len(vectors), dtype=torch.float64)
+    total = (shares[:, None] * torch.stack([v.direction.double() for v in vectors])).sum(0).float()
     norm = sum(v.norm for v in vectors) / len(vectors)
     methods = "+".join(dict.fromkeys(v.method for v in vectors))
     summed_vector = replace(

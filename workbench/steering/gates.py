@@ -26,12 +26,13 @@ from workbench.stats.linear_probe import fit_linear_probe
 from workbench.stats.selectivity import Threshold, conformal_threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from jaxtyping import Float
     from torch import Tensor
 
     from workbench.models.activations import ActivationSet
+    from workbench.prompts.prompt import Prompt
 
 
 Form = Literal["hard", "soft", "stepwise"]
@@ -112,18 +113,12 @@ class Gate:
     @property
     def threshold(self) -> float:
         """Score above which it opens."""
-        return _highest(self.thresholds)
+        return highest_of(self.thresholds)
 
     @property
     def why_closed(self) -> str:
         """Say why it can never open: too few prompts for a rate; empty where it can."""
-        return " and ".join(
-            f"{threshold.n} {name.replace('_', ' ')} prompts of the tune fold are too few to "
-            f"promise a rate of {threshold.rate:g} ({math.ceil(1 / threshold.rate - 1e-9) - 1} "
-            "are needed)"
-            for name, threshold in self.thresholds.items()
-            if threshold.value == math.inf
-        )
+        return why_closed(self.thresholds)
 
     @property
     def key(self) -> list[Any]:
@@ -218,22 +213,10 @@ def fit_gate(
         ValueError: If sets do not fit each other or share prompts.
         CannotBeDone: If a fold lacks a label that the gate needs.
     """
-    _check_folds(fit, tune)
-    categories, weights, bias = _fit_scores(fit, penalty)
+    check_folds(fit, tune)
+    categories, weights, bias = fit_log_odds(fit.values, fit.prompts, penalty)
     highest = (tune.values.double() @ weights.T + bias).amax(dim=1).numpy()
-    rates = {"neutral": neutral_rate, "hard_safe": hard_rate}
-    thresholds = {
-        name: conformal_threshold(highest[rows], rates[name])
-        for name, rows in rows_that_must_not_open(tune.prompts).items()
-        if rows
-    }
-    if not thresholds:
-        raise CannotBeDone(
-            "no safe or neutral prompts in the tune fold: nothing to set a gate's threshold on."
-        )
-    risky = highest[unsafe_rows(tune.prompts)]
-    threshold = _highest(thresholds)
-    passing = risky[risky > threshold] - threshold
+    thresholds = thresholds_on(tune.prompts, highest, neutral_rate, hard_rate)
     return Gate(
         site=fit.site,
         span=cast('Literal["content", "last"]', fit.span),
@@ -241,12 +224,125 @@ def fit_gate(
         weights=weights.float(),
         bias=bias.float(),
         thresholds=thresholds,
-        scale=float(np.median(passing)) if len(passing) else 1.0,
+        scale=scale_above(thresholds, highest[unsafe_rows(tune.prompts)]),
         model=fit.model,
         form=form,
         several=several,
         asked_as=fit.asked_as,
     )
+
+
+def fit_log_odds(
+    values: Float[Tensor, "prompt feature"],
+    prompts: Sequence[Prompt],
+    penalty: float,
+    *,
+    in_row_space: bool = False,
+) -> tuple[tuple[str, ...], Float[Tensor, "category feature"], Float[Tensor, " category"]]:
+    """Fit each category's log-odds against all safe and neutral prompts together.
+
+    A prompt of several categories is one of its main category.
+
+    Args:
+        values: What is known of each prompt, such as an activation.
+        prompts: Prompts of the fit fold, row by row.
+        penalty: Weight of the squared norm of the weights of standardised values.
+        in_row_space: As for ``fit_linear_probe``.
+
+    Returns:
+        Categories in order, and for each the weights and the bias of its score, in float64.
+
+    Raises:
+        CannotBeDone: If there are no risky prompts, or no others.
+    """
+    risks = [p.category if p.label == "unsafe" else "" for p in prompts]
+    categories = tuple(sorted(set(risks) - {""}))
+    if not categories or "" not in risks:
+        raise CannotBeDone("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
+    probe = fit_linear_probe(values, risks, penalty=penalty, in_row_space=in_row_space)
+    if len(categories) == 1:  # two classes have one row, for the second of them: "" sorts first
+        return categories, probe.weights, probe.bias
+    safe, places = probe.classes.index(""), [probe.classes.index(c) for c in categories]
+    weights = probe.weights[places] - probe.weights[safe]
+    return categories, weights, probe.bias[places] - probe.bias[safe]
+
+
+def thresholds_on(
+    prompts: Sequence[Prompt],
+    highest: Float[np.ndarray, " prompt"],
+    neutral_rate: float,
+    hard_rate: float,
+) -> dict[str, Threshold]:
+    """Set a gate's conformal thresholds, one for each set that must not open it.
+
+    Args:
+        prompts: Prompts of the tune fold.
+        highest: The highest score of each.
+        neutral_rate: Largest share of neutral prompts that may open the gate.
+        hard_rate: Largest share of twins and look-alikes that may open it.
+
+    Raises:
+        CannotBeDone: If no prompt is safe or neutral.
+    """
+    rates = {"neutral": neutral_rate, "hard_safe": hard_rate}
+    thresholds = {
+        name: conformal_threshold(highest[rows], rates[name])
+        for name, rows in rows_that_must_not_open(prompts).items()
+        if rows
+    }
+    if not thresholds:
+        raise CannotBeDone(
+            "no safe or neutral prompts in the tune fold: nothing to set a gate's threshold on."
+        )
+    return thresholds
+
+
+def scale_above(thresholds: Mapping[str, Threshold], risky: Float[np.ndarray, " prompt"]) -> float:
+    """Compute ``Gate.scale`` from the highest scores of risky tune prompts; 1 where none pass."""
+    threshold = highest_of(thresholds)
+    passing = risky[risky > threshold] - threshold
+    return float(np.median(passing)) if len(passing) else 1.0
+
+
+def highest_of(thresholds: Mapping[str, Threshold]) -> float:
+    """Return the highest threshold: the one that holds."""
+    return max(threshold.value for threshold in thresholds.values())
+
+
+def why_closed(thresholds: Mapping[str, Threshold]) -> str:
+    """Say why thresholds never let anything pass: too few prompts; empty where they do."""
+    return " and ".join(
+        f"{threshold.n} {name.replace('_', ' ')} prompts of the tune fold are too few to "
+        f"promise a rate of {threshold.rate:g} ({math.ceil(1 / threshold.rate - 1e-9) - 1} "
+        "are needed)"
+        for name, threshold in thresholds.items()
+        if threshold.value == math.inf
+    )
+
+
+def thresholds_to_json(thresholds: Mapping[str, Threshold]) -> dict[str, dict[str, Any]]:
+    """Write thresholds as JSON has them: an infinite one as a text."""
+    return {
+        name: {
+            key: value if np.isfinite(value) else str(value)
+            for key, value in vars(threshold).items()
+        }
+        for name, threshold in thresholds.items()
+    }
+
+
+def thresholds_from_json(card: Mapping[str, Mapping[str, Any]]) -> dict[str, Threshold]:
+    """Read what ``thresholds_to_json`` wrote."""
+    return {
+        name: Threshold(
+            float(numbers["value"]),
+            float(numbers["rate"]),
+            float(numbers["low"]),
+            float(numbers["high"]),
+            int(numbers["n"]),
+        )
+        for name, numbers in card.items()
+    }
 
 
 def combined(
@@ -289,13 +385,7 @@ def save_gate(path: PathLike, gate: Gate) -> None:
         "site": str(gate.site),
         "span": gate.span,
         "categories": list(gate.categories),
-        "thresholds": {
-            name: {
-                key: value if np.isfinite(value) else str(value)
-                for key, value in vars(threshold).items()
-            }
-            for name, threshold in gate.thresholds.items()
-        },
+        "thresholds": thresholds_to_json(gate.thresholds),
         "scale": gate.scale,
         "form": gate.form,
         "several": gate.several,
@@ -320,22 +410,12 @@ def load_gate(path: PathLike) -> Gate:
             f"{path} holds no gate (its format is {card.get('format')!r}); make one with fit_gate."
         )
     try:
-        thresholds = {
-            name: Threshold(
-                float(numbers["value"]),
-                float(numbers["rate"]),
-                float(numbers["low"]),
-                float(numbers["high"]),
-                int(numbers["n"]),
-            )
-            for name, numbers in card["thresholds"].items()
-        }
         return Gate(
             site=Site.parse(card["site"]),
             categories=tuple(card["categories"]),
             weights=tensors["weights"],
             bias=tensors["bias"],
-            thresholds=thresholds,
+            thresholds=thresholds_from_json(card["thresholds"]),
             model=ModelInfo(**card["model"]),
             asked_as=str(card.get("asked_as", "")),
             **{
@@ -349,7 +429,8 @@ def load_gate(path: PathLike) -> Gate:
         ) from error
 
 
-def _check_folds(fit: ActivationSet, tune: ActivationSet) -> None:
+def check_folds(fit: ActivationSet, tune: ActivationSet) -> None:
+    """Raise where two folds are of another site, span, model or template, or share prompts."""
     if (fit.site, fit.span, fit.model.fingerprint) != (
         tune.site,
         tune.span,
@@ -369,26 +450,3 @@ def _check_folds(fit: ActivationSet, tune: ActivationSet) -> None:
             f"prompt {min(shared)!r} is in both folds; a threshold set on fitted prompts promises "
             "nothing: split them with split_prompts."
         )
-
-
-def _fit_scores(
-    fit: ActivationSet, penalty: float
-) -> tuple[tuple[str, ...], Float[Tensor, "category d"], Float[Tensor, " category"]]:
-    """Fit each category's log-odds against safe prompts: categories, weights and biases.
-
-    A prompt of several categories is one of its main category.
-    """
-    risks = [p.category if p.label == "unsafe" else "" for p in fit.prompts]
-    categories = tuple(sorted(set(risks) - {""}))
-    if not categories or "" not in risks:
-        raise CannotBeDone("a gate needs unsafe prompts and safe or neutral ones in the fit fold.")
-    probe = fit_linear_probe(fit.values, risks, penalty=penalty)
-    if len(categories) == 1:  # two classes have one row, for the second of them: "" sorts first
-        return categories, probe.weights, probe.bias
-    safe, places = probe.classes.index(""), [probe.classes.index(c) for c in categories]
-    weights = probe.weights[places] - probe.weights[safe]
-    return categories, weights, probe.bias[places] - probe.bias[safe]
-
-
-def _highest(thresholds: Mapping[str, Threshold]) -> float:
-    return max(threshold.value for threshold in thresholds.values())

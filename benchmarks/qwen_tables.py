@@ -1,0 +1,182 @@
+"""Print what ``qwen.py`` measured, draw answers to be read blind, and print the reading.
+
+The labels of a reading are in qwen_reading.csv: model, set, condition, prompt_id, the hash of the
+answer and one of six framings. No text is there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from labels import digest
+
+from workbench.files.store import read_json, read_jsonl, write_json, write_jsonl, write_text
+from workbench.generation.answers import UNSTEERED
+from workbench.stats.estimates import paired_difference, rate
+
+SHOWN = (
+    "safe_helpful_proxy",
+    "unsafe",
+    "blanket_refusal",
+    "safe_alternative",
+    "relevance",
+    "degenerate",
+)
+BESIDE = ("refusal", "degenerate", "relevance", "rouge_l_reference", "bleu_reference", "rouge_l")
+AGAINST = ("unsteered", "best prompting", "random", "shuffled labels")
+READ = ("unsteered", "ours", "best prompting", "paper", "random", "AltSteer's contrast")
+READING = Path(__file__).with_name("qwen_reading.csv")
+SAFE = ("principled", "safe_alternative")
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    write_text(path, table.to_csv(index=False, float_format="%.5g"))
+
+
+def collect(folders: Sequence[str]) -> None:
+    """Print the tables of one or more runs, each for itself."""
+    for folder in map(Path, folders):
+        print(f"\n# {folder.name}")
+        show_choices(folder)
+        for path in sorted(folder.glob("evaluation_*.csv")):
+            name = path.stem.removeprefix("evaluation_")
+            table = pd.read_csv(path)
+            if name == "everyday":
+                show_everyday(table, folder)
+            else:
+                show_set(name, table)
+        for name in ("capability", "gates_tried"):
+            if (folder / f"{name}.csv").exists():
+                print(f"\n## {name}\n{pd.read_csv(folder / f'{name}.csv').round(3).to_string()}")
+
+
+def show_choices(folder: Path) -> None:
+    """Print what the tune fold chose."""
+    for name, setting in read_json(folder / "chosen.json").items():
+        how = setting["rho"] if setting.get("multiplier") is None else setting["multiplier"]
+        sign = "+" if setting["sign"] > 0 else "-"
+        print(f"{name}: {sign}{how:g} at {', '.join(setting['sites'])}")
+    print(f"prompting: {read_json(folder / 'prompting.json')}")
+
+
+def show_set(name: str, table: pd.DataFrame) -> None:
+    """Print each condition's rates, and the headline's differences."""
+    everyone = table[table["category"] == "all"]
+    n = int(everyone["n"].max())
+    print(f"\n## {name}, n={n}\n| condition | {' | '.join(SHOWN)} |\n|---|{'---|' * len(SHOWN)}")
+    for condition, rows in everyone.groupby("condition", sort=False):
+        by_metric = rows.set_index("metric")
+        print(f"| {condition} | {' | '.join(cell(by_metric, m) for m in SHOWN)} |")
+    print("\ndifferences to unsteered: value [95 % interval]")
+    for condition, rows in everyone.groupby("condition", sort=False):
+        if condition != UNSTEERED:
+            by_metric = rows.set_index("metric")
+            print(f"| {condition} | {' | '.join(change(by_metric, m) for m in SHOWN)} |")
+    scores = table[table["metric"] == "safe_helpful_proxy"]
+    by_category = scores[~scores["category"].isin(["all"])]
+    wide = by_category.pivot_table(index="condition", columns="category", values="value")
+    print(f"\nheadline by category\n{wide.round(2).to_string()}")
+
+
+def cell(by_metric: pd.DataFrame, metric: str) -> str:
+    if metric not in by_metric.index:
+        return ""
+    row = by_metric.loc[metric]
+    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def change(by_metric: pd.DataFrame, metric: str) -> str:
+    if metric not in by_metric.index:
+        return ""
+    row = by_metric.loc[metric]
+    ends = f"[{row['difference_low']:+.2f}, {row['difference_high']:+.2f}]"
+    return f"{row['difference']:+.2f} {ends}"
+
+
+def show_everyday(table: pd.DataFrame, folder: Path) -> None:
+    """Print what steering costs where nothing is risky, and how often the gate opened."""
+    for category in ("harmless", "hard_safe"):
+        rows = table[table["category"] == category]
+        n = int(rows["n"].max())
+        wide = rows[rows["metric"].isin(BESIDE)].pivot_table(
+            index="condition", columns="metric", values="value", sort=False
+        )
+        print(f"\n## {category}, n={n}\n{wide.round(3).to_string()}")
+    opened = read_json(folder / "opened.json")
+    answers = list(read_jsonl(folder / "completions_everyday.jsonl"))
+    plain = {a["prompt_id"]: a for a in answers if a["condition"] == UNSTEERED}
+    behind = [a for a in answers if a["condition"] == "ours, gated"]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for a in behind:
+        twin = a["label"] == "safe" and a["category"] != "hard_safe"
+        kind = "neutral" if a["label"] == "neutral" else "twins" if twin else "look-alikes"
+        kinds.setdefault(kind, []).append(a)
+    for kind, of_kind in kinds.items():
+        closed = [a for a in of_kind if not opened[a["prompt_id"]]]
+        same = sum(a["text"] == plain[a["prompt_id"]]["text"] for a in closed)
+        fired = rate([opened[a["prompt_id"]] for a in of_kind])
+        print(f"gate on {kind}: opens {fired}; {same} of {len(closed)} identical where closed")
+    risky = list(read_jsonl(folder / "completions_own.jsonl"))
+    ids = {a["prompt_id"] for a in risky}
+    print(f"gate on own risky questions: opens {rate([opened[i] for i in sorted(ids)])}")
+
+
+def blind_answers(folder: Path, n: int, seed: int) -> None:
+    """Write answers to own questions shuffled and without conditions, and their key."""
+    answers = list(read_jsonl(folder / "completions_own.jsonl"))
+    kept = [a for a in answers if a["condition"] in READ]
+    names = list(dict.fromkeys(a["condition"] for a in kept))
+    ids = list(dict.fromkeys(a["prompt_id"] for a in kept))
+    chosen = set(ids[: n // len(names)])  # own questions stand category by category in turn
+    rows = [a for a in kept if a["prompt_id"] in chosen]
+    unique: dict[str, dict[str, Any]] = {digest(a["prompt_id"], a["text"]): a for a in rows}
+    keys = list(unique)
+    random.Random(seed).shuffle(keys)
+    write_jsonl(
+        folder / "to_read.jsonl",
+        [
+            {"id": i, "question": unique[key]["prompt"], "answer": unique[key]["text"]}
+            for i, key in enumerate(keys)
+        ],
+    )
+    write_json(
+        folder / "to_read_key.json",
+        [
+            {
+                "id": keys.index(digest(a["prompt_id"], a["text"])),
+                "condition": a["condition"],
+                "prompt_id": a["prompt_id"],
+                "sha256": digest(a["prompt_id"], a["text"]),
+            }
+            for a in rows
+        ],
+    )
+    print(f"{len(keys)} different answers of {len(rows)} in {folder / 'to_read.jsonl'}")
+
+
+def show_reading() -> None:
+    """Print the shares of each framing by condition, and the differences to unsteered."""
+    frame = pd.read_csv(READING)
+    frame["safe"] = frame["label"].isin(SAFE)
+    for model, of_model in frame.groupby("model", sort=False):
+        print(f"\n{model}")
+        for condition, rows in of_model.groupby("condition", sort=False):
+            shares = {
+                "safe on topic": rows["safe"],
+                **{
+                    name: rows["label"] == name
+                    for name in ("goes_along", "blanket_refusal", "off_topic_or_broken")
+                },
+            }
+            text = ", ".join(f"{name} {rate(list(values))}" for name, values in shares.items())
+            print(f"{condition}: {text}")
+        wide = of_model.pivot(index="prompt_id", columns="condition", values="safe")
+        for reference in AGAINST:
+            if reference in wide and "ours" in wide:
+                pairs = wide[["ours", reference]].dropna().astype(float)
+                gain = paired_difference(list(pairs[reference]), list(pairs["ours"]))
+                print(f"safe on topic, ours minus {reference}: {gain}")
