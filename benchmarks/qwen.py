@@ -186,7 +186,7 @@ def fit_everything(work: Work) -> tuple[Measured, Vectors]:
         paper_config(work), model, fit, at_attention, work.refusals, store=store
     )
     for site in papers:
-        rows_there = papers_own.at_prompts(site, fit)
+        rows_there = papers_own.at(site, fit)
         for name in PAPERS:
             by_category = CONSTRUCTIONS[name].fit(rows_there)
             if by_category:
