@@ -35,6 +35,7 @@ from workbench.prompts.prompt import (
 from workbench.safesteer.calibration import NEUTRAL_TOKENS, Limits
 from workbench.safesteer.constructions import CONSTRUCTIONS, wanted_names
 from workbench.safesteer.own_answers import instructed
+from workbench.safesteer.positive_control import refusals_of
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
@@ -213,6 +214,7 @@ def check_lengths(model: HookedModel, folds: Folds, config: RunConfig) -> None:
         ([*folds.fit, *folds.tune, *folds.test], {}),
         (answered, {"max_new_tokens": room}),
         (answer_prompts(folds.fit), {"with_response": True}),
+        (refusals_of(folds.fit), {"with_response": True}),
     ]
     wanted = wanted_names(config.constructions)
     if any(CONSTRUCTIONS[name].reads == "own answers" for name in wanted):

@@ -59,6 +59,8 @@ from workbench.safesteer.constructions import (
 )
 from workbench.safesteer.inputs import TUNE_NEUTRAL, Job, limits_of, load_job, questions_of_test
 from workbench.safesteer.own_answers import kept_by, self_contrast, went_along
+from workbench.safesteer.planned_work import planned_work
+from workbench.safesteer.positive_control import positive_control
 from workbench.safesteer.run_folder import RunFolder
 from workbench.safesteer.settings import Setting, Vectors, grid, placements, steering
 from workbench.steering.gates import Gate, fit_gate, save_gate
@@ -93,7 +95,7 @@ def run(
         folder: Where to; it must be new, unless ``resume``.
         resume: Go on with an interrupted run of the same configuration. What is there is checked
             and reused, so the result is the same as without the interruption.
-        progress: Name the stages on standard error, and show progress bars.
+        progress: Show on standard error how far the run is, and the time that is left.
         model: A loaded model, instead of loading ``config.model``.
 
     Returns:
@@ -107,6 +109,7 @@ def run(
             verdicts = out.path / "verdicts.jsonl"
             job = load_job(config, verdicts=verdicts, model=model, progress=progress)
             out.note(**job.facts())
+            out.plan(planned_work(job))
         with out.stage("own answers"):
             own_answers, questions_went_along = answer_fit_questions(job, out)
         with out.stage("activations"):  # SafeSteer: activations by category
@@ -124,6 +127,8 @@ def run(
             gated = fit_and_rate_gate(job, out, measured, main_setting(tuned))
         with out.stage("test"):  # SafeSteer: steered generation
             answers, names = answer_test_questions(job, out, measured, vectors, tuned, gated)
+        with out.stage("positive control", may_be_left_out=True):
+            out.note(positive_control=positive_control(job, out.path, answers).to_dict())
         with out.stage("evaluate"):  # SafeSteer: safety and quality of the answers
             evaluate_answers(job, out, answers, names, gated, condition_of(main_setting(tuned)))
         return out.finish()
