@@ -24,7 +24,7 @@ from workbench import figures
 from workbench.figures import wording
 from workbench.figures.notebook import script_safe
 from workbench.files.store import PathLike, file_checksum, write_text
-from workbench.report import conclusion, sections
+from workbench.report import conclusion, opening, sections
 from workbench.safesteer.run_folder import SavedRun, read_run
 from workbench.stats.estimates import pairs_for_no_loss
 
@@ -81,6 +81,8 @@ def render(run: SavedRun) -> str:
         "notes": run.notes,
         "title": f"Steering {run.notes['model'].get('name', 'a model')}",
         "date": _date(run.notes.get("started")),
+        "run_name": run.path.name,
+        **_opening(run),
         "done": _what_was_done(run),
         "read_blind": sections.read_blind(run),
         "judges": sections.judges(run),
@@ -100,6 +102,19 @@ def render(run: SavedRun) -> str:
         "figure_json": lambda figure: Markup(script_safe(figure.to_json())),
     }
     return _template().render(page)
+
+
+def _opening(run: SavedRun) -> dict[str, Any]:
+    """Return what the page begins with; the answers of its example are printed as all others."""
+    first = opening.opening(run)
+    shown = None if first is None else first["example"]
+    if shown is not None:
+        shown["answers"] = [_answer(row) for row in shown["answers"]]
+    return {
+        "opening": first,
+        "positive_control": opening.positive_control(run),
+        "neuron_card": opening.neuron_card(run),
+    }
 
 
 def _template() -> Any:
@@ -230,7 +245,7 @@ def _results(run: SavedRun) -> dict[str, Any]:
             {
                 "name": "all risk categories" if category == wording.ALL_CATEGORIES else category,
                 "figure": _figure(figures.evaluation, frame, category, main),
-                "main": _metric_tables(frame, category, main, needed),
+                **_told_apart(_metric_tables(frame, category, main, needed)),
                 "rest": _metric_tables(
                     frame, category, [name for name in known if name not in main], needed
                 ),
@@ -238,6 +253,16 @@ def _results(run: SavedRun) -> dict[str, Any]:
             for category in categories
         ],
         "controls": [] if versus is None else _control_tables(versus),
+    }
+
+
+def _told_apart(tables: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Part the tables with a clear difference to the unsteered model from those without one."""
+    is_clear = [any(row["beyond"] for row in table["rows"]) for table in tables]
+    pairs = list(zip(tables, is_clear, strict=True))
+    return {
+        "main": [t for t, it_is in pairs if it_is],
+        "null": [t for t, it_is in pairs if not it_is],
     }
 
 
