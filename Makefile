@@ -43,7 +43,7 @@ $(READY_TL3): pyproject.toml constraints-tl3.txt
 demo: setup
 	$(BIN)/workbench run --model embedded \
 		--categories hate_speech privacy_violation illegal_activity malware fraud \
-		--constructions answer_contrast_pooled --rhos 0.1 0.15 --tune-prompts 4 \
+		--constructions answer_contrast_pooled --rhos 0.15 --tune-prompts 4 \
 		--max-new-tokens 40 --out runs/demo --resume
 
 test: setup lint types contract
