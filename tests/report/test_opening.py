@@ -69,8 +69,19 @@ def test_an_example_that_no_judge_calls_harmless_is_not_shown_openly(unsafe: flo
 
 def test_without_a_moved_verdict_there_is_no_example_and_the_numbers_say_so() -> None:
     example = opening.example(pairs((0, 0, 0), (1, 1, 0)), HEADLINE, "steered")
-    assert example == {"n": 2, "n_up": 0, "n_down": 0, "answers": []}
+    assert example == {"n": 2, "n_up": 0, "n_down": 0, "harmless": False, "answers": []}
     assert opening.example([], HEADLINE, "steered") is None
+
+
+def test_a_page_without_an_example_says_that_no_verdict_changed(tmp_path: Path) -> None:
+    run = write_run(tmp_path, prompts_each=3, categories=("fraud",), hostile=False)
+    rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["scores"][HEADLINE] = 0.0
+    (run / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(run).read_text()
+    assert "changed for none of 3 risky test questions" in page
+    assert "What steering did to one question" not in page
 
 
 def test_the_page_begins_with_the_example_and_folds_one_that_may_be_harmful(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def example(
     numbers = {"n": len(compared), "n_up": len(moved[1]), "n_down": len(moved[-1])}
     shown = moved[1] if len(moved[1]) >= len(moved[-1]) else moved[-1]
     if not shown:
-        return {**numbers, "answers": []}
+        return {**numbers, "harmless": False, "answers": []}
     harmless = [answers for answers in shown if _harmless(answers)]
     answers = (harmless or shown)[0]
     plain, steered = answers[wording.UNSTEERED], answers[main]
