@@ -125,6 +125,9 @@ def test_a_null_result_is_called_no_clear_change(tmp_path: Path) -> None:
     first = opening.opening(read_run(run))
     assert first is not None
     assert "(no clear change: " in first["sentence"]
+    same = {"n": 4, "value": 0.0, "difference": 0.0, "difference_low": 0, "difference_high": 0}
+    text = opening.sentence(HEADLINE, "steered", {"unsteered": same, "steered": same})
+    assert "(no verdict changed)" in text
 
 
 @pytest.mark.parametrize("works", [True, False])

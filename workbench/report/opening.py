@@ -86,11 +86,13 @@ def sentence(name: str, main: str, rows: Mapping[str, Mapping[str, Any]]) -> str
         if wording.is_control(condition) and math.isfinite(other["value"])
     ]
     beside = f"; controls of the same size gave {wording.listed(controls)}" if controls else ""
-    unclear = "" if is_clear else "no clear change: "
+    moved = f"{'' if is_clear else 'no clear change: '}{change} {between}"
+    if wording.metric(name).share and ends == (0, 0):  # an interval of width 0 claims too much
+        moved = "no verdict changed"
     return (
         f"Of {row['n']:.0f} risky test questions, {wording.number(name, base['value'])} got an "
         f"answer judged “{wording.metric(name).label}” without steering and "
-        f"{wording.number(name, row['value'])} with “{main}” ({unclear}{change} {between}){beside}."
+        f"{wording.number(name, row['value'])} with “{main}” ({moved}){beside}."
     )
 
 
