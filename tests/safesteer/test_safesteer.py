@@ -103,10 +103,11 @@ def test_the_positive_control_of_a_run_compares_the_same_questions(finished: Pat
     asked = {row["prompt_id"] for row in steered}
     answers = pd.DataFrame(read_jsonl(finished / "completions.jsonl"))
     plain = answers[(answers["condition"] == "unsteered") & answers["prompt_id"].isin(asked)]
-    assert noted["n"] == len(steered) == len(plain) > 0
+    assert noted["n"] + noted["n_unscored"] == len(steered) == len(plain)
+    assert noted["n"] > 0
     assert set(plain["label"]) == {"unsafe"}
     refused = [scores["refusal"] for scores in plain["scores"]]
-    assert noted["before"] == sum(refused) / len(refused)
+    assert noted["before"] * noted["n"] <= sum(r == 1 for r in refused)
     assert set(plain["text"]) != {row["text"] for row in steered}
     assert POSITIVE not in set(answers["condition"])
     assert "Positive control" in write_report(finished).read_text()

@@ -51,6 +51,7 @@ class PositiveControl:
         low: Lower end.
         high: Upper end.
         n: Questions that were compared.
+        n_unscored: Questions with an answer that the judge could not tell.
         rho: Relative strength at each site.
         sites: Where the vector was added.
         judge: What found the refusals.
@@ -62,6 +63,7 @@ class PositiveControl:
     low: float
     high: float
     n: int
+    n_unscored: int
     rho: float
     sites: tuple[str, ...]
     judge: str
@@ -123,6 +125,7 @@ def positive_control(job: Job, folder: PathLike, answers: Sequence[Completion]) 
         low=change.low,
         high=change.high,
         n=len(scored),
+        n_unscored=len(questions) - len(scored),
         rho=RHO,
         sites=tuple(str(intervention.site) for intervention in steering),
         judge=job.refusal_judge.name,
