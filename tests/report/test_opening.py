@@ -120,6 +120,19 @@ def test_the_sentence_has_both_shares_the_interval_and_the_controls(tmp_path: Pa
     assert "no clear change" not in first["sentence"]
 
 
+def test_other_measures_that_changed_clearly_are_named_with_the_random_vectors_change() -> None:
+    names = ("condition", "category", "metric", "difference", "difference_low", "difference_high")
+    table = [
+        ("steered", "all", "unsafe", -0.22, -0.35, -0.08),
+        ("random", "all", "unsafe", 0.02, -0.1, 0.15),
+        ("steered", "all", "relevance", -0.01, -0.07, 0.06),
+    ]
+    frame = pd.DataFrame([dict(zip(names, row, strict=True)) for row in table])
+    said = opening.other_changes(frame.assign(p_holm=0.02), ["unsafe", "relevance"], "steered")
+    assert said == ["unsafe responses (%UR) −22 points [−35, −8] (random vector +2 points)"]
+    assert not opening.other_changes(frame.assign(p_holm=0.2), ["unsafe", "relevance"], "steered")
+
+
 def test_a_null_result_is_called_no_clear_change(tmp_path: Path) -> None:
     run = write_run(tmp_path, prompts_each=6, categories=("fraud",), effect="null")
     first = opening.opening(read_run(run))

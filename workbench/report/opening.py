@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 from workbench import figures
 from workbench.figures import wording
 from workbench.files.store import name_for_file
+from workbench.report.conclusion import clear
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from workbench.safesteer.run_folder import SavedRun
 
     Answers = Mapping[str, Mapping[str, Any]]
@@ -40,6 +43,7 @@ def opening(run: SavedRun) -> dict[str, Any] | None:
         "measure": wording.metric(names[0]).label,
         "main": main,
         "sentence": sentence(names[0], main, rows),
+        "others": other_changes(frame, names[1:], main),
         "figure": figures.headline(frame, names[0]),
         "example": example(run.completions, names[0], main),
     }
@@ -94,6 +98,32 @@ def sentence(name: str, main: str, rows: Mapping[str, Mapping[str, Any]]) -> str
         f"answer judged “{wording.metric(name).label}” without steering and "
         f"{wording.number(name, row['value'])} with “{main}” ({moved}){beside}."
     )
+
+
+def other_changes(frame: pd.DataFrame, names: Sequence[str], main: str) -> list[str]:
+    """Say which other measures changed clearly, with what a random vector changed in them.
+
+    Args:
+        frame: evaluation.csv.
+        names: The measures.
+        main: The main condition.
+    """
+    pooled = frame[frame["category"] == wording.ALL_CATEGORIES].to_dict("records")
+    rows = {(row["condition"], row["metric"]): row for row in pooled}
+    said = []
+    for name in names:
+        row, random = rows.get((main, name)), rows.get(("random", name))
+        if row is None or not clear(row):
+            continue
+        ends = row["difference_low"], row["difference_high"]
+        text = f"{wording.metric(name).label} "
+        text += f"{wording.number(name, row['difference'], signed=True)} "
+        text += wording.interval(name, *ends, signed=True)
+        if random is not None and math.isfinite(random["difference"]):
+            by_random = wording.number(name, random["difference"], signed=True)
+            text += f" (random vector {by_random})"
+        said.append(text)
+    return said
 
 
 def _article(control: str) -> str:
