@@ -318,7 +318,6 @@ def test_an_unknown_category_is_named_before_anything_runs(
         ({"categories": "fraud"}, "categories must be a list"),
         ({"model": 5}, "model must be a text"),
         ({"constructions": ["answer_prob"]}, "Did you mean 'answer_probe'"),
-        ({"constructions": ["prompt_contrast"]}, "must hold a contrast of answers"),
         ({"hard_safe_rate": 1.0}, "hard_safe_rate must be between 0 and 1"),
         ({"neutral_kl": -1}, "neutral_kl must be above 0"),
     ],

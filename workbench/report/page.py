@@ -87,6 +87,7 @@ def render(run: SavedRun) -> str:
         "tuned_by": sections.tuned_by(run),
         "two_judges": sections.two_judges(run),
         **_results(run),
+        "fitted": _fitted(run),
         "separability": _figure(figures.separability, run.tables["separability"]),
         "best_layer": _best_layer(run.tables["separability"]),
         "tuning": _figure(figures.tuning, run.tables["tuning"]),
@@ -239,6 +240,15 @@ def _results(run: SavedRun) -> dict[str, Any]:
         ],
         "controls": [] if versus is None else _control_tables(versus),
     }
+
+
+def _fitted(run: SavedRun) -> list[dict[str, Any]]:
+    """Return the tables of questions that vectors were fitted on; none where they had no turn."""
+    frame = run.tables["evaluation_fitted"]
+    if frame is None:
+        return []
+    known = wording.in_order(frame["metric"], tuple(wording.METRICS))
+    return _metric_tables(frame, wording.ALL_CATEGORIES, wording.main_metrics(known), {})
 
 
 def _prompts_for_no_loss(config: Mapping[str, Any]) -> dict[str, int]:

@@ -1,6 +1,6 @@
 from .calibration import Calibration, Limits, Round, calibrate, in_words, plan_rounds
 from .conditions import behind_gate, condition_of, controls, for_everyone, gate_site, main_setting
-from .config import AnswerSettings, RunConfig, config_from
+from .config import PRESETS, AnswerSettings, RunConfig, config_from
 from .constructions import (
     CONSTRUCTIONS,
     Construction,
@@ -24,6 +24,7 @@ from .own_answers import (
     self_contrast,
     went_along,
 )
+from .paper import contrasted, places_of, settings_of
 from .recalibration import recalibrate
 from .recipe import run
 from .run_folder import RunFolder, SavedRun, read_run, saved_vectors
@@ -42,6 +43,7 @@ from .settings import Setting, Vectors, grid, placements, steering
 
 __all__ = [
     "CONSTRUCTIONS",
+    "PRESETS",
     "AnswerSettings",
     "Calibration",
     "Construction",
@@ -67,6 +69,7 @@ __all__ = [
     "chosen_settings",
     "condition_of",
     "config_from",
+    "contrasted",
     "controls",
     "decoding_from",
     "evaluation_from",
@@ -89,12 +92,14 @@ __all__ = [
     "main_setting",
     "measure",
     "placements",
+    "places_of",
     "plan_rounds",
     "read_run",
     "recalibrate",
     "run",
     "saved_vectors",
     "self_contrast",
+    "settings_of",
     "settings_to_try",
     "side_by_side",
     "steering",

@@ -101,11 +101,11 @@ class Calibration:
 
     Attributes:
         table: One row per setting and metric, from the last round the setting was in: construction,
-            sites, sign, rho, positions, until, decay, keep_norm, form, round, metric (those of an
-            evaluation, and "neutral_kl" where neutral prompts were given), value, low, high, n,
-            n_unscored, ``excess`` over the limits, ``feasible`` (no excess), ``front`` (in the last
-            round, and nothing there is better in everything) and ``chosen``. The unsteered model's
-            rows have construction "unsteered".
+            sites, sign, rho, positions, until, decay, keep_norm, form, multiplier (raw, where one
+            was given), round, metric (those of an evaluation, and "neutral_kl" where neutral
+            prompts were given), value, low, high, n, n_unscored, ``excess`` over the limits,
+            ``feasible`` (no excess), ``front`` (in the last round, and nothing there is better in
+            everything) and ``chosen``. The unsteered model's rows have construction "unsteered".
         chosen: Construction to its best setting.
         best: The best setting of all.
         rounds: What was answered.
@@ -456,6 +456,7 @@ def _rows(
         "decay": setting.decay if setting else "",
         "keep_norm": setting.keep_norm if setting else False,
         "form": setting.form if setting else "",
+        "multiplier": setting.multiplier if setting else None,
         "round": number,
     }
     rows = metrics[["value", "low", "high", "n", "n_unscored"]].reset_index()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.evaluation.metrics import HEADLINE
 from workbench.generation.answers import UNSTEERED, Condition
 from workbench.models.sites import Site
+from workbench.prompts.contrasts import SafeSide
 from workbench.prompts.prompt import Prompt, categories_of
 from workbench.safesteer.constructions import CONSTRUCTIONS, safe_side_of
 from workbench.safesteer.settings import Setting, Vectors, applied, multiplier_of, steering
@@ -41,13 +42,18 @@ if TYPE_CHECKING:
 GATED, ALWAYS = "gated", "always on, same mean strength"
 
 
-def main_setting(tuned: Calibration) -> Setting:
-    """Choose the best contrast of answers on the tune fold.
+def main_setting(tuned: Calibration, *, of_answers_first: bool = True) -> Setting:
+    """Choose the best contrast of answers on the tune fold, or the best of all.
 
     It is what is gated, and what the controls have the strength of.
+
+    Args:
+        tuned: What was chosen for each construction.
+        of_answers_first: Take a contrast of prompts only where there is no other.
     """
     chosen = list(tuned.chosen.values())
     of_answers = [s for s in chosen if CONSTRUCTIONS[s.construction].reads != "prompts"]
+    of_answers = of_answers if of_answers_first else []
     return max(of_answers or chosen, key=lambda setting: _headline(tuned, setting))
 
 
@@ -68,6 +74,7 @@ def controls(
     answers: Mapping[Site, ActivationSet],
     *,
     questions: Mapping[Site, ActivationSet] | None = None,
+    safe_side: SafeSide | None = None,
     seed: int = 0,
 ) -> dict[str, Condition]:
     """Make vectors of equal norm, at the same places and strength, that should do nothing.
@@ -80,17 +87,20 @@ def controls(
         setting: What they are controls for.
         answers: Activations that its vectors were fitted on.
         questions: Activations of the questions alone, which a spectral edit is fitted on too.
+        safe_side: Which of the answers were the safe side; that of the construction by default.
         seed: Seed of the random draws.
 
     Returns:
-        "random", "shuffled labels" and, where categories have vectors of their own, "other
-        category".
+        "random", "shuffled labels" and, for vectors by category, "other category".
     """
     at_site = {site: vectors[setting.construction, site] for site in setting.sites}
+    side = safe_side or safe_side_of(setting.construction)
     categories = list(at_site[setting.sites[0]])
     next_category = dict(zip(categories, [*categories[1:], categories[0]], strict=True))
     behind = {site: (answers[site], (questions or {}).get(site)) for site in setting.sites}
-    shuffled = {site: _shuffled(vectors, setting, site, *behind[site], seed) for site in behind}
+    shuffled = {
+        site: _shuffled(vectors, setting, site, *behind[site], side, seed) for site in behind
+    }
 
     def random(fitted: Fitted, site: Site) -> Fitted:
         place = seed + site.layer + 1000 * categories.index(fitted.category)
@@ -107,17 +117,11 @@ def controls(
         for category, site in itertools.product(categories, setting.sites):
             vector = at_site[site][category]
             made = make(vector, site)
-            if setting.form == "target" and not isinstance(made, SpectralEdit):
-                how: Any = {"safe_side": safe_side_of(setting.construction)}
-                made = with_safe_projection(made, answers[site], category=category, **how)
-            strength = multiplier_of(vector, setting)
-            steered[category].append(applied(made, setting, multiplier=strength))
+            steered[category].append(_control(made, vector, setting, answers[site], side))
         return steered
 
-    conditions: dict[str, Condition] = {
-        "random": control(random),
-        "shuffled labels": control(of_shuffled_labels),
-    }
+    conditions: dict[str, Condition] = {"random": control(random)}
+    conditions["shuffled labels"] = control(of_shuffled_labels)
     # A pooled vector is the same for all categories.
     if len(categories) > 1 and not CONSTRUCTIONS[setting.construction].pooled:
         conditions["other category"] = control(of_other_category)
@@ -141,7 +145,7 @@ def behind_gate(
     known = {c: by_category[c] for c in by_category if c in gate.categories}
     conditions: dict[str, Condition] = {GATED: gated(known, gate)}
     if opening > 0 and setting.form == "add":
-        conditions[ALWAYS] = steering(vectors, setting._replace(rho=setting.rho * opening))
+        conditions[ALWAYS] = steering(vectors, setting.times(opening))
     return conditions
 
 
@@ -176,6 +180,7 @@ def _shuffled(
     site: Site,
     answers: ActivationSet,
     questions: ActivationSet | None,
+    safe_side: SafeSide,
     seed: int,
 ) -> Mapping[str, Fitted]:
     """Fit what the construction finds where labels are shuffled; pooled where it pools."""
@@ -194,7 +199,7 @@ def _shuffled(
         vectors_here[category] = fitted
     shuffled = {
         category: shuffled_vector(
-            vectors_here[category], answers, seed=seed + i, safe_side="paired"
+            vectors_here[category], answers, seed=seed + i, safe_side=safe_side
         )
         for i, category in enumerate(categories_of(answers.prompts))
     }
@@ -202,6 +207,16 @@ def _shuffled(
         shuffled = pooled(shuffled)
     any_one = next(iter(shuffled.values()))
     return {category: shuffled.get(category, any_one) for category in real}
+
+
+def _control(
+    made: Fitted, fitted: Fitted, setting: Setting, answers: ActivationSet, safe_side: SafeSide
+) -> Intervention:
+    """Apply a control as strongly as what it is a control for, and in the same way."""
+    if setting.form == "target" and not isinstance(made, SpectralEdit):
+        category = fitted.category
+        made = with_safe_projection(made, answers, category=category, safe_side=safe_side)
+    return applied(made, setting, multiplier=multiplier_of(fitted, setting))
 
 
 def _random(fitted: Fitted, seed: int) -> Fitted:

@@ -8,14 +8,46 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench.files.hints import did_you_mean
 
 if TYPE_CHECKING:
     from workbench.generation.decoding import Decoding
+
+
+RHOS = (0.09, 0.17)
+"""Relative strengths that a run tries where neither strengths nor multiples are given."""
+PAPER = "prompt_contrast"
+"""Name of the paper's construction (see ``constructions``), which its preset always compares."""
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "site": "attn_out",
+        "layers": (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32),
+        "multipliers": (0.5, 1.0),
+        "span": "all",
+        "pruning": "top",
+        "keep": 0.5,
+        "safe_side": "generic",
+        "refusal_filter": "none",
+        "fitted_is_evaluated": True,
+    },
+}
+"""What a preset fills in where a setting is not given. "paper" is SafeSteer (Ghosh et al. 2025,
+arXiv:2506.04250) as docs/paper.md reads it."""
+CHOICES = {
+    "site": ("resid_post", "attn_out", "mlp_out"),
+    "span": ("content", "response", "last", "all"),
+    "pruning": ("none", "top", "bottom", "random"),
+    "safe_side": ("generic", "paired"),
+    "refusal_filter": ("none", "keep", "drop"),
+}
+"""Settings that are one word out of few."""
+_OF_PROMPTS = ("span", "pruning", "keep", "safe_side", "refusal_filter")
+"""Settings of the contrast of prompts, which do nothing where no construction makes one."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +130,28 @@ class RunConfig(AnswerSettings):
         constructions: steering vectors that are compared (default: those that are no mere
             baselines)
         rhos: relative strengths tried at one layer; each of several layers gets 0.41 of it
+            (default: 0.09 0.17)
+        preset: paper fills in the settings from here to fitted_is_evaluated as SafeSteer has them,
+            and compares its vector; what is given beside it stays as given
+        site: what is measured and steered: resid_post, attn_out or mlp_out (default: attn_out in a
+            band of layers, and resid_post at half depth and at four layers)
+        layers: where, as numbers of layers from 0, or as shares of depth between 0 and 1; each
+            alone, and all together
+        multipliers: raw multiples of the vector, in place of rhos; each of several layers gets all
+            of it, and a multiple below 0 turns the vector round
+        span: which tokens of the prompts are pooled for their contrast: content (the user's words),
+            response, last, or all (with BOS and template: how long a prompt is then decides most of
+            the vector)
+        pruning: which differences of prompts are kept, by their norm: none, top, bottom or random
+        keep: share that pruning keeps (default: 0.5)
+        safe_side: what unsafe prompts are compared with: generic (neutral prompts) or paired (the
+            safe prompts of the same pair)
+        refusal_filter: keep takes only those safe prompts whose response is a refusal by the
+            refusal judge, drop only the others, none takes all; it needs prompts with responses
+        vectors_from: another model of the same architecture, on which vectors are measured, such as
+            the chat model of a base model
+        fitted_is_evaluated: also report the questions that vectors were fitted on, in a table of
+            their own
         relevance_loss: largest loss of mean relevance (cosine to the question) that counts as none
         refusal_rise: largest rise of the share of blanket refusals that counts as none
         degenerate_rise: largest rise of the share of broken answers that counts as none
@@ -130,7 +184,18 @@ class RunConfig(AnswerSettings):
     tune_prompts: int = 6
     test_prompts: int | None = None
     constructions: tuple[str, ...] | None = None
-    rhos: tuple[float, ...] = (0.09, 0.17)
+    rhos: tuple[float, ...] | None = None
+    preset: str | None = None
+    site: str | None = None
+    layers: tuple[float, ...] | None = None
+    multipliers: tuple[float, ...] | None = None
+    span: str | None = None
+    pruning: str | None = None
+    keep: float | None = None
+    safe_side: str | None = None
+    refusal_filter: str | None = None
+    vectors_from: str | None = None
+    fitted_is_evaluated: bool | None = None
     relevance_loss: float = 0.05
     refusal_rise: float = 0.02
     degenerate_rise: float = 0.02
@@ -147,6 +212,7 @@ class RunConfig(AnswerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _fill_in(self)
         if self.packing not in ("auto", "on", "off"):
             raise ValueError(f"packing must be auto, on or off, got {self.packing!r}.")
         for name in ("tune_prompts", "test_prompts"):
@@ -157,11 +223,9 @@ class RunConfig(AnswerSettings):
         _check_judges(self)
         if self.constructions is not None:
             _check_constructions(self.constructions)
-        rhos_are_numbers = isinstance(self.rhos, tuple) and all(map(_is_number, self.rhos))
-        if not rhos_are_numbers or not self.rhos or not all(0 < r < 2 for r in self.rhos):
-            raise ValueError(
-                f"rhos must be relative strengths above 0 and below 2, got {self.rhos!r}."
-            )
+        _check_places(self)
+        _check_strengths(self)
+        _check_contrast(self)
         shares = ("relevance_loss", "refusal_rise", "degenerate_rise")
         for name in (*shares, "neutral_rate", "hard_safe_rate"):
             _check_share(name, getattr(self, name))
@@ -191,10 +255,12 @@ def config_from(mapping: Mapping[str, Any]) -> RunConfig:
     values = {k: v for k, v in values.items() if v is not None or k not in ("stop", "template")}
     if isinstance(values.get("judge"), str):
         values["judge"] = (values["judge"],)
-    for name in ("categories", "constructions", "rhos", "stop", "max_memory", "judge"):
+    lists = ("categories", "constructions", "rhos", "layers", "multipliers", "stop", "max_memory")
+    for name in (*lists, "judge"):
         if values.get(name) is not None and not isinstance(values[name], tuple):
             raise ValueError(f"{name} must be a list, got {values[name]!r}.")
     texts = ("model", "device", "dtype", "prompts", "quantize", "device_map", "system_prompt")
+    of_paper = ("preset", "vectors_from", *CHOICES)
     of_judges = (
         "tuning_judge",
         "refusal_judge",
@@ -203,10 +269,95 @@ def config_from(mapping: Mapping[str, Any]) -> RunConfig:
         "judge_url",
         "judge_key_env",
     )
-    for name in (*texts, *of_judges):
+    for name in (*texts, *of_paper, *of_judges):
         if values.get(name) is not None and not isinstance(values[name], str):
             raise ValueError(f"{name} must be a text, got {values[name]!r}.")
-    return replace(RunConfig(), **values)
+    return RunConfig(**values)
+
+
+def _fill_in(config: RunConfig) -> None:
+    """Fill in what a preset says, and then the strengths, where they are not given."""
+
+    def fill(name: str, value: Any) -> None:
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, value)
+
+    if config.preset is not None:
+        if config.preset not in PRESETS:
+            raise ValueError(
+                f"unknown preset {config.preset!r}; presets: {', '.join(PRESETS)}."
+                f"{did_you_mean(config.preset, PRESETS)}"
+            )
+        filled = dict(PRESETS[config.preset])
+        if config.rhos is not None:
+            del filled["multipliers"]
+        if config.pruning == "none":
+            del filled["keep"]
+        for name, value in filled.items():
+            fill(name, value)
+        names = dict.fromkeys([PAPER, *(config.constructions or ())])
+        object.__setattr__(config, "constructions", tuple(names))
+    if config.multipliers is None:
+        fill("rhos", RHOS)
+
+
+def _check_places(config: RunConfig) -> None:
+    """Check how places are named; whether the model has them is seen when it is loaded."""
+    for name, allowed in CHOICES.items():
+        value = getattr(config, name)
+        if value is not None and value not in allowed:
+            hint = did_you_mean(str(value), allowed)
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.{hint}")
+    layers = config.layers
+    if layers is None:
+        return
+    if not _are_numbers(layers) or not all(0 < x < 1 or (x >= 0 and x == int(x)) for x in layers):
+        raise ValueError(
+            "layers must be whole numbers of layers from 0, or shares of depth between 0 and 1, "
+            f"got {layers!r}."
+        )
+    # The command line reads 14 as 14.0.
+    object.__setattr__(config, "layers", tuple(int(x) if x == int(x) else x for x in layers))
+
+
+def _check_strengths(config: RunConfig) -> None:
+    """Check relative strengths and raw multiples, of which a run takes one kind."""
+    if config.rhos is not None and config.multipliers is not None:
+        raise ValueError("give either rhos (relative strengths) or multipliers, not both.")
+    rhos, multipliers = config.rhos, config.multipliers
+    if rhos is not None and not (_are_numbers(rhos) and all(0 < r < 2 for r in rhos)):
+        raise ValueError(f"rhos must be relative strengths above 0 and below 2, got {rhos!r}.")
+    if multipliers is not None and not (_are_numbers(multipliers) and all(multipliers)):
+        raise ValueError(
+            f"multipliers must be multiples of the vector, none of them 0, got {multipliers!r}."
+        )
+
+
+def _check_contrast(config: RunConfig) -> None:
+    """Check how prompts are contrasted, and that a construction does so where it is said."""
+    if config.keep is not None:
+        if not _is_number(config.keep) or not 0 < config.keep <= 1:
+            raise ValueError(f"keep must be a share above 0 and up to 1, got {config.keep!r}.")
+        if config.pruning in (None, "none"):
+            raise ValueError("keep needs pruning: top, bottom or random.")
+    if not isinstance(config.fitted_is_evaluated, bool | None):
+        raise ValueError(
+            f"fitted_is_evaluated must be true or false, got {config.fitted_is_evaluated!r}."
+        )
+    if config.vectors_from is not None and config.vectors_from == config.model:
+        raise ValueError(
+            f"vectors_from must be another model than {config.model!r}; leave it out to measure "
+            "vectors on the model itself."
+        )
+    given = [name for name in _OF_PROMPTS if getattr(config, name) is not None]
+    if given and config.constructions is not None:
+        from workbench.safesteer.constructions import CONSTRUCTIONS
+
+        if all(CONSTRUCTIONS[name].reads != "prompts" for name in config.constructions):
+            raise ValueError(
+                f"{given[0]} says how prompts are contrasted, which none of "
+                f"{', '.join(config.constructions)} does; add {PAPER} to the constructions."
+            )
 
 
 def _check_loading(config: RunConfig) -> None:
@@ -286,11 +437,6 @@ def _check_constructions(names: tuple[str, ...]) -> None:
             raise ValueError(
                 f"unknown construction {name!r}; known: {known}.{did_you_mean(name, CONSTRUCTIONS)}"
             )
-    if all(CONSTRUCTIONS[name].reads == "prompts" for name in names):
-        raise ValueError(
-            "constructions must hold a contrast of answers: it is what the gate and the controls "
-            "are for."
-        )
 
 
 def _check_names(name: str, value: Any) -> None:
@@ -301,7 +447,12 @@ def _check_names(name: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and math.isfinite(value)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, tuple) and len(values) > 0 and all(map(_is_number, values))
 
 
 def _check_share(name: str, value: Any) -> None:

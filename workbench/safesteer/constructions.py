@@ -50,14 +50,18 @@ class SiteRows(NamedTuple):
     """Pooled activations of the fit fold at one site: what a construction can be fitted on."""
 
     prompts: ActivationSet
+    """As their contrast reads them, see ``Measured.contrasted``."""
     residual: ActivationSet
-    """The same prompts at the layer's residual stream, to which strength is relative."""
+    """All prompts of the fold at the layer's residual stream, to which strength is relative: the
+    user's words, however a contrast reads them."""
     answers: Mapping[Reads, ActivationSet]
     """Openings, and what else was read; own answers are missing where there were too few pairs."""
     went_along: frozenset[str]
     """Ids of the questions that the model goes along with; empty where no judge was asked."""
     harmless: frozenset[str]
     """Ids of the neutral prompts that it answers harmlessly; empty where no judge was asked."""
+    how: Mapping[str, Any] = {}
+    """How prompts are contrasted: arguments of ``fit_steering_vectors``."""
 
     @property
     def categories(self) -> list[str]:
@@ -112,12 +116,12 @@ class Construction:
     signs: tuple[int, ...] = (1,)
     default: bool = False
     rhos: tuple[float, ...] | None = None
-    kinds: tuple[str, ...] = ("resid_post", "attn_out")
+    kinds: tuple[str, ...] = ("resid_post", "attn_out", "mlp_out")
     is_edit: bool = False
 
 
 def _prompt_contrast(rows: SiteRows) -> ByCategory:
-    return fit_steering_vectors(rows.prompts, residual=rows.residual)
+    return fit_steering_vectors(rows.prompts, residual=rows.residual, **rows.how)
 
 
 def _prompt_guided(rows: SiteRows) -> ByCategory:
@@ -126,17 +130,18 @@ def _prompt_guided(rows: SiteRows) -> ByCategory:
     ids = rows.went_along
     kept = [p for p in rows.prompts.prompts if p.label != "unsafe" or p.id in ids]
     return fit_steering_vectors(
-        rows.prompts.of(kept), residual=rows.residual.of(kept), method=GUIDED
+        rows.prompts.of(kept), residual=rows.residual.of(kept), method=GUIDED, **rows.how
     )
 
 
 def _prompt_guided_both(rows: SiteRows) -> ByCategory:
-    if not rows.went_along or not rows.harmless:
+    # Neutral prompts are judged, twins are not.
+    if not rows.went_along or not rows.harmless or rows.how.get("safe_side") == "paired":
         return {}
     ids_of = {"unsafe": rows.went_along, "neutral": rows.harmless}
     kept = [p for p in rows.prompts.prompts if p.id in ids_of.get(p.label, ())]
     return fit_steering_vectors(
-        rows.prompts.of(kept), residual=rows.residual.of(kept), method=GUIDED_BOTH
+        rows.prompts.of(kept), residual=rows.residual.of(kept), method=GUIDED_BOTH, **rows.how
     )
 
 
@@ -199,7 +204,7 @@ def _against_both(rows: SiteRows) -> ByCategory:
 def _caa(rows: SiteRows) -> ByCategory:
     if "choices" not in rows.answers:
         return {}
-    prompts = rows.prompts.prompts
+    prompts = rows.residual.prompts
     # The texts it reads hold the questions, and count as having been fitted on them.
     questions = {
         c: {text_key(prompts[i].text, prompts[i].history) for i in unsafe_rows(prompts, c)}
@@ -210,7 +215,8 @@ def _caa(rows: SiteRows) -> ByCategory:
 
 
 def _sea(rows: SiteRows) -> Mapping[str, SpectralEdit]:
-    return fit_spectral_edits(rows.openings, rows.prompts, pooled=True)
+    # The neutral side is the question itself, whatever the contrast of prompts reads.
+    return fit_spectral_edits(rows.openings, rows.residual, pooled=True)
 
 
 def _openings_and_self_pooled(rows: SiteRows) -> ByCategory:
@@ -373,15 +379,22 @@ class Measured(NamedTuple):
     asked."""
     harmless: frozenset[str] = frozenset()
     """Ids of the neutral fit prompts that the model answers harmlessly, where judges were asked."""
+    contrasted: Mapping[Site, ActivationSet] | None = None
+    """Prompts of the fit fold as their contrast reads them; None takes those above."""
+    how: Mapping[str, Any] = {}
+    """How prompts are contrasted: arguments of ``fit_steering_vectors``."""
 
     def at(self, site: Site, fit: Sequence[Prompt]) -> SiteRows:
         """Take what constructions are fitted on at one site."""
         return SiteRows(
-            prompts=self.prompts[site].of(fit),
+            prompts=self.prompts[site].of(fit)
+            if self.contrasted is None
+            else self.contrasted[site],
             residual=self.prompts[Site(site.layer, "resid_post")].of(fit),
             answers={reads: at_sites[site] for reads, at_sites in self.answers.items()},
             went_along=self.went_along,
             harmless=self.harmless,
+            how=self.how,
         )
 
 
@@ -393,6 +406,7 @@ def measure(
     answers: Mapping[Reads, Sequence[Prompt]] | None = None,
     went_along: Sequence[Prompt] = (),
     harmless: Sequence[Prompt] = (),
+    places: Sequence[tuple[Site, ...]] | None = None,
     system_prompt: str | None = None,
     template_keywords: Keywords = None,
     progress: bool = False,
@@ -406,6 +420,7 @@ def measure(
         answers: Rows with answers beside the written openings, by what reads them.
         went_along: Fit questions that the model goes along with.
         harmless: Neutral fit prompts that it answers harmlessly.
+        places: Sites where vectors are wanted; by default those of ``placements``.
         system_prompt: Words for the system turn.
         template_keywords: What else the chat template reads.
         progress: Show progress bars.
@@ -413,18 +428,22 @@ def measure(
     how: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     how |= {"store": store, "progress": progress}
     kinds = ("resid_post", "attn_out", "mlp_post", "z")
-    named = [Site(0, "resid_pre"), *present_sites(model, kinds)]
-    everywhere = computed_sites(model, named, folds.fit[0])
+    asked = [site for place in places or () for site in place]
+    named = dict.fromkeys([Site(0, "resid_pre"), *present_sites(model, kinds), *asked])
+    everywhere = computed_sites(model, list(named), folds.fit[0])
     prompts = cache_activations(model, [*folds.fit, *folds.tune], everywhere, **how)
-    placed = sorted({site for place in placements(model, prompts) for site in place})
+    wanted = placements(model) if places is None else places
+    placed = sorted({site for place in wanted for site in place if site in prompts})
     rows: dict[Reads, list[Prompt]] = {"openings": answer_prompts(folds.fit)}
     rows |= {reads: list(of_kind) for reads, of_kind in (answers or {}).items() if of_kind}
     behind = {
         reads: cache_activations(model, of_kind, placed, span="response", **how)
         for reads, of_kind in rows.items()
     }
-    ids = (frozenset(prompt.id for prompt in chosen) for chosen in (went_along, harmless))
-    return Measured(prompts, behind, *ids)
+    along, harmless_ids = (
+        frozenset(prompt.id for prompt in chosen) for chosen in (went_along, harmless)
+    )
+    return Measured(prompts, behind, went_along=along, harmless=harmless_ids)
 
 
 def fit_all(
@@ -459,17 +478,18 @@ def _with_targets(
     """Measure where the safe side lies along vectors that were combined from others."""
     reads = CONSTRUCTIONS[name].reads
     behind = rows.prompts if reads == "prompts" else rows.answers[reads]
+    side = safe_side_of(name, rows.how.get("safe_side", "generic"))
     return {
-        category: with_safe_projection(fitted, behind, safe_side=safe_side_of(name))
+        category: with_safe_projection(fitted, behind, safe_side=side)
         if isinstance(fitted, SteeringVector) and math.isnan(fitted.safe_projection)
         else fitted
         for category, fitted in by_category.items()
     }
 
 
-def safe_side_of(construction: str) -> SafeSide:
-    """Say what the safe side of a construction is: everyday prompts, or answers in pairs."""
-    return "generic" if CONSTRUCTIONS[construction].reads == "prompts" else "paired"
+def safe_side_of(construction: str, of_prompts: SafeSide = "generic") -> SafeSide:
+    """Say what the safe side of a construction is: that of prompts, or answers in pairs."""
+    return of_prompts if CONSTRUCTIONS[construction].reads == "prompts" else "paired"
 
 
 def wanted_names(names: Sequence[str] | None) -> list[str]:
@@ -520,4 +540,6 @@ def settings_to_try(
 def activations_behind(construction: str, measured: Measured) -> Mapping[Site, ActivationSet]:
     """Return the activations that a construction was fitted on."""
     reads = CONSTRUCTIONS[construction].reads
-    return measured.prompts if reads == "prompts" else measured.answers[reads]
+    if reads != "prompts":
+        return measured.answers[reads]
+    return measured.prompts if measured.contrasted is None else measured.contrasted

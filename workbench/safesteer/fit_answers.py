@@ -51,6 +51,10 @@ class FitAnswers(NamedTuple):
     """Kind of rows that there are too few of, and why."""
 
 
+UNANSWERED = FitAnswers({}, [], [], {})
+"""For a model that vectors are not fitted on."""
+
+
 def answers_to_fit_on(
     model: HookedModel,
     fit: Sequence[Prompt],

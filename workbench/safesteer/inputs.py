@@ -36,6 +36,7 @@ from workbench.prompts.prompt import (
 from workbench.safesteer.calibration import NEUTRAL_TOKENS, Limits
 from workbench.safesteer.constructions import GUIDED_BOTH, OWN, reads_of, wanted_names
 from workbench.safesteer.own_answers import ALTERNATIVES, INSTRUCTION, instructed
+from workbench.safesteer.paper import check_contrast_of, places_of
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
@@ -68,6 +69,7 @@ class Job:
         progress: Whether progress bars are shown.
         encoder: Sentence encoder that relevance is measured with.
         measured: Perplexities of the answers that were scored already.
+        source: Another model that vectors are measured on, while they are; None for ``model``.
     """
 
     config: RunConfig
@@ -80,6 +82,7 @@ class Job:
     progress: bool
     encoder: RememberedTexts = field(default_factory=RememberedTexts)
     measured: Perplexities = field(default_factory=dict)
+    source: HookedModel | None = None
 
     @property
     def categories(self) -> list[str]:
@@ -90,6 +93,16 @@ class Job:
     def how(self) -> dict[str, Any]:
         """Keyword arguments of every function that answers prompts."""
         return {"decoding": self.decoding, "progress": self.progress}
+
+    @property
+    def how_steered(self) -> dict[str, Any]:
+        """Keyword arguments of every function that answers prompts under steering."""
+        return {**self.how, "transfer": self.config.vectors_from is not None}
+
+    @property
+    def of_vectors(self) -> Job:
+        """The same job with the model that vectors are measured on."""
+        return self if self.source is None else replace(self, model=self.source)
 
     def score(self, completions: Sequence[Completion]) -> Evaluation:
         """Score answers with the judges that report."""
@@ -109,8 +122,10 @@ class Job:
 
     def facts(self) -> dict[str, Any]:
         """Say what the run works with, for its notes."""
+        of_source = {} if self.source is None else model_info(self.source).to_dict()
         return {
             "model": model_info(self.model).to_dict(),
+            **({"vectors_from": of_source} if of_source else {}),
             "packed": is_packed(self.model),
             "slow_ways": dict(untrusted_paths(self.model)),
             "categories": self.categories,
@@ -130,6 +145,7 @@ def load_job(
     *,
     verdicts: PathLike,
     model: HookedModel | None = None,
+    fits: bool = True,
     progress: bool = False,
 ) -> Job:
     """Load and check what a run works with.
@@ -138,6 +154,7 @@ def load_job(
         config: Settings of the run.
         verdicts: A jsonl file that keeps what judges said.
         model: A loaded model, instead of loading ``config.model``.
+        fits: Whether vectors will be fitted; then the model that they come from is loaded too.
         progress: Show progress bars.
 
     Raises:
@@ -146,13 +163,17 @@ def load_job(
         OSError: If there is no sentence encoder to measure relevance with.
     """
     folds = folds_of(config)
+    check_contrast_of(config, folds.fit)
     for name in {*config.judge, config.tuning_judge} - {PHRASES}:
         check_judge(name)
     model = model if model is not None else load_run_model(config)
     load_encoder()  # scoring needs it, after hours
     decoding = config.decoding()
-    template_text(model, **decoding.asked_by)  # says what the template cannot do before anything
-    check_lengths(model, folds, config)
+    source = load_source(config, model) if fits else None
+    places_of(config, model)  # says which layers the model lacks, before anything
+    for each in (model, *([] if source is None else [source])):
+        template_text(each, **decoding.asked_by)  # says what the template cannot do
+        check_lengths(each, folds, config)
     judges = {
         name: open_for_run(name, config, model, verdicts, progress)
         for name in dict.fromkeys([*config.judge, config.tuning_judge])
@@ -162,7 +183,7 @@ def load_job(
     refusals = open_judge(config.refusal_judge)
     folds = without_questions_of([*reporting, refusals], folds)
     tuning = judges.get(config.tuning_judge)
-    return Job(config, model, folds, reporting, tuning, refusals, decoding, progress)
+    return Job(config, model, folds, reporting, tuning, refusals, decoding, progress, source=source)
 
 
 def without_questions_of(judges: Sequence[Judge], folds: Folds) -> Folds:
@@ -171,14 +192,19 @@ def without_questions_of(judges: Sequence[Judge], folds: Folds) -> Folds:
     Raises:
         ValueError: If no risky question would be left.
     """
-    known = frozenset().union(*(getattr(judge, "fitted_on", ()) for judge in judges))
-    test = [p for p in folds.test if text_key(p.text, p.history) not in known]
+    test = not_known_to(judges, folds.test)
     if len(test) < len(folds.test) and not any(p.label == "unsafe" for p in test):
         raise ValueError(
             "the judge was fitted on answers to every risky test question; take another judge, "
             "seed or set of prompts."
         )
     return folds._replace(test=test)
+
+
+def not_known_to(judges: Sequence[Judge], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Leave out the questions whose answers a judge was fitted on."""
+    known = frozenset().union(*(getattr(judge, "fitted_on", ()) for judge in judges))
+    return [p for p in prompts if text_key(p.text, p.history) not in known]
 
 
 def open_for_run(
@@ -298,6 +324,29 @@ def load_run_model(config: RunConfig) -> HookedModel:
         max_memory={int(k) if k.isdecimal() else k: v for k, v in shares.items()} or None,
         **how,
     )
+
+
+def load_source(config: RunConfig, model: HookedModel) -> HookedModel | None:
+    """Load the model that vectors are measured on, where it is another one.
+
+    Raises:
+        ValueError: If it is the same model, or of another architecture.
+    """
+    if config.vectors_from is None:
+        return None
+    source = load_run_model(replace(config, model=config.vectors_from, vectors_from=None))
+    there, here = model_info(source), model_info(model)
+    if there.fingerprint == here.fingerprint:
+        raise ValueError(
+            f"vectors_from {config.vectors_from!r} is the model that is steered; leave it out."
+        )
+    if there.architecture != here.architecture:
+        raise ValueError(
+            f"no vectors from {there.name!r} for {here.name!r}: layers, width, neurons and heads "
+            f"are {there.architecture} and {here.architecture}; take a model of the same "
+            "architecture."
+        )
+    return source
 
 
 def questions_of_test(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]:

@@ -16,8 +16,9 @@ from workbench.files.store import PathLike, local_path, write_json
 from workbench.prompts.prompt import select_prompts
 from workbench.safesteer.calibration import Calibration, calibrate, describe, plan_rounds
 from workbench.safesteer.config import config_from
-from workbench.safesteer.constructions import constructions_of, settings_to_try
+from workbench.safesteer.constructions import constructions_of
 from workbench.safesteer.inputs import TUNE_NEUTRAL, limits_of, load_job, load_run_model
+from workbench.safesteer.paper import places_of, settings_of
 from workbench.safesteer.run_folder import (
     check_model_of,
     read_run,
@@ -25,10 +26,10 @@ from workbench.safesteer.run_folder import (
     write_table,
 )
 from workbench.safesteer.saved_run import CALIBRATION
-from workbench.safesteer.settings import placements
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
+    from workbench.safesteer.config import RunConfig
     from workbench.steering.interventions import Positions
 
 
@@ -52,7 +53,7 @@ def recalibrate(
     Args:
         folder: Folder of a run.
         constructions: Constructions of the run; all by default.
-        rhos: Relative strengths at one layer; by default the run's, or a construction's own.
+        rhos: Relative strengths at one layer; by default a construction's own, or the run's.
         positions: Which tokens are steered; each is tried.
         until: Generated tokens after which steering ends; each is tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
@@ -65,26 +66,26 @@ def recalibrate(
             unknown, the budget is too small, or another process calibrates it.
     """
     run = read_run(folder)
-    given = {"rhos": None if rhos is None else tuple(rhos), "tune_prompts": tune_prompts}
-    changed: Any = {name: value for name, value in given.items() if value is not None}
-    config = replace(config_from(run.notes["config"]), **changed)
+    config = _changed(config_from(run.notes["config"]), rhos, tune_prompts)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
     model = model if model is not None else load_run_model(config)
     check_model_of(run, model)
     out = local_path(folder) / CALIBRATION
-    job = load_job(config, verdicts=out / "verdicts.jsonl", model=model, progress=progress)
+    loaded: dict[str, Any] = {"model": model, "fits": False, "progress": progress}
+    job = load_job(config, verdicts=out / "verdicts.jsonl", **loaded)
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
     extents = list(itertools.product(positions, until))
-    places = placements(job.model, {site for _, site in vectors})
-    settings = settings_to_try(names, places, config.rhos, own_rhos=rhos is None, extents=extents)
+    places = places_of(config, job.model, {site for _, site in vectors})
+    tried: dict[str, Any] = {"own_rhos": rhos is None, "extents": extents}
+    settings = settings_of(config, vectors, names, places, **tried)
     how: dict[str, Any] = {
         "score": job.score_for_tuning,
         "output": out / "tune.jsonl",
         "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
         "limits": limits_of(config),
         "rounds": plan_rounds(len(settings), len(questions), budget=budget),
-        **job.how,
+        **job.how_steered,
     }
     with locked_folder(out):
         tuned = calibrate(job.model, vectors, questions, settings, **how)
@@ -92,6 +93,15 @@ def recalibrate(
         chosen = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
         write_json(out / "chosen.json", chosen)
     return tuned
+
+
+def _changed(
+    config: RunConfig, rhos: Sequence[float] | None, tune_prompts: int | None
+) -> RunConfig:
+    """Change what a search is told in another way than its run; strengths replace multiples."""
+    if rhos is not None:
+        config = replace(config, rhos=tuple(rhos), multipliers=None)
+    return config if tune_prompts is None else replace(config, tune_prompts=tune_prompts)
 
 
 def _checked(names: Sequence[str] | None, known: list[str], folder: PathLike) -> list[str]:

@@ -9,6 +9,7 @@ Source: SafeSteer (Ghosh et al. 2025, arXiv:2506.04250).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.evaluation.comparisons import judge_agreement
@@ -27,7 +28,7 @@ from workbench.evaluation.gating import (
 )
 from workbench.evaluation.metrics import HEADLINE, MARGINS
 from workbench.evaluation.result import Evaluation
-from workbench.generation.answers import Completion, Condition, sweep
+from workbench.generation.answers import UNSTEERED, Completion, Condition, sweep
 from workbench.models.activations import cache_activations
 from workbench.models.errors import CannotBeDone
 from workbench.models.sites import Site
@@ -47,18 +48,33 @@ from workbench.safesteer.conditions import (
     main_setting,
 )
 from workbench.safesteer.constructions import (
+    CONSTRUCTIONS,
     Measured,
     activations_behind,
     constructions_of,
     fit_all,
     measure,
-    settings_to_try,
+    safe_side_of,
     wanted_names,
 )
-from workbench.safesteer.fit_answers import FitAnswers, answers_to_fit_on
-from workbench.safesteer.inputs import TUNE_NEUTRAL, Job, limits_of, load_job, questions_of_test
+from workbench.safesteer.fit_answers import UNANSWERED, FitAnswers, answers_to_fit_on
+from workbench.safesteer.inputs import (
+    TUNE_NEUTRAL,
+    Job,
+    limits_of,
+    load_job,
+    not_known_to,
+    questions_of_test,
+)
+from workbench.safesteer.paper import (
+    at_norms_of,
+    contrasted,
+    places_of,
+    settings_of,
+    side_of_prompts,
+)
 from workbench.safesteer.run_folder import RunFolder
-from workbench.safesteer.settings import Setting, Vectors, placements, steering
+from workbench.safesteer.settings import Setting, Vectors, steering
 from workbench.steering.gates import Gate, fit_gate, save_gate
 from workbench.steering.separability import layer_separability
 
@@ -104,24 +120,30 @@ def run(
             job = load_job(config, verdicts=verdicts, model=model, progress=progress)
             out.note(**job.facts())
         with out.stage("own answers"):
-            answered = answer_fit_questions(job, out)
+            answered = answer_fit_questions(job.of_vectors, out)
         with out.stage("activations"):  # SafeSteer: activations by category
-            measured = measure_fit_and_tune(job, out, answered)
+            behind = measure_fit_and_tune(job.of_vectors, out, answered)
+            measured = behind if job.source is None else measure_fit_and_tune(job, out)
         with out.stage("vectors"):  # SafeSteer: category-wise steering vectors
-            vectors = fit_vectors(job, out, measured)
+            vectors = fit_vectors(job, out, behind, measured)
+            job = replace(job, source=None)  # it is not needed any more
         with out.stage("separability"):
             out.write_table("separability", separability_by_layer(job, measured))
         with out.stage("neurons", may_be_left_out=True):
             out.write_table("neurons", neuron_scores(job, measured))
         with out.stage("tune"):
             tuned = tune(job, out, vectors)
+            main = main_of(job, tuned)
         gated: FittedGate | None = None
         with out.stage("gate", may_be_left_out=True):
-            gated = fit_and_rate_gate(job, out, measured, main_setting(tuned))
+            gated = fit_and_rate_gate(job, out, measured, main)
         with out.stage("test"):  # SafeSteer: steered generation
-            answers, names = answer_test_questions(job, out, measured, vectors, tuned, gated)
+            answers, names = answer_test_questions(job, out, behind, vectors, tuned, gated)
         with out.stage("evaluate"):  # SafeSteer: safety and quality of the answers
-            evaluate_answers(job, out, answers, names, gated, condition_of(main_setting(tuned)))
+            evaluate_answers(job, out, answers, names, gated, condition_of(main))
+        if config.fitted_is_evaluated:
+            with out.stage("fitted questions", may_be_left_out=True):
+                evaluate_fitted(job, out, behind, vectors, tuned, main)
         return out.finish()
 
 
@@ -142,17 +164,19 @@ def answer_fit_questions(job: Job, out: RunFolder) -> FitAnswers:
     return answered
 
 
-def measure_fit_and_tune(job: Job, out: RunFolder, answered: FitAnswers) -> Measured:
+def measure_fit_and_tune(job: Job, out: RunFolder, answered: FitAnswers = UNANSWERED) -> Measured:
     """Cache the activations that vectors, neurons and gate are made from."""
+    store = out.path / "activations"
+    how: dict[str, Any] = {"progress": job.progress, **job.decoding.asked_by}
     measured = measure(
         job.model,
         job.folds,
-        out.path / "activations",
+        store,
         answers=answered.rows,
         went_along=answered.went_along,
         harmless=answered.harmless,
-        progress=job.progress,
-        **job.decoding.asked_by,
+        places=places_of(job.config, job.model),
+        **how,
     )
     layers = range(job.model.cfg.n_layers)
     without = [layer for layer in layers if Site(layer, "attn_out") not in measured.prompts]
@@ -162,27 +186,39 @@ def measure_fit_and_tune(job: Job, out: RunFolder, answered: FitAnswers) -> Meas
             f"no output of attention is computed in layers {', '.join(map(str, without))}: nothing "
             "is measured or steered there.",
         )
-    return measured
+    judge = job.refusal_judge
+    return contrasted(job.config, job.model, job.folds.fit, measured, judge, store=store, **how)
 
 
-def fit_vectors(job: Job, out: RunFolder, measured: Measured) -> Vectors:
+def fit_vectors(job: Job, out: RunFolder, behind: Measured, measured: Measured) -> Vectors:
     """Fit every construction that is wanted and possible, and save its vectors.
+
+    Args:
+        job: What the run works with.
+        out: Where the vectors are saved.
+        behind: Activations that they are fitted on.
+        measured: Activations of the model that they steer.
 
     Raises:
         ValueError: If none is possible.
     """
-    vectors = fit_all(measured, job.folds.fit, job.config.constructions)
+    vectors = fit_all(behind, job.folds.fit, job.config.constructions)
     missing = [
         n for n in wanted_names(job.config.constructions) if n not in constructions_of(vectors)
     ]
     if missing:
-        reason = "what they are fitted on is missing (own answers, or a second category)."
+        reason = (
+            "what they are fitted on is missing (own answers, a second category, or a site of "
+            "their kind)."
+        )
         out.leave_out("vectors", f"{', '.join(missing)}: {reason}")
     if not vectors:
         raise ValueError(
             f"no vector can be fitted: {', '.join(missing)} lack what they are fitted on; "
             "take other constructions."
         )
+    if job.source is not None:
+        vectors = at_norms_of(measured, vectors, job.folds.fit)
     out.save_vectors(vectors)
     return vectors
 
@@ -226,26 +262,33 @@ def attributed_site(model: HookedModel) -> Site:
 
 def tune(job: Job, out: RunFolder, vectors: Vectors) -> Calibration:
     """Choose place, sign and strength of every construction on the tune fold."""
-    names, places = constructions_of(vectors), placements(job.model, {site for _, site in vectors})
+    names = constructions_of(vectors)
+    places = places_of(job.config, job.model, {site for _, site in vectors})
     tuned = calibrate(
         job.model,
         vectors,
         select_prompts(job.folds.tune, label="unsafe", limit=job.config.tune_prompts),
-        settings_to_try(names, places, job.config.rhos),
+        settings_of(job.config, vectors, names, places),
         score=job.score_for_tuning,
         output=out.path / "tune.jsonl",
         neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
         limits=limits_of(job.config),
-        **job.how,
+        **job.how_steered,
     )
+    main = main_of(job, tuned)
     out.write_table("tuning", tuned.table)
     out.note(
         chosen={s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()},
-        main=main_setting(tuned).construction,
-        main_condition=condition_of(main_setting(tuned)),
+        main=main.construction,
+        main_condition=condition_of(main),
         rounds=[one._asdict() for one in tuned.rounds],
     )
     return tuned
+
+
+def main_of(job: Job, tuned: Calibration) -> Setting:
+    """Choose what is gated and has controls: the best of all under a preset, else of answers."""
+    return main_setting(tuned, of_answers_first=job.config.preset is None)
 
 
 class FittedGate(NamedTuple):
@@ -299,7 +342,7 @@ def fit_and_rate_gate(job: Job, out: RunFolder, measured: Measured, main: Settin
 def answer_test_questions(
     job: Job,
     out: RunFolder,
-    measured: Measured,
+    behind: Measured,
     vectors: Vectors,
     tuned: Calibration,
     gated: FittedGate | None,
@@ -309,19 +352,33 @@ def answer_test_questions(
     Returns:
         The answers and the names of their conditions, in order.
     """
-    main = main_setting(tuned)
+    main = main_of(job, tuned)
     questions = questions_of_test(job.folds.test, job.config)
-    behind = activations_behind(main.construction, measured)
     steered: dict[str, Condition] = {
         condition_of(setting): steering(vectors, setting) for setting in tuned.chosen.values()
     }
     if gated is not None:
         share_opened = sum(gated.fired[p.id] for p in questions) / len(questions)
         steered |= behind_gate(vectors, main, gated.gate, share_opened)
-    steered |= controls(vectors, main, behind, questions=measured.prompts, seed=job.config.seed)
+    steered |= controls_of(job, behind, vectors, main)
     conditions = for_everyone(steered, questions)
     output = out.path / "test.jsonl"
-    return sweep(job.model, questions, conditions, output=output, **job.how), list(conditions)
+    answers = sweep(job.model, questions, conditions, output=output, **job.how_steered)
+    return answers, list(conditions)
+
+
+def controls_of(
+    job: Job, behind: Measured, vectors: Vectors, main: Setting
+) -> dict[str, Condition]:
+    """Make the controls of the main setting from what its vectors were fitted on."""
+    return controls(
+        vectors,
+        main,
+        activations_behind(main.construction, behind),
+        questions=behind.prompts,
+        safe_side=safe_side_of(main.construction, side_of_prompts(job.config)),
+        seed=job.config.seed,
+    )
 
 
 def evaluate_answers(
@@ -375,3 +432,37 @@ def _tuned_by(job: Job) -> dict[str, Any]:
         "agreement": getattr(judge, "agreement", None),
         "reports": judge.name == job.judges[0].name,
     }
+
+
+def evaluate_fitted(
+    job: Job,
+    out: RunFolder,
+    behind: Measured,
+    vectors: Vectors,
+    tuned: Calibration,
+    main: Setting,
+) -> None:
+    """Answer questions that vectors were fitted on, and report them in a table of their own.
+
+    The table is evaluation_fitted.csv. It shows how far a result flatters where vectors are tested
+    on the questions they come from, and is never joined to the held-out one. Its conditions are
+    unsteered, the main one, every contrast of prompts, and a random direction.
+
+    Raises:
+        CannotBeDone: If the judges were fitted on answers to all of these questions.
+    """
+    known_to = [*job.judges, job.refusal_judge]
+    risky = not_known_to(known_to, select_prompts(job.folds.fit, label="unsafe"))
+    if not risky:
+        raise CannotBeDone("the judges were fitted on answers to every risky fit question.")
+    questions = select_prompts(risky, limit=job.config.test_prompts)
+    conditions: dict[str, Condition] = {UNSTEERED: ()}
+    for setting in tuned.chosen.values():
+        if setting == main or CONSTRUCTIONS[setting.construction].reads == "prompts":
+            conditions[condition_of(setting)] = steering(vectors, setting)
+    conditions["random"] = controls_of(job, behind, vectors, main)["random"]
+    output = out.path / "fitted.jsonl"
+    answers = sweep(job.model, questions, conditions, output=output, **job.how_steered)
+    margins = MARGINS | limits_of(job.config).margins()
+    summary = job.score(answers).summary(seed=job.config.seed, margins=margins)
+    out.write_table("evaluation_fitted", summary)

@@ -53,6 +53,10 @@ COLUMNS = {
         "difference_high",
         "n",
     ),
+    "evaluation_fitted": (
+        *("condition", "category", "metric", "value", "n"),
+        *("difference", "difference_low", "difference_high"),
+    ),
     "scores": ("condition", "category", "label", "prompt_id", "metric", "value"),
     "neurons": ("category", "layer", "neuron", "contribution"),
     "judge_agreement": ("condition", "kappa", "low", "high", "first_yes", "second_yes", "n"),

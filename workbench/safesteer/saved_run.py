@@ -15,6 +15,7 @@ from workbench.files.store import PathLike, local_path, read_json
 from workbench.generation.answers import UNSTEERED, Completion, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.activations import token_activations
+from workbench.models.load import ModelInfo
 from workbench.models.sites import Site
 from workbench.models.templates import asked_by
 from workbench.models.tokens import token_strings
@@ -170,10 +171,16 @@ def steering_from(
     apply: Any = raise_to if is_target else steer_by
     load: Any = load_vector if is_target else load_fitted
     vectors = local_path(folder) / "vectors"
-    return [
+    interventions = [
         apply(load(vectors / vector_file(name, Site.parse(site), category)), value, **how)
         for site, value in strengths[category].items()
     ]
+    notes = read_run(folder).notes
+    if "vectors_from" not in notes:
+        return interventions
+    # The run has checked that vectors of another model fit its own: they are for this one alone.
+    steered = ModelInfo(**notes["model"])
+    return [replace(one, model=steered) for one in interventions]
 
 
 def _main_construction(folder: PathLike) -> str | None:

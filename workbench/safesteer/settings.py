@@ -9,6 +9,7 @@ from workbench.models.sites import Site, present_sites
 from workbench.steering.from_texts import MID_DEPTH
 from workbench.steering.interventions import Decay, Intervention, Positions, raise_to
 from workbench.steering.spectral import Fitted, SpectralEdit, steer_by
+from workbench.steering.vectors import SteeringVector
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
@@ -38,7 +39,7 @@ class Setting(NamedTuple):
     sign: int
     rho: float
     """Relative strength at each site; for the form "target" how far beyond the safe side's mean; of
-    a spectral edit the share of its way."""
+    a spectral edit the share of its way; the mean one where a raw multiple is given."""
     positions: Positions = "all"
     until: int | None = None
     decay: Decay = "none"
@@ -46,6 +47,8 @@ class Setting(NamedTuple):
     keep_norm: bool = False
     """Whether each token's activation keeps its norm."""
     form: Form = "add"
+    multiplier: float | None = None
+    """Raw multiple of the vector at each site, above 0, in place of the relative strength."""
 
     @property
     def is_plain(self) -> bool:
@@ -64,7 +67,13 @@ class Setting(NamedTuple):
         extent += " norm kept" if self.keep_norm else ""
         if self.form == "target":
             return f"{self.construction} {where} target {self.rho:+.3g}{extent}"
-        return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{self.rho:.3g}{extent}"
+        strength = f"{self.rho:.3g}" if self.multiplier is None else f"{self.multiplier:.3g}x"
+        return f"{self.construction} {where} {'+' if self.sign > 0 else '-'}{strength}{extent}"
+
+    def times(self, factor: float) -> Setting:
+        """Give the same setting with so many times its strength."""
+        size = None if self.multiplier is None else self.multiplier * factor
+        return self._replace(rho=self.rho * factor, multiplier=size)
 
 
 def placements(model: HookedModel, among: Container[Site] | None = None) -> list[tuple[Site, ...]]:
@@ -128,6 +137,44 @@ def grid(
     return list(dict.fromkeys(allowed))
 
 
+def raw_grid(
+    vectors: Vectors,
+    constructions: Sequence[str],
+    places: Sequence[tuple[Site, ...]],
+    multipliers: Sequence[float],
+    *,
+    extents: Sequence[tuple[Positions, int | None]] = (("all", None),),
+) -> list[Setting]:
+    """Combine every construction, place, raw multiple of its vectors and extent.
+
+    Each of several layers gets the whole multiple, as in the paper. A construction is passed by
+    where it has no vectors: at places of other kinds, and everywhere if it makes spectral edits.
+
+    Args:
+        vectors: Vectors of every construction and site, for their relative strength.
+        constructions: Names of vectors.
+        places: Each a site or several.
+        multipliers: Multiples of the vectors; one below 0 turns them round.
+        extents: Pairs of positions and ``until`` (see ``steering.Intervention``).
+    """
+    settings = []
+    for construction in constructions:
+        for sites in places:
+            at_sites = [vectors.get((construction, site), {}) for site in sites]
+            fitted = [one for by_category in at_sites for one in by_category.values()]
+            added = [one for one in fitted if isinstance(one, SteeringVector)]
+            if len(added) < len(fitted) or not all(at_sites):
+                continue
+            for multiplier in multipliers:
+                rho = round(sum(v.rho(multiplier) for v in added) / len(added), 4)
+                sign, size = (1 if multiplier > 0 else -1), abs(multiplier)
+                settings += [
+                    Setting(construction, sites, sign, rho, *extent, multiplier=size)
+                    for extent in extents
+                ]
+    return settings
+
+
 def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]]:
     """Make the interventions of a setting: for each category its own vectors.
 
@@ -175,6 +222,8 @@ def multiplier_of(vector: Fitted, setting: Setting) -> float:
     Raises:
         ValueError: If the vector is zero, or the norm of the residual stream was not measured.
     """
+    if setting.multiplier is not None:
+        return setting.sign * setting.multiplier
     return setting.sign * vector.multiplier_for(setting.rho)
 
 
@@ -200,9 +249,13 @@ def _check(setting: Setting) -> None:
     if setting.form not in get_args(Form):
         raise ValueError(f"unknown form {setting.form!r}; allowed: {', '.join(get_args(Form))}.")
     if setting.form == "target" and (
-        setting.decay != "none" or setting.keep_norm or setting.sign < 0
+        setting.decay != "none"
+        or setting.keep_norm
+        or setting.sign < 0
+        or setting.multiplier is not None
     ):
         raise ValueError(
             f"setting {setting.name!r}: a target is set along the vector (sign 1) and takes no "
-            "decay and no keep_norm; leave them out, or add the vector (form 'add')."
+            "decay and no keep_norm, nor a raw multiple; leave them out, or add the vector "
+            "(form 'add')."
         )
