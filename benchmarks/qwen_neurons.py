@@ -46,6 +46,7 @@ from workbench.neurons.silencing import (
     neuron_reference,
 )
 from workbench.neurons.summaries import overlap, overlap_against_chance, stability, survivors
+from workbench.prompts.prompt import in_turn
 from workbench.safesteer.own_answers import self_contrast
 from workbench.stats.estimates import ratio_of_means
 from workbench.stats.selectivity import auroc, auroc_interval
@@ -64,6 +65,11 @@ DEPTHS_TRIED = (0.34, 0.5, 0.67, 0.83)
 """Where the attributed direction may stand; the tune fold's AUROC of refusal decides."""
 SIZES: dict[str, float] = {"top 100": 100, "top 500": 500, "top 5 %": 0.05}
 HEAD_SIZES = {"top 5": 5, "top 20": 20}
+METHODS = {
+    REFUSAL: [(size, method) for size in SIZES for method in ("zero", "clamp")],
+    **{name: [("top 500", "zero"), ("top 5 %", "zero")] for name in CATEGORIES},
+}
+"""What is done to the first neurons of each ranking."""
 N_NEUTRAL, PER_OTHER_CATEGORY = 24, 2
 WHOLE_BROKEN, WHOLE_LOG_PERPLEXITY = 0.05, 0.5
 """Text is whole where no more answers than this, over the unsteered model's, are broken, and its
@@ -84,12 +90,13 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="print the tables there, and stop")
     parser.add_argument("--sets", type=int, default=20, help="matched random sets of a ranking")
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--minutes", type=float, default=25, help="no control begins after these")
+    parser.add_argument("--control-questions", type=int, default=50, help="answered under controls")
+    parser.add_argument("--minutes", type=float, default=60, help="no stage begins after these")
     options = parser.parse_args()
     if options.collect:
         collect(Path(options.out))
     else:
-        measure(Path(options.out), options.sets, options.max_new_tokens, options.minutes)
+        measure(options)
 
 
 @dataclass
@@ -98,6 +105,7 @@ class Answers:
 
     model: Any
     questions: list[wb.Prompt]
+    n_controlled: int
     out: Path
     max_new_tokens: int
     refusals: Any
@@ -110,11 +118,16 @@ class Answers:
         output = self.out / "answers.jsonl"
         return wb.generate(self.model, prompts, (), decoding, output=output, progress=True)
 
-    def scores(self, conditions: Mapping[str, Any]) -> pd.DataFrame:
-        """Answer the questions under conditions, and unsteered, and score the answers."""
+    @property
+    def controlled(self) -> list[wb.Prompt]:
+        """Questions that are answered under controls, too: the first ones."""
+        return self.questions[: self.n_controlled]
+
+    def scores(self, conditions: Mapping[str, Any], questions: Sequence[wb.Prompt]) -> pd.DataFrame:
+        """Answer questions under conditions, and unsteered, and score the answers."""
         completions = wb.sweep(
             self.model,
-            self.questions,
+            questions,
             {"unsteered": (), **conditions},
             wb.Decoding(self.max_new_tokens),
             output=self.out / "answers.jsonl",
@@ -155,22 +168,16 @@ class Ranking:
         return head_interventions(self.head_values, heads, method)
 
 
-def measure(out: Path, n_sets: int, max_new_tokens: int, minutes: float) -> None:
+def measure(options: argparse.Namespace) -> None:
     """Rank on the fit and tune fold, change units on the test fold, and write the tables."""
-    start = time.monotonic()
+    start, out = time.monotonic(), Path(options.out)
     folds = wb.split_prompts(wb.load_prompts(), seed=0)
-    test = wb.select_prompts(folds.test, label="unsafe", category=CATEGORIES)
-    chosen = {prompt.id for prompt in test}
-    test += [
-        prompt
-        for prompt in wb.select_prompts(folds.test, label="unsafe", limit=PER_OTHER_CATEGORY)
-        if prompt.id not in chosen
-    ]
     answers = Answers(
         wb.load_model(MODEL, dtype="bfloat16"),
-        test,
+        questions_of(folds.test),
+        options.control_questions,
         out,
-        max_new_tokens,
+        options.max_new_tokens,
         wb.judges.open_judge("refusal"),
         wb.judges.cached(wb.judges.open_judge("framing"), out / "framing.jsonl"),
     )
@@ -181,22 +188,35 @@ def measure(out: Path, n_sets: int, max_new_tokens: int, minutes: float) -> None
     print(f"ranked after {(time.monotonic() - start) / 60:.0f} minutes")
 
     def time_is_left(what: str) -> bool:
-        left = (time.monotonic() - start) / 60 < minutes
+        left = (time.monotonic() - start) / 60 < options.minutes
         if not left:
             print(f"no time left for {what}; run again with --minutes to go on")
         return left
 
     whole = change_neurons(answers, rankings)
-    control_neurons(answers, rankings, REFUSAL, whole, n_sets)
-    if time_is_left("heads"):
-        change_heads(answers, rankings, n_sets)
+    control_neurons(answers, rankings, REFUSAL, whole, options.sets)
     if time_is_left("patching"):
         patch(answers, folds, plain, rankings[REFUSAL])
+    for size in reversed(HEAD_SIZES):
+        if time_is_left(f"heads, {size}"):
+            change_heads(answers, rankings[REFUSAL], size, options.sets)
     for category in reversed(CATEGORIES):
         if time_is_left(f"controls of {category}"):
-            control_neurons(answers, rankings, category, whole, n_sets)
+            control_neurons(answers, rankings, category, whole, options.sets)
     print(f"done after {(time.monotonic() - start) / 60:.0f} minutes")
     collect(out)
+
+
+def questions_of(test: Sequence[wb.Prompt]) -> list[wb.Prompt]:
+    """Take all questions of the attributed categories and some of each other one, in turn."""
+    some = {p.id for p in wb.select_prompts(test, label="unsafe", limit=PER_OTHER_CATEGORY)}
+    return in_turn(
+        [
+            prompt
+            for prompt in wb.select_prompts(test, label="unsafe")
+            if prompt.category in CATEGORIES or prompt.id in some
+        ]
+    )
 
 
 def blanket_refusals(
@@ -236,13 +256,14 @@ def rank(folds: wb.Folds, refused: set[str], out: Path) -> dict[str, Ranking]:
         )
 
     in_category = [cache(in_contrast(fold), "content") for fold in (folds.fit, folds.tune)]
-    of_refusal = {}
-    for span in ("content", "last"):
-        by_fold = []
-        for fold in (folds.fit, folds.tune):
-            asked = wb.select_prompts(fold, label="unsafe")
-            by_fold.append(relabelled(cache(asked, span), refused))
-        of_refusal[span] = by_fold
+    asked = [wb.select_prompts(fold, label="unsafe") for fold in (folds.fit, folds.tune)]
+    of_refusal = {
+        "content": [
+            relabelled({site: cached.of(risky) for site, cached in fold.items()}, refused)
+            for fold, risky in zip(in_category, asked, strict=True)
+        ],
+        "last": [relabelled(cache(risky, "last"), refused) for risky in asked],
+    }
     spans = separation(of_refusal, tried)
     write_csv(out, "spans", spans)
     best = spans.loc[spans["auroc"].idxmax()]
@@ -363,17 +384,19 @@ def ranking_of(
     other = wb.select_prompts(prompts, label=other_label, **asked)
     of_neurons = neuron_reference(fit, unsafe, other)
     of_heads = head_reference(model, fit, unsafe, other)
-    ordered = (table.sort_values("rank") for table in (neurons, heads))
-    ranked = [
-        [(int(layer), int(unit)) for layer, unit in table[["layer", name]].to_numpy()]
-        for table, name in zip(ordered, ("neuron", "head"), strict=True)
-    ]
+    ranked_neurons, ranked_heads = (
+        [
+            (int(layer), int(unit))
+            for layer, unit in table.sort_values("rank")[["layer", name]].to_numpy()
+        ]
+        for table, name in ((neurons, "neuron"), (heads, "head"))
+    )
     vector = direction_of(fit[site], category)
     statistics = matching_statistics(model, of_neurons, vector)
-    below = {layer for layer, _ in ranked[1]}
+    below = {layer for layer, _ in ranked_heads}
     of_all_heads = head_statistics(model, of_heads)
     of_all_heads = of_all_heads[of_all_heads["layer"].isin(below)]
-    return Ranking(*ranked, of_neurons, of_heads, statistics, of_all_heads)
+    return Ranking(ranked_neurons, ranked_heads, of_neurons, of_heads, statistics, of_all_heads)
 
 
 def change_neurons(answers: Answers, rankings: Mapping[str, Ranking]) -> dict[str, str]:
@@ -384,22 +407,22 @@ def change_neurons(answers: Answers, rankings: Mapping[str, Ranking]) -> dict[st
     conditions = {
         f"{name}, {size}, {method}": ranking.edit_neurons(ranking.top(size), method)
         for name, ranking in rankings.items()
-        for size in SIZES
-        for method in ("zero", "clamp")
+        for size, method in METHODS[name]
     }
-    scores = answers.scores(conditions)
+    scores = answers.scores(conditions, answers.questions)
     table = compare_with_controls(scores, dict.fromkeys(conditions, ()), metrics=METRICS)
     write_csv(answers.out, "neurons_changed", table)
     change = table.set_index(["condition", "metric"])["difference"]
     whole = {}
     for name in rankings:
+        sizes = [size for size, method in METHODS[name] if method == "zero"]
         fitting = [
             size
-            for size in SIZES
+            for size in sizes
             if change[f"{name}, {size}, zero", "degenerate"] <= WHOLE_BROKEN
             and change[f"{name}, {size}, zero", "log_perplexity"] <= WHOLE_LOG_PERPLEXITY
         ]
-        whole[name] = (fitting or list(SIZES))[-1 if fitting else 0]
+        whole[name] = fitting[-1] if fitting else sizes[0]
     write_json(answers.out / "whole.json", whole)
     print(f"text stays whole: {whole}")
     return whole
@@ -421,29 +444,32 @@ def control_neurons(
         f"{name}, {size}, random {i}": ranking.edit_neurons(members, "zero")
         for i, members in enumerate(drawn.sets)
     }
-    scores = answers.scores({condition: ranking.edit_neurons(target, "zero"), **random})
+    conditions = {condition: ranking.edit_neurons(target, "zero"), **random}
+    scores = answers.scores(conditions, answers.controlled)
     table = compare_with_controls(scores, {condition: list(random)}, metrics=METRICS)
     matching = {"same_cell": drawn.same_cell, **{f"ratio_{k}": v for k, v in drawn.ratios.items()}}
     write_csv(answers.out, f"neurons_controlled_{name}", table.assign(**matching))
 
 
-def change_heads(answers: Answers, rankings: Mapping[str, Ranking], n_sets: int) -> None:
+def change_heads(answers: Answers, ranking: Ranking, size: str, n_sets: int) -> None:
     """Silence and clamp the first heads for blanket refusal, beside matched random heads."""
-    ranking = rankings[REFUSAL]
-    conditions: dict[str, Any] = {}
-    controls: dict[str, list[str]] = {}
-    for size, n in HEAD_SIZES.items():
-        target = ranking.heads[:n]
-        drawn = matched_controls(ranking.head_statistics, target, n_sets=n_sets, by=MATCHED_HEADS)
-        names = {f"heads, {size}, random {i}": members for i, members in enumerate(drawn.sets)}
-        conditions |= {
-            f"heads, {size}, {method}": ranking.edit_heads(target, method)
-            for method in ("zero", "clamp")
-        }
-        conditions |= {c: ranking.edit_heads(members, "zero") for c, members in names.items()}
-        controls |= {f"heads, {size}, zero": list(names), f"heads, {size}, clamp": []}
-    table = compare_with_controls(answers.scores(conditions), controls, metrics=METRICS)
-    write_csv(answers.out, "heads_changed", table)
+    target = ranking.heads[: HEAD_SIZES[size]]
+    drawn = matched_controls(ranking.head_statistics, target, n_sets=n_sets, by=MATCHED_HEADS)
+    random = {
+        f"heads, {size}, random {i}": ranking.edit_heads(members, "zero")
+        for i, members in enumerate(drawn.sets)
+    }
+    silent, clamped = f"heads, {size}, zero", f"heads, {size}, clamp"
+    conditions = {
+        silent: ranking.edit_heads(target, "zero"),
+        clamped: ranking.edit_heads(target, "clamp"),
+        **random,
+    }
+    scores = answers.scores(conditions, answers.controlled)
+    controls: dict[str, list[str]] = {silent: list(random), clamped: []}
+    table = compare_with_controls(scores, controls, metrics=METRICS)
+    matching = {"same_cell": drawn.same_cell, **{f"ratio_{k}": v for k, v in drawn.ratios.items()}}
+    write_csv(answers.out, f"heads_changed_{HEAD_SIZES[size]}", table.assign(**matching))
 
 
 def patch(
@@ -459,9 +485,9 @@ def patch(
     statistics = matching_statistics(model, ranking.neuron_values, vector)
     drawn = matched_controls(statistics, top, n_sets=N_PATCHED_CONTROLS)
     sets = {"top 5 %": top} | {f"random {i}": s for i, s in enumerate(drawn.sets)}
-    file = out / "patched.jsonl"
+    file = out / f"patched_{len(answers.controlled)}.jsonl"
     if file.exists():
-        by_id = {prompt.id: prompt for prompt in answers.questions}
+        by_id = {prompt.id: prompt for prompt in answers.controlled}
         patched = [
             wb.Completion(by_id[r["prompt_id"]], r["text"], (), r["finish"], r["condition"])
             for r in read_jsonl(file)
@@ -469,7 +495,7 @@ def patch(
     else:
         patched = patched_answers(
             model,
-            answers.questions,
+            answers.controlled,
             sets,
             steering,
             max_new_tokens=answers.max_new_tokens,
@@ -482,7 +508,7 @@ def patch(
         write_jsonl(file, rows)
     runs = wb.sweep(
         model,
-        answers.questions,
+        answers.controlled,
         {"unsteered": (), "steered": steering},
         wb.Decoding(answers.max_new_tokens),
         output=out / "answers.jsonl",

@@ -6,7 +6,7 @@ written, kept and judged elsewhere first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,9 +61,9 @@ def compare_with_controls(
         )
         is_rate = bool(wide.isin([0, 1]).where(wide.notna(), other=True).all(axis=None))
         for condition in dict.fromkeys([baseline, *controls]):
-            values = wide[condition].to_numpy(dtype=float)
-            level = rate(_or_none(values)) if is_rate else mean(_or_none(values), seed=seed)
-            row = {"condition": condition, "metric": metric}
+            values = _or_none(wide[condition])
+            level = rate(_yes_or_no(values)) if is_rate else mean(values, seed=seed)
+            row: dict[str, Any] = {"condition": condition, "metric": metric}
             row |= {name: getattr(level, name) for name in ("value", "low", "high", "n")}
             if condition != baseline:
                 row |= _change(wide, baseline, condition, controls[condition], seed)
@@ -86,10 +86,9 @@ def _change(
     wide: pd.DataFrame, baseline: str, condition: str, controls: Sequence[str], seed: int
 ) -> dict[str, float]:
     """Measure a condition's paired difference to the baseline, and those of its controls."""
-    plain = _or_none(wide[baseline].to_numpy(dtype=float))
+    plain = _or_none(wide[baseline])
     change, *others = (
-        paired_difference(plain, _or_none(wide[name].to_numpy(dtype=float)), seed=seed)
-        for name in (condition, *controls)
+        paired_difference(plain, _or_none(wide[name]), seed=seed) for name in (condition, *controls)
     )
     row = {
         "difference": change.value,
@@ -108,8 +107,12 @@ def _change(
     return row
 
 
-def _or_none(values: np.ndarray) -> list[float | None]:
+def _or_none(values: pd.Series) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
+
+
+def _yes_or_no(values: Sequence[float | None]) -> list[bool | None]:
+    return [None if value is None else bool(value) for value in values]
 
 
 def _check(scores: pd.DataFrame, conditions: Sequence[str], metrics: Sequence[str]) -> None:
