@@ -67,7 +67,7 @@ SIZES: dict[str, float] = {"top 100": 100, "top 500": 500, "top 5 %": 0.05}
 HEAD_SIZES = {"top 5": 5, "top 20": 20}
 METHODS = {
     REFUSAL: [(size, method) for size in SIZES for method in ("zero", "clamp")],
-    **{name: [("top 500", "zero"), ("top 5 %", "zero")] for name in CATEGORIES},
+    **{name: [("top 5 %", "zero")] for name in CATEGORIES},
 }
 """What is done to the first neurons of each ranking."""
 N_NEUTRAL, PER_OTHER_CATEGORY = 24, 2
