@@ -104,7 +104,9 @@ def test_a_silenced_head_writes_nothing_and_the_others_keep_every_bit(
     assert torch.equal(silenced[:, :, others], plain[:, :, others])
 
 
-def test_changing_no_head_leaves_answers_as_they_are(model: Any, reference: HeadReference) -> None:
+def test_no_head_is_no_intervention_and_all_of_them_change_answers(
+    model: Any, reference: HeadReference
+) -> None:
     assert head_interventions(reference, []) == []
     short = Decoding(max_new_tokens=6)
     every = [(layer, head) for layer in range(4) for head in range(4)]
