@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="print the tables there, and stop")
     parser.add_argument("--sets", type=int, default=20, help="matched random sets of a ranking")
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--questions", type=int, default=50, help="test questions, at most 50")
     parser.add_argument("--control-questions", type=int, default=50, help="answered under controls")
     parser.add_argument("--minutes", type=float, default=60, help="no stage begins after these")
     options = parser.parse_args()
@@ -174,7 +175,7 @@ def measure(options: argparse.Namespace) -> None:
     folds = wb.split_prompts(wb.load_prompts(), seed=0)
     answers = Answers(
         wb.load_model(MODEL, dtype="bfloat16"),
-        questions_of(folds.test),
+        questions_of(folds.test)[: options.questions],
         options.control_questions,
         out,
         options.max_new_tokens,
