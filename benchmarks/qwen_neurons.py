@@ -16,6 +16,7 @@ and the run says so.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -186,6 +187,7 @@ def measure(options: argparse.Namespace) -> None:
     plain = answers.plain(risky)
     refused = blanket_refusals(answers, plain, folds.fit, out)
     rankings = rank(folds, refused, out)
+    gc.collect()  # the model in float32 holds itself
     print(f"ranked after {(time.monotonic() - start) / 60:.0f} minutes")
 
     def time_is_left(what: str) -> bool:
