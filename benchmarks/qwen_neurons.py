@@ -403,9 +403,9 @@ def ranking_of(
 
 
 def change_neurons(answers: Answers, rankings: Mapping[str, Ranking]) -> dict[str, str]:
-    """Silence and clamp the first of each ranking; return the largest size that keeps text whole.
+    """Silence and clamp the first of each ranking; return the size to compare with controls.
 
-    Where none does it is the smallest.
+    It is the largest that keeps text whole, or the smallest where none does.
     """
     conditions = {
         f"{name}, {size}, {method}": ranking.edit_neurons(ranking.top(size), method)
@@ -426,8 +426,8 @@ def change_neurons(answers: Answers, rankings: Mapping[str, Ranking]) -> dict[st
             and change[f"{name}, {size}, zero", "log_perplexity"] <= WHOLE_LOG_PERPLEXITY
         ]
         whole[name] = fitting[-1] if fitting else sizes[0]
-    write_json(answers.out / "whole.json", whole)
-    print(f"text stays whole: {whole}")
+    write_json(answers.out / "controlled_sizes.json", whole)
+    print(f"compared with controls: {whole}")
     return whole
 
 
