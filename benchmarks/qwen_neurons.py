@@ -1,6 +1,6 @@
 """Ask which neurons and heads of a chat model carry a risk category, and which blanket refusal.
 
-    python benchmarks/qwen_neurons.py --out runs/qwen_neurons    # about 25 minutes on one core
+    python benchmarks/qwen_neurons.py --out runs/qwen_neurons    # some 8,500 short answers
     python benchmarks/qwen_neurons.py --out runs/qwen_neurons --collect    # print its tables
 
 Rankings are by contribution to a direction of the fit fold, measured on the tune fold: a category's
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--questions", type=int, default=50, help="test questions, at most 50")
     parser.add_argument("--control-questions", type=int, default=50, help="answered under controls")
-    parser.add_argument("--minutes", type=float, default=60, help="no stage begins after these")
+    parser.add_argument("--minutes", type=float, default=120, help="no stage begins after these")
     options = parser.parse_args()
     if options.collect:
         collect(Path(options.out))
