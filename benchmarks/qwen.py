@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_tables import blind_answers, collect, show_reading, write_csv
-from workbench.safesteer.paper import contrasted, places_of
-from workbench.steering.layer_gates import LayerGate, choose_layer_gate, open_conditions
 
 import workbench as wb
 from workbench.evaluation.capability import multiple_choice
@@ -59,8 +57,10 @@ from workbench.safesteer.own_answers import (
     kept_alternatives,
     kept_by,
 )
+from workbench.safesteer.paper import contrasted, places_of
 from workbench.safesteer.settings import SPREAD, Setting, Vectors, raw_grid, steering
 from workbench.steering.combine import pooled
+from workbench.steering.layer_gates import LayerGate, choose_layer_gate, open_conditions
 
 PLACED = (BOTH, "answer_contrast_pooled", "self_contrast_plain", "alternative_contrast", "caa")
 """Constructions that are added at four layers of the residual stream."""
