@@ -31,6 +31,7 @@ from workbench.neurons.ranking import (
 from workbench.neurons.summaries import (
     notable_neurons,
     overlap,
+    overlap_against_chance,
     shared_neurons,
     stability,
     survivors,
@@ -473,6 +474,49 @@ def test_overlap_has_its_ceiling_on_the_diagonal() -> None:
     assert shares.loc["b", "b"] == 0
     assert shares.loc["a", "b"] == shares.loc["b", "a"] == 0.5  # one of b's halves ranks as a does
     assert shares.loc["a", "c"] == 0
+
+
+def rankings(*contributions: np.ndarray) -> pd.DataFrame:
+    """Rankings of 1000 neurons of two layers by their contributions."""
+    layer, neuron = np.divmod(np.arange(1000), 500)
+    columns = {"layer": layer, "neuron": neuron, "inclusion": 0.0, "rank": 1}
+    halves = ("contribution", "contribution_half_1", "contribution_half_2")
+    return pd.concat(
+        pd.DataFrame(columns | dict.fromkeys(halves, values)).assign(category=str(i))
+        for i, values in enumerate(contributions)
+    )
+
+
+def test_rankings_that_share_neurons_by_chance_alone_lie_inside_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    table = rankings(*(rng.normal(size=1000) for _ in range(12)))
+    shared = overlap_against_chance(table, k=100)
+    assert len(shared) == 66
+    assert set(shared["chance"]) == {10.0}
+    inside = shared["n_shared"].between(shared["chance_low"], shared["chance_high"])
+    assert inside.mean() > 0.85
+    assert shared["p"].between(0.01, 1).mean() > 0.9
+
+
+def test_rankings_of_one_direction_share_their_top_and_loud_neurons_both_ends() -> None:
+    rng = np.random.default_rng(1)
+    common, loud = rng.normal(size=1000), rng.lognormal(sigma=2, size=1000)
+    alike = rankings(common + rng.normal(size=1000) / 2, common + rng.normal(size=1000) / 2)
+    [row] = overlap_against_chance(alike, k=50).to_dict("records")
+    assert row["n_shared"] > row["chance_high"]
+    assert row["p"] < 1e-6
+    assert row["n_opposite"] <= row["chance_high"]
+    signs = rng.choice([-1, 1], size=(2, 1000))
+    [row] = overlap_against_chance(rankings(*(signs * loud)), k=50).to_dict("records")
+    assert row["n_shared"] > row["chance_high"]  # more than chance, but as many at opposite ends
+    assert row["n_opposite"] == pytest.approx(row["n_shared"], rel=0.6)
+
+
+def test_units_above_the_site_do_not_count_as_chances_to_differ() -> None:
+    order = np.concatenate([np.arange(1.0, 501), np.zeros(500)])
+    [row] = overlap_against_chance(rankings(order, order), k=50).to_dict("records")
+    assert (row["n_units"], row["n_shared"], row["n_opposite"]) == (500, 50, 0)
+    assert row["chance"] == pytest.approx(5)
 
 
 def test_common_neurons_come_before_those_of_one_category() -> None:

@@ -8,6 +8,13 @@ from .attribution import (
     writing_sites,
 )
 from .effects import NeuronEffect, effects_table, neuron_effect, rank_curve
+from .heads import (
+    HeadReference,
+    head_interventions,
+    head_reference,
+    head_statistics,
+)
+from .outcomes import compare_with_controls
 from .patching import (
     ActivationContrast,
     PatchingEffect,
@@ -26,7 +33,14 @@ from .silencing import (
     neuron_reference,
 )
 from .splits import MlpGateSplit, head_sources, split_mlp_gate, writing_activations
-from .summaries import notable_neurons, overlap, shared_neurons, stability, survivors
+from .summaries import (
+    notable_neurons,
+    overlap,
+    overlap_against_chance,
+    shared_neurons,
+    stability,
+    survivors,
+)
 from .weights import Vocabulary, WeightCosine, reading_site, vocabulary_of, weight_cosines
 
 __all__ = [
@@ -35,6 +49,7 @@ __all__ = [
     "Attribution",
     "Controls",
     "Example",
+    "HeadReference",
     "Histogram",
     "MlpGateSplit",
     "NeuronEffect",
@@ -46,11 +61,15 @@ __all__ = [
     "attribute_heads",
     "attribute_neurons",
     "class_difference",
+    "compare_with_controls",
     "completeness_tolerance",
     "contrast_activations",
     "direct_attribution",
     "effects_table",
+    "head_interventions",
+    "head_reference",
     "head_sources",
+    "head_statistics",
     "matched_controls",
     "matching_statistics",
     "neuron_effect",
@@ -58,6 +77,7 @@ __all__ = [
     "neuron_reference",
     "notable_neurons",
     "overlap",
+    "overlap_against_chance",
     "patched_answers",
     "patching_effect",
     "profile_neurons",

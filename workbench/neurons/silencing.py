@@ -96,26 +96,42 @@ def neuron_reference(
     Raises:
         ValueError: If a layer or prompt was not cached, or a side is empty.
     """
-    layers = sorted(site.layer for site in activations if site.kind == "mlp_post")
+    of_unsafe, of_safe = sides_of_all_layers(activations, "mlp_post", unsafe, safe)
+    ids = frozenset(prompt.id for prompt in [*unsafe, *safe])
+    measured = activations[Site(0, "mlp_post")]
+    return NeuronReference(of_unsafe, of_safe, ids, measured.model, measured.asked_as)
+
+
+def sides_of_all_layers(
+    activations: Mapping[Site, ActivationSet],
+    kind: str,
+    unsafe: Sequence[Prompt],
+    safe: Sequence[Prompt],
+) -> tuple[Float[Tensor, "unsafe layer d"], Float[Tensor, "safe layer d"]]:
+    """Stack what all layers' sites of a kind hold of unsafe and of safe prompts.
+
+    Raises:
+        ValueError: If a layer or prompt was not cached, or a side is empty.
+    """
+    layers = sorted(site.layer for site in activations if site.kind == kind)
     n_layers = next(iter(activations.values())).model.n_layers if activations else 0
     if layers != list(range(n_layers)) or not layers:
         missing = sorted(set(range(n_layers)) - set(layers))[:1]
+        units = "neurons" if kind == "mlp_post" else "heads"
         raise ValueError(
-            f"no neurons of layer {missing[0] if missing else 0}: "
-            "cache sites_of_kind(model, 'mlp_post'), all layers."
+            f"no {units} of layer {missing[0] if missing else 0}: "
+            f"cache sites_of_kind(model, {kind!r}), all layers."
         )
     if not unsafe or not safe:
         raise ValueError(
             f"a reference needs unsafe and safe prompts, got {len(unsafe)} and {len(safe)}."
         )
-    sites = [Site(layer, "mlp_post") for layer in layers]
+    sites = [Site(layer, kind) for layer in layers]
     of_unsafe, of_safe = (
         torch.stack([activations[site].of(side).values for site in sites], dim=1)
         for side in (unsafe, safe)
     )
-    ids = frozenset(prompt.id for prompt in [*unsafe, *safe])
-    measured = activations[sites[0]]
-    return NeuronReference(of_unsafe, of_safe, ids, measured.model, measured.asked_as)
+    return of_unsafe, of_safe
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +301,7 @@ def matched_controls(
     by: Sequence[str] = MATCHED,
     exclude: Iterable[Neuron] = (),
 ) -> Controls:
-    """Draw random sets of neurons like the target: same layers and same deciles, one for one.
+    """Draw random sets of neurons or heads like the target: same layers and deciles, one for one.
 
     Deciles are those of the layer. Where no neuron of a cell is left, one is drawn from the nearest
     cell of the layer (sum of the distances in deciles). A set holds no neuron twice; two sets may
@@ -293,8 +309,9 @@ def matched_controls(
 
     Args:
         statistics: One row per neuron, with columns layer, neuron and those of ``by``; see
-            ``matching_statistics``.
-        target: Neurons to stand in for.
+            ``matching_statistics``. For heads a column head stands in place of neuron; see
+            ``heads.head_statistics``.
+        target: Neurons (or heads) to stand in for.
         n_sets: How many sets.
         seed: Same seed, same sets.
         by: Columns to match.
@@ -305,7 +322,8 @@ def matched_controls(
     """
     target = list(dict.fromkeys((int(layer), int(neuron)) for layer, neuron in target))
     row_of = _rows_of_neurons(statistics, target, by, n_sets)
-    layer, neuron = statistics["layer"].to_numpy(), statistics["neuron"].to_numpy()
+    unit = _unit_of(statistics)
+    layer, neuron = statistics["layer"].to_numpy(), statistics[unit].to_numpy()
     values = statistics[list(by)].to_numpy(dtype=float)
     free = np.ones(len(layer), dtype=bool)
     free[[row_of[pair] for pair in {*target, *exclude} if pair in row_of]] = False
@@ -317,7 +335,7 @@ def matched_controls(
         wanted, pool = np.searchsorted(members, target_rows), np.flatnonzero(free[members])
         if len(pool) < len(wanted):
             raise ValueError(
-                f"layer {target_layer} has {len(pool)} neurons besides the {len(wanted)} of the "
+                f"layer {target_layer} has {len(pool)} {unit}s besides the {len(wanted)} of the "
                 "target: take fewer, or exclude fewer."
             )
         picks, n_same = _draw_alike(_deciles(values[members]), wanted, pool, n_sets, rng)
@@ -351,19 +369,26 @@ def _rows_of_neurons(
     statistics: pd.DataFrame, target: Sequence[Neuron], by: Sequence[str], n_sets: int
 ) -> dict[Neuron, int]:
     """Find each neuron's row in the table of statistics; raise where the table does not fit."""
-    missing = [name for name in ("layer", "neuron", *by) if name not in statistics.columns]
+    unit = _unit_of(statistics)
+    missing = [name for name in ("layer", unit, *by) if name not in statistics.columns]
     if missing:
-        raise ValueError(f"matching needs a column {missing[0]!r}; see matching_statistics.")
+        raise ValueError(
+            f"matching needs a column {missing[0]!r}; see matching_statistics and head_statistics."
+        )
     if not target or n_sets < 1:
         raise ValueError("give a target and n_sets >= 1.")
     row_of = {
-        pair: i
-        for i, pair in enumerate(zip(statistics["layer"], statistics["neuron"], strict=True))
+        pair: i for i, pair in enumerate(zip(statistics["layer"], statistics[unit], strict=True))
     }
     unknown = [pair for pair in target if pair not in row_of]
     if unknown:
-        raise ValueError(f"no neuron {unknown[0]} in the table of statistics.")
+        raise ValueError(f"no {unit} {unknown[0]} in the table of statistics.")
     return row_of
+
+
+def _unit_of(statistics: pd.DataFrame) -> str:
+    """Tell whether a table of statistics is of heads or of neurons."""
+    return "head" if "head" in statistics.columns else "neuron"
 
 
 def _deciles(values: Float[np.ndarray, "neuron by"]) -> Int[np.ndarray, "neuron by"]:

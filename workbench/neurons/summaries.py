@@ -90,6 +90,66 @@ def overlap(table: pd.DataFrame, k: int = 100) -> pd.DataFrame:
     return pd.DataFrame(shares, index=names, columns=names)
 
 
+def overlap_against_chance(
+    table: pd.DataFrame, k: int = 100, *, level: float = 0.95
+) -> pd.DataFrame:
+    """Count the first k neurons that two rankings share, against what random rankings share.
+
+    Random rankings of the same units share a hypergeometric number. Neurons that are loud for
+    any prompt come near an end of every ranking, so more than that number says little by itself:
+    ``n_opposite`` counts those at the top of one ranking and at the bottom of the other, which
+    loudness makes as likely.
+
+    Args:
+        table: From ``attribute_neurons`` or ``attribute_heads``; tables of several contrasts at one
+            site may be put below each other, if their categories have different names.
+        k: How many of the first are compared.
+        level: Share of random rankings inside the interval.
+
+    Returns:
+        One row per pair of categories: category, other, k, n_units (those below the site), n_shared
+        (both have them among their first k), chance (expected of random rankings), chance_low and
+        chance_high (interval of random rankings), p (chance of sharing at least as many) and
+        n_opposite (mean of both ways round).
+    """
+    import pandas as pd
+    from scipy.stats import hypergeom
+
+    ends, n_units = {}, {}
+    for category, category_rows in _by_category(table):
+        units = _units_of(category_rows)
+        first, last = (
+            {units[i] for i in _first(sign * category_rows["contribution"].to_numpy(), k)}
+            for sign in (1, -1)
+        )
+        ends[category] = (first, last)
+        # units above the site write nothing to it
+        n_units[category] = max(k, int((category_rows["contribution"] != 0).sum()))
+    rows = []
+    for place, category in enumerate(ends):
+        for other in list(ends)[place + 1 :]:
+            (first, last), (other_first, other_last) = ends[category], ends[other]
+            n, size = max(n_units[category], n_units[other]), len(first)
+            chance = hypergeom(n, len(first), len(other_first))
+            low, high = chance.interval(level)
+            n_shared = len(first & other_first)
+            rows.append(
+                {
+                    "category": category,
+                    "other": other,
+                    "k": size,
+                    "n_units": n,
+                    "n_shared": n_shared,
+                    "chance": float(chance.mean()),
+                    "chance_low": int(low),
+                    "chance_high": int(high),
+                    "p": float(chance.sf(n_shared - 1)),
+                    "n_opposite": (len(first & other_last) + len(last & other_first)) / 2,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def shared_neurons(table: pd.DataFrame, k: int = 100) -> pd.DataFrame:
     """List neurons (or heads) among any category's first k, and how many categories have each.
 
@@ -192,6 +252,12 @@ def _by_category(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         )
     for category, category_rows in table.groupby("category", sort=False, observed=True):
         yield str(category), category_rows
+
+
+def _units_of(category_rows: pd.DataFrame) -> list[tuple[int, int]]:
+    """Name each row's neuron or head by its layer and index."""
+    unit = "neuron" if "neuron" in category_rows.columns else "head"
+    return list(zip(category_rows["layer"], category_rows[unit], strict=True))
 
 
 def _first(contributions: Float[np.ndarray, " n"], k: int) -> set[int]:
