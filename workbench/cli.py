@@ -127,8 +127,11 @@ def neurons(*, run: str, category: str, top: int = 12, quiet: bool = False) -> N
         quiet: show no progress bars
     """
     from workbench.report.neuron_page import write_neuron_page
+    from workbench.report.page import write_report
 
-    print(write_neuron_page(run, category, top=top, progress=not quiet))
+    page = write_neuron_page(run, category, top=top, progress=not quiet)
+    write_report(run)  # its card of neurons names this page
+    print(page)
 
 
 @app.command

@@ -6,7 +6,6 @@ The search is successive halving; the test fold is never touched.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +15,7 @@ from workbench.evaluation.result import Evaluation
 from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_kl
+from workbench.models.progress import say
 from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import in_turn
 from workbench.safesteer.settings import Setting, Vectors, multiplier_of, steering
@@ -208,8 +208,7 @@ def calibrate(
         given = f"{len(settings)} and {len(questions)}"
         raise ValueError(f"calibration needs settings and unsafe prompts, got {given}.")
     rounds = list(rounds or plan_rounds(len(settings), len(questions)))
-    if progress:
-        _announce(rounds, decoding)
+    _announce(rounds, decoding, show=progress)
     kl: dict[Setting, dict[str, float]] = {}
     if neutral:
         kl = _neutral_kl(model, vectors, settings, neutral, output, transfer, decoding)
@@ -298,15 +297,13 @@ def _halve(
     return Calibration(table, chosen, judged.ranked[0], tuple(rounds))
 
 
-def _announce(rounds: Sequence[Round], decoding: Decoding) -> None:
-    from tqdm.auto import tqdm
-
+def _announce(rounds: Sequence[Round], decoding: Decoding, *, show: bool) -> None:
     each = ", ".join(f"{one.n_settings} x {one.n_prompts}" for one in rounds)
     most = cost(rounds)
-    tqdm.write(
+    say(
         f"calibration: settings x prompts {each}; at most {most} answers, "
         f"{most * decoding.max_new_tokens} generated tokens.",
-        file=sys.stderr,
+        show=show,
     )
 
 

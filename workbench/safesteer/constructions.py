@@ -507,6 +507,12 @@ def constructions_of(vectors: Vectors) -> list[str]:
     return list(dict.fromkeys(construction for construction, _ in vectors))
 
 
+def places_for(name: str, places: Sequence[tuple[Site, ...]]) -> list[tuple[Site, ...]]:
+    """Choose the places at whose kinds of sites a construction is fitted."""
+    kinds = CONSTRUCTIONS[name].kinds
+    return [place for place in places if all(site.kind in kinds for site in place)]
+
+
 def settings_to_try(
     names: Sequence[str],
     places: Sequence[tuple[Site, ...]],
@@ -530,7 +536,7 @@ def settings_to_try(
         if what is None:  # of a run of another version
             settings += grid([name], places, rhos, **how)
             continue
-        here = [place for place in places if all(site.kind in what.kinds for site in place)]
+        here = places_for(name, places)
         strengths = what.rhos if own_rhos and what.rhos else rhos
         tried = grid([name], here, strengths, signs={name: what.signs}, **how)
         settings += [one for one in tried if one.is_plain] if what.is_edit else tried

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,9 @@ from workbench.files.store import (
 )
 from workbench.models.errors import CannotBeDone
 from workbench.models.load import model_info
+from workbench.models.progress import folded_into
 from workbench.models.sites import Site
+from workbench.safesteer.run_progress import FITTED, RunProgress, Work
 from workbench.steering.spectral import Fitted, SpectralEdit, load_fitted, save_spectral_edit
 from workbench.steering.vectors import save_vector
 
@@ -119,12 +120,12 @@ class RunFolder:
     Attributes:
         path: The folder; it is made when the first file is written.
         notes: What run.json holds.
-        progress: Whether stages are named on standard error as they begin.
+        progress: Shows on standard error how far the run is; None shows nothing.
     """
 
     path: Path
     notes: dict[str, Any]
-    progress: bool = False
+    progress: RunProgress | None = None
 
     @classmethod
     @contextmanager
@@ -139,7 +140,7 @@ class RunFolder:
             folder: Where the run is.
             config: Its settings.
             resume: Take up an interrupted run.
-            progress: Name the stages on standard error as they begin.
+            progress: Show on standard error how far the run is.
 
         Raises:
             ValueError: If the folder holds another run, or something else, or another process is
@@ -149,7 +150,14 @@ class RunFolder:
         _check_free(path)
         with locked_folder(path):
             _check_free(path)  # now that nobody else can write into it
-            yield cls(path, _notes(path, config, resume), progress)
+            notes = _notes(path, config, resume)
+            more = (FITTED,) if config.fitted_is_evaluated else ()
+            shown = RunProgress(notes["durations"], more=more) if progress else None
+            try:
+                yield cls(path, notes, shown)
+            finally:
+                if shown is not None:
+                    shown.close()
 
     @contextmanager
     def stage(self, name: str, *, may_be_left_out: bool = False) -> Iterator[None]:
@@ -162,14 +170,13 @@ class RunFolder:
             may_be_left_out: Where the stage cannot be done for this model or these prompts
                 (``CannotBeDone``), keep the reason in the notes and go on.
         """
-        if self.progress:
-            from tqdm.auto import tqdm
-
-            tqdm.write(f"stage: {name}", file=sys.stderr)
         start = time.monotonic()
         self.notes["left_out"].pop(name, None)
+        if self.progress is not None:
+            self.progress.begin(name)
         try:
-            yield
+            with folded_into(self.progress) if self.progress is not None else nullcontext():
+                yield
         except CannotBeDone as reason:
             if not may_be_left_out:
                 raise
@@ -177,6 +184,13 @@ class RunFolder:
         durations = self.notes["durations"]
         durations[name] = round(durations.get(name, 0) + time.monotonic() - start, 1)
         write_json(self.path / "run.json", self.notes)
+        if self.progress is not None:
+            self.progress.end()
+
+    def plan(self, work: Mapping[str, Work]) -> None:
+        """Say how much work the stages have, so that the time left can be shown."""
+        if self.progress is not None:
+            self.progress.plan(work)
 
     def leave_out(self, what: str, reason: str) -> None:
         """Note what this run does without, and why; the report says so."""
