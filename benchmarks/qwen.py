@@ -66,7 +66,7 @@ PLACED = (BOTH, "answer_contrast_pooled", "self_contrast_plain", "alternative_co
 """Constructions that are added at four layers of the residual stream."""
 PAPERS = (PROMPT, GUIDED, GUIDED_BOTH)
 """Contrasts of prompts, which are added as the paper does: raw, to the output of attention."""
-RHOS, SHARES, MULTIPLES = (0.05, 0.08, 0.11, 0.15, 0.2), (0.25, 0.5, 1.0), (0.5, 1.0)
+RHOS, SHARES, MULTIPLES = (0.05, 0.08, 0.11, 0.14, 0.17, 0.2), (0.25, 0.5, 1.0), (0.5, 1.0)
 REFUSING_RHO = 0.10
 ROUNDS = (10, 20, 40)
 """Tune questions of the three rounds; all settings, the best two fifths, the best sixth."""
@@ -303,7 +303,7 @@ def question_sets(work: Work) -> dict[str, list[wb.Prompt]]:
     )
     references = {
         row["id"]: row["reference"]
-        for row, _ in read_rows(Path(__file__).with_name("everyday_references.csv"))
+        for row in read_rows(Path(__file__).with_name("everyday_references.csv"))
     }
     neutral = [
         replace(p, reference=references[p.id])

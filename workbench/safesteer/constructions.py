@@ -234,10 +234,10 @@ def _openings_without_refusal(rows: SiteRows) -> ByCategory:
 
 PROMPT, GUIDED, GUIDED_BOTH = "prompt_contrast", "prompt_guided", "prompt_guided_both"
 OPENINGS, BOTH = "answer_contrast", "safe_against_both"
-BOTH_WEIGHTS = (2.0, 1.0, 2.0)
+BOTH_WEIGHTS = (2.0, 1.5, 2.0)
 """Weights of the three directions of ``safe_against_both``: own answers that offer another way
 against those that go along, the same against blanket refusals, and openings. They were chosen on
-the tune fold of a Qwen model of .5B, among eight mixes (docs/results.md)."""
+the tune fold of a Qwen model of .5B, among some twenty mixes."""
 CONSTRUCTIONS: dict[str, Construction] = {
     PROMPT: Construction(
         "the paper's: neutral prompts minus the category's unsafe ones",
@@ -333,7 +333,7 @@ CONSTRUCTIONS: dict[str, Construction] = {
     ),
     BOTH: Construction(
         "own answers that offer another way, against own going along and own blanket refusals, and "
-        "openings: three directions, weighed 2, 1 and 2",
+        "openings: three directions, weighed 2, 1.5 and 2",
         "ours",
         _against_both,
         reads="against both",
