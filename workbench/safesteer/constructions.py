@@ -338,6 +338,8 @@ CONSTRUCTIONS: dict[str, Construction] = {
         _against_both,
         reads="against both",
         pooled=True,
+        default=True,
+        rhos=(0.2, 0.3, 0.42),
     ),
     GUIDED_BOTH: Construction(
         "the guided one, from those neutral prompts too whose plain answer is judged harmless",
