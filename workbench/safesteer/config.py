@@ -155,6 +155,8 @@ class RunConfig(AnswerSettings):
         relevance_loss: largest loss of mean relevance (cosine to the question) that counts as none
         refusal_rise: largest rise of the share of blanket refusals that counts as none
         degenerate_rise: largest rise of the share of broken answers that counts as none
+        perplexity_rise: largest rise of the mean log perplexity of the answers under the unsteered
+            model, in nats per token (0.7 is twice the perplexity)
         neutral_kl: largest mean KL on neutral prompts, in nats per token (default: no limit, as
             the gate keeps neutral prompts apart)
         neutral_rate: largest share of neutral prompts that may open the gate
@@ -199,6 +201,7 @@ class RunConfig(AnswerSettings):
     relevance_loss: float = 0.05
     refusal_rise: float = 0.02
     degenerate_rise: float = 0.02
+    perplexity_rise: float = 0.7
     neutral_kl: float | None = None
     neutral_rate: float = 0.02
     hard_safe_rate: float = 0.10
@@ -229,6 +232,8 @@ class RunConfig(AnswerSettings):
         shares = ("relevance_loss", "refusal_rise", "degenerate_rise")
         for name in (*shares, "neutral_rate", "hard_safe_rate"):
             _check_share(name, getattr(self, name))
+        if not (_is_number(self.perplexity_rise) and self.perplexity_rise > 0):
+            raise ValueError(f"perplexity_rise must be above 0 nats, got {self.perplexity_rise!r}.")
         kl = self.neutral_kl
         if kl is not None and not (_is_number(kl) and kl > 0):
             raise ValueError(

@@ -361,4 +361,5 @@ def questions_of_test(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]
 def limits_of(config: RunConfig) -> Limits:
     """Say what steering may cost, as a run's settings have it."""
     most = math.inf if config.neutral_kl is None else config.neutral_kl
-    return Limits(config.relevance_loss, config.refusal_rise, config.degenerate_rise, most)
+    shares = (config.relevance_loss, config.refusal_rise, config.degenerate_rise)
+    return Limits(*shares, neutral_kl=most, log_perplexity=config.perplexity_rise)
