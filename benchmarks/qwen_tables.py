@@ -1,8 +1,8 @@
 """Print what ``qwen.py`` measured, draw answers to be read blind, and print the reading.
 
-The labels of the readings are in qwen_reading.csv: model, reading, condition, prompt_id, the hash of
-the answer and one of six framings by each of two readers. No text is there. The first reading found
-that the settings of then wrote loops of safe words, which led to the limit on perplexity.
+The labels of the readings are in qwen_reading.csv: model, reading, condition, prompt_id, the hash
+of the answer and one of six framings by each of two readers. No text is there. The first reading
+found that the settings of then wrote loops of safe words, which led to the limit on perplexity.
 """
 
 from __future__ import annotations
