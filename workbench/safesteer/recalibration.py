@@ -6,7 +6,7 @@ Other strengths, positions or lengths of steering are tried; nothing is fitted a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,8 @@ def recalibrate(
     *,
     constructions: Sequence[str] | None = None,
     rhos: Sequence[float] | None = None,
+    applied: Sequence[str] | None = None,
+    applied_tokens: int | None = None,
     positions: Sequence[Positions] = ("all",),
     until: Sequence[int | None] = (None,),
     tune_prompts: int | None = None,
@@ -54,19 +56,28 @@ def recalibrate(
         folder: Folder of a run.
         constructions: Constructions of the run; all by default.
         rhos: Relative strengths at one layer; by default a construction's own, or the run's.
-        positions: Which tokens are steered; each is tried.
-        until: Generated tokens after which steering ends; each is tried, None never ends.
+        applied: Ways of applying vectors (names of ``WAYS``), each of which is tried; by default
+            those of the run.
+        applied_tokens: Generated tokens over which those that are counted last; the run's by
+            default.
+        positions: Which tokens are steered, where a way does not say so itself; each is tried.
+        until: Generated tokens after which steering ends, where a way does not say so itself; each
+            is tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
         budget: Answers, at most.
         progress: Show what it will take, and progress bars.
         model: A loaded model, instead of loading the run's.
 
     Raises:
-        ValueError: If the folder holds no run with vectors of this model, a construction is
-            unknown, the budget is too small, or another process calibrates it.
+        ValueError: If the folder holds no run with vectors of this model, a construction or a way
+            is unknown, the budget is too small, or another process calibrates it.
     """
     run = read_run(folder)
-    config = _changed(config_from(run.notes["config"]), rhos, tune_prompts)
+    given = {"rhos": rhos, "applied": applied}
+    changes: dict[str, Any] = {name: tuple(v) for name, v in given.items() if v is not None}
+    numbers = {"applied_tokens": applied_tokens, "tune_prompts": tune_prompts}
+    changes |= {name: number for name, number in numbers.items() if number is not None}
+    config = _changed(config_from(run.notes["config"]), changes)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
     model = model if model is not None else load_run_model(config)
@@ -95,13 +106,10 @@ def recalibrate(
     return tuned
 
 
-def _changed(
-    config: RunConfig, rhos: Sequence[float] | None, tune_prompts: int | None
-) -> RunConfig:
+def _changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """Change what a search is told in another way than its run; strengths replace multiples."""
-    if rhos is not None:
-        config = replace(config, rhos=tuple(rhos), multipliers=None)
-    return config if tune_prompts is None else replace(config, tune_prompts=tune_prompts)
+    replaced: dict[str, Any] = {"multipliers": None} if "rhos" in changes else {}
+    return replace(config, **replaced, **changes)
 
 
 def _checked(names: Sequence[str] | None, known: list[str], folder: PathLike) -> list[str]:
