@@ -196,17 +196,17 @@ def whole(few_prompts: Path, tiny: Any, tmp_path_factory: pytest.TempPathFactory
 
 
 def ways_in(folder: Path) -> set[tuple[Any, ...]]:
-    table = pd.read_csv(folder / "tuning.csv", keep_default_na=False)
+    table = pd.read_csv(folder / "tuning.csv").fillna({"until": 0})
     tried = table[table["construction"] != "unsteered"]
-    return set(tried[["until", "keep_norm", "form"]].astype(str).itertuples(index=False, name=None))
+    return set(tried[["until", "keep_norm", "form"]].itertuples(index=False, name=None))
 
 
 def test_a_run_tries_the_ways_it_is_asked_for_and_steers_as_it_chose(whole: Path) -> None:
     assert ways_in(whole) == {
-        ("", "False", "add"),
-        ("", "True", "add"),
-        ("2.0", "False", "add"),
-        ("", "False", "target"),
+        (0, False, "add"),
+        (0, True, "add"),
+        (2, False, "add"),
+        (0, False, "target"),
     }
     notes = read_json(whole / "run.json")
     assert notes["config"]["applied"] == list(ASKED)
@@ -221,7 +221,7 @@ def test_a_run_tries_the_ways_it_is_asked_for_and_steers_as_it_chose(whole: Path
 def test_a_run_in_the_middle_of_its_ways_resumes_to_the_same_result(
     whole: Path, few_prompts: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append, left = generation.append_jsonl, [3]
+    append, left = generation.append_jsonl, [1]
 
     def interrupted(*args: Any, **how: Any) -> Any:
         left[0] -= 1
@@ -247,8 +247,8 @@ def test_a_run_that_is_older_than_the_setting_resumes_with_its_default(
     few_prompts: Path, tmp_path: Path
 ) -> None:
     config = settings(few_prompts)
-    with RunFolder.open(tmp_path / "run", config):
-        pass
+    with RunFolder.open(tmp_path / "run", config) as out:
+        out.note(main="none yet")
     noted = tmp_path / "run" / "run.json"
     notes = read_json(noted)
     assert notes["config"].keys() == asdict(config).keys()
