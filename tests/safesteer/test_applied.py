@@ -247,8 +247,8 @@ def test_a_run_that_is_older_than_the_setting_resumes_with_its_default(
     few_prompts: Path, tmp_path: Path
 ) -> None:
     config = settings(few_prompts)
-    with RunFolder.open(tmp_path / "run", config) as out:
-        out.note(main="none yet")
+    with RunFolder.open(tmp_path / "run", config) as out, out.stage("vectors"):
+        pass
     noted = tmp_path / "run" / "run.json"
     notes = read_json(noted)
     assert notes["config"].keys() == asdict(config).keys()

@@ -73,11 +73,8 @@ def recalibrate(
             is unknown, the budget is too small, or another process calibrates it.
     """
     run = read_run(folder)
-    given = {"rhos": rhos, "applied": applied}
-    changes: dict[str, Any] = {name: tuple(v) for name, v in given.items() if v is not None}
-    numbers = {"applied_tokens": applied_tokens, "tune_prompts": tune_prompts}
-    changes |= {name: number for name, number in numbers.items() if number is not None}
-    config = _changed(config_from(run.notes["config"]), changes)
+    given = {"rhos": rhos, "applied": applied, "applied_tokens": applied_tokens}
+    config = _changed(run.notes["config"], **given, tune_prompts=tune_prompts)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
     model = model if model is not None else load_run_model(config)
@@ -106,10 +103,16 @@ def recalibrate(
     return tuned
 
 
-def _changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+def _changed(noted: Mapping[str, Any], **given: Any) -> RunConfig:
     """Change what a search is told in another way than its run; strengths replace multiples."""
-    replaced: dict[str, Any] = {"multipliers": None} if "rhos" in changes else {}
-    return replace(config, **replaced, **changes)
+    changes = {
+        name: value if isinstance(value, int) else tuple(value)
+        for name, value in given.items()
+        if value is not None
+    }
+    if "rhos" in changes:
+        changes["multipliers"] = None
+    return replace(config_from(noted), **changes)
 
 
 def _checked(names: Sequence[str] | None, known: list[str], folder: PathLike) -> list[str]:
