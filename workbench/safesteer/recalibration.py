@@ -56,21 +56,19 @@ def recalibrate(
         folder: Folder of a run.
         constructions: Constructions of the run; all by default.
         rhos: Relative strengths at one layer; by default a construction's own, or the run's.
-        applied: Ways of applying vectors (names of ``WAYS``), each of which is tried; by default
-            those of the run.
-        applied_tokens: Generated tokens over which those that are counted last; the run's by
-            default.
-        positions: Which tokens are steered, where a way does not say so itself; each is tried.
-        until: Generated tokens after which steering ends, where a way does not say so itself; each
-            is tried, None never ends.
+        applied: Ways of applying vectors (names of ``WAYS``), each tried; the run's by default.
+        applied_tokens: Tokens over which those that are counted last; the run's by default.
+        positions: Which tokens are steered where a way does not say so; each is tried.
+        until: Generated tokens after which steering ends where a way does not say so; each is
+            tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
         budget: Answers, at most.
         progress: Show what it will take, and progress bars.
         model: A loaded model, instead of loading the run's.
 
     Raises:
-        ValueError: If the folder holds no run with vectors of this model, a construction or a way
-            is unknown, the budget is too small, or another process calibrates it.
+        ValueError: If the folder holds no run with vectors of this model, a construction or way is
+            unknown, the budget is too small, or another process calibrates it.
     """
     run = read_run(folder)
     given = {"rhos": rhos, "applied": applied, "applied_tokens": applied_tokens}
@@ -106,7 +104,7 @@ def recalibrate(
 def _changed(noted: Mapping[str, Any], **given: Any) -> RunConfig:
     """Change what a search is told in another way than its run; strengths replace multiples."""
     changes = {
-        name: value if isinstance(value, int) else tuple(value)
+        name: tuple(value) if name in ("rhos", "applied") else value
         for name, value in given.items()
         if value is not None
     }
