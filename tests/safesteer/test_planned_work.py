@@ -43,6 +43,13 @@ def folds(few_prompts: Path) -> Folds:
         {"multipliers": (0.5, 1.0, 2.0), "constructions": ("prompt_contrast", "sea")},
         {"preset": "paper"},
         {"site": "mlp_out", "layers": (1, 2), "constructions": ("prompt_contrast", "sea")},
+        {"applied": ("add", "first", "target"), "constructions": ("prompt_contrast", "sea")},
+        {"applied": ("linear", "norm_kept"), "constructions": ("prompt_contrast", "sea")},
+        {
+            "applied": ("add", "first", "sqrt"),
+            "multipliers": (0.5, 1.0),
+            "constructions": ("prompt_contrast", "sea"),
+        },
     ],
 )
 def test_as_many_settings_are_planned_as_are_tried(

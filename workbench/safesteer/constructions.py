@@ -530,7 +530,9 @@ def settings_to_try(
         places: Each a site or several.
         rhos: Relative strengths at one layer.
         own_rhos: Whether a construction that names strengths of its own is tried at these instead.
-        how: Further arguments of ``grid``.
+        how: Further arguments of ``grid``. A spectral edit neither decays nor has a target, and
+            keeps norms anyway: it is tried in those variants that it can be applied in, or plainly
+            where there is none.
     """
     settings = []
     for name in names:
@@ -540,8 +542,12 @@ def settings_to_try(
             continue
         here = places_for(name, places)
         strengths = what.rhos if own_rhos and what.rhos else rhos
-        tried = grid([name], here, strengths, signs={name: what.signs}, **how)
-        settings += [one for one in tried if one.is_plain] if what.is_edit else tried
+        how_here: dict[str, Any] = {"signs": {name: what.signs}, **how}
+        tried = grid([name], here, strengths, **how_here)
+        if what.is_edit:
+            plain = [one for one in tried if one.is_plain]
+            tried = plain or grid([name], here, strengths, **{**how_here, "variants": ({},)})
+        settings += tried
     return settings
 
 

@@ -18,7 +18,7 @@ from workbench.safesteer.constructions import (
     wanted_names,
 )
 from workbench.safesteer.inputs import TUNE_NEUTRAL, questions_of_test
-from workbench.safesteer.paper import places_of
+from workbench.safesteer.paper import places_of, ways_of
 from workbench.safesteer.positive_control import asked, refusals_of
 from workbench.safesteer.run_progress import FITTED
 
@@ -91,11 +91,13 @@ def n_own_answers(job: Job) -> int:
 def n_settings(config: RunConfig, model: HookedModel) -> int:
     """Count the settings of the search, as if every construction could be fitted."""
     names, places = wanted_names(config.constructions), places_of(config, model)
+    ways = ways_of(config)
     if config.multipliers is None:
-        return len(settings_to_try(names, places, config.rhos or ()))
+        return len(settings_to_try(names, places, config.rhos or (), variants=ways))
     edits = [name for name in names if CONSTRUCTIONS[name].is_edit]
     n_places = sum(len(places_for(name, places)) for name in names if name not in edits)
-    return n_places * len(config.multipliers) + len(settings_to_try(edits, places, ()))
+    raw = n_places * len(config.multipliers) * len(ways)
+    return raw + len(settings_to_try(edits, places, (), variants=ways))
 
 
 def n_fitted(job: Job) -> int:

@@ -10,7 +10,7 @@ import importlib.metadata
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -334,13 +334,12 @@ def _check_free(path: Path) -> None:
 
 def _notes(path: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
     """Begin the notes of a run, or read those of the run to go on with."""
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
     if (path / "run.json").is_file():
-        return {"left_out": {}, **_notes_to_resume(path, settings, resume)}
+        return {"left_out": {}, **_notes_to_resume(path, config, resume)}
     packages = ("workbench", "torch", "transformers", "transformer-lens")
     return {
         "format": FORMAT,
-        "config": settings,
+        "config": _as_noted(asdict(config)),
         "seed": config.seed,
         "started": _now(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -349,7 +348,13 @@ def _notes(path: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
     }
 
 
-def _notes_to_resume(path: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
+def _as_noted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Write settings as JSON gives them back, lists for tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+
+
+def _notes_to_resume(path: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
+    settings = _as_noted(asdict(config))
     notes = read_json(path / "run.json")
     if not resume:
         raise ValueError(
@@ -357,8 +362,9 @@ def _notes_to_resume(path: Path, settings: dict[str, Any], resume: bool) -> dict
             "go on with --resume, or give another folder with --out."
         )
     before = (notes.get("config") if isinstance(notes, dict) else None) or {}
-    # A setting that is newer than the run, and off, is no other one.
-    differing = [name for name, value in settings.items() if before.get(name) != value]
+    # A setting that is newer than the run, and at its default, is no other one.
+    usual = _as_noted({field.name: field.default for field in fields(config)})
+    differing = [n for n, value in settings.items() if before.get(n, usual[n]) != value]
     if differing:
         raise ValueError(
             f"{str(path)!r} holds a run with another {differing[0]}; "
