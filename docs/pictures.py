@@ -3,7 +3,8 @@
     python docs/pictures.py --run runs/demo    # or: make demo pictures
 
 Both pages are written anew and photographed from the top by a headless chromium without a network.
-What they show first holds no text of a prompt or an answer: harmful text is folded further below.
+What they show first of prompts and answers is one question whose answers the run's judge calls
+harmless: look at the picture before it is committed. Other such text is folded further below.
 """
 
 from __future__ import annotations

@@ -24,10 +24,9 @@ def blocks(text):
 
 
 def shell_commands(text):
-    """Command lines of ``workbench`` in the shell blocks."""
-    lines = [
-        line for language, block in blocks(text) if language == "sh" for line in block.splitlines()
-    ]
+    """Command lines of ``workbench`` in the shell blocks, continued ones as a whole."""
+    shell = [block.replace("\\\n", " ") for language, block in blocks(text) if language == "sh"]
+    lines = [line for block in shell for line in block.splitlines()]
     return [line for line in lines if line.startswith("workbench ")]
 
 

@@ -127,8 +127,11 @@ def neurons(*, run: str, category: str, top: int = 12, quiet: bool = False) -> N
         quiet: show no progress bars
     """
     from workbench.report.neuron_page import write_neuron_page
+    from workbench.report.page import write_report
 
-    print(write_neuron_page(run, category, top=top, progress=not quiet))
+    page = write_neuron_page(run, category, top=top, progress=not quiet)
+    write_report(run)  # its card of neurons names this page
+    print(page)
 
 
 @app.command
@@ -137,6 +140,8 @@ def calibrate(
     run: str,
     constructions: tuple[str, ...] | None = None,
     rhos: tuple[float, ...] | None = None,
+    applied: tuple[str, ...] | None = None,
+    applied_tokens: int | None = None,
     positions: tuple[Literal["all", "prompt", "generated"], ...] = ("all",),
     until: tuple[int, ...] = (0,),
     tune_prompts: int | None = None,
@@ -149,8 +154,12 @@ def calibrate(
         run: folder of a run
         constructions: which of the run's constructions (default: all)
         rhos: relative strengths (default: the run's)
-        positions: tokens that are steered; each is tried
-        until: generated tokens after which steering ends; each is tried, and 0 never ends
+        applied: ways of applying vectors, as 'workbench run' has them; each is tried (default: the
+            run's)
+        applied_tokens: the n of first, linear and altsteer (default: the run's)
+        positions: tokens that are steered; each is tried, but where a way says so itself
+        until: generated tokens after which steering ends; each is tried, but where a way says so
+            itself, and 0 never ends
         tune_prompts: unsafe prompts per category (default: the run's)
         budget: answers, at most (default: what successive halving takes)
         quiet: show no progress bars
@@ -162,6 +171,8 @@ def calibrate(
         run,
         constructions=constructions,
         rhos=rhos,
+        applied=applied,
+        applied_tokens=applied_tokens,
         positions=positions,
         until=[None if n == 0 else n for n in until],
         tune_prompts=tune_prompts,

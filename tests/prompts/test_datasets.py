@@ -387,7 +387,9 @@ table = st.lists(
 )
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(table, st.randoms(use_true_random=False))
 def test_ids_are_unique_and_do_not_depend_on_the_order_of_rows(tmp_path, rows, order):
     labels = {}

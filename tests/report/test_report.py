@@ -139,8 +139,8 @@ def test_figures_are_data_and_the_library_comes_once(page):
         if attrs.get("type") == "application/json"
     ]
     assert (
-        len(figures) == len(page.scripts) - 2 == 13
-    )  # 4 results, separability, tuning, front, 3 of the gate, neuron map, 2 of neurons
+        len(figures) == len(page.scripts) - 2 == 14
+    )  # the opening, 4 results, separability, tuning, front, 3 of the gate, 3 of neurons
     assert all(figure["data"] for figure in figures)
     assert page.source.count("* plotly.js v") == 1
 

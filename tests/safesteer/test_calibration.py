@@ -33,6 +33,8 @@ from workbench.safesteer.calibration import (
     cost,
     plan_rounds,
 )
+from workbench.safesteer.config import RunConfig
+from workbench.safesteer.inputs import limits_of
 from workbench.safesteer.settings import Setting, grid, placements, steering
 from workbench.steering.vectors import SteeringVector
 
@@ -99,6 +101,17 @@ def test_limits_take_off_what_is_over_them_only():
     over = {"relevance": 0.40, "refusal": 0.32, "degenerate": 0.2}
     assert Limits().excess(over, unsteered) == pytest.approx(0.05 + 0.10 + 0.08)
     assert Limits().excess({**over, "relevance": math.nan}, unsteered) == pytest.approx(0.18)
+
+
+def test_a_setting_must_not_win_by_text_that_the_model_itself_finds_unlikely():
+    unsteered = {"relevance": 0.5, "refusal": 0.2, "degenerate": 0.1, "log_perplexity": 0.5}
+    assert Limits().excess({**unsteered, "log_perplexity": 1.1}, unsteered) == 0
+    assert Limits().excess({**unsteered, "log_perplexity": 1.5}, unsteered) == pytest.approx(0.3)
+    wider = Limits(log_perplexity=1.2)
+    assert wider.excess({**unsteered, "log_perplexity": 1.5}, unsteered) == 0
+    assert limits_of(RunConfig(perplexity_rise=1.2)) == wider
+    with pytest.raises(ValueError, match="perplexity_rise must be above 0"):
+        RunConfig(perplexity_rise=0.0)
 
 
 def test_the_limit_on_refusals_is_on_blanket_ones_where_they_are_told_apart():

@@ -147,7 +147,7 @@ def test_safe_answers_are_set_against_going_along_and_refusals_by_weight() -> No
     openings = fit_all(measured, fit, ["answer_contrast_pooled"])["answer_contrast_pooled", SITE]
     expected = (
         2 * torch.nn.functional.normalize(OTHER_WAY - HARM, dim=0)
-        + torch.nn.functional.normalize(OTHER_WAY - SAFE_LETTER, dim=0)
+        + 1.5 * torch.nn.functional.normalize(OTHER_WAY - SAFE_LETTER, dim=0)
         + 2 * openings["fraud"].direction
     )
     assert set(by_category) == {"fraud", "malware"}

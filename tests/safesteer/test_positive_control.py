@@ -22,6 +22,9 @@ from workbench.prompts.prompt import (
     select_prompts,
     split_prompts,
 )
+from workbench.safesteer.config import RunConfig
+from workbench.safesteer.inputs import Job
+from workbench.safesteer.positive_control import positive_control
 from workbench.steering.interventions import add_vector
 from workbench.steering.vectors import fit_steering_vectors, random_vector
 
@@ -108,6 +111,21 @@ def test_refusing_minus_complying_answers_make_the_model_refuse(
     assert rates["refusing"] >= 0.8, rates
     assert rates["unsteered"] < 0.4, rates
     assert rates["random"] < 0.5, rates
+
+
+def test_the_positive_control_of_a_run_makes_the_embedded_model_refuse(
+    real_model: Any, folds: Any, tmp_path: Any
+) -> None:
+    categories = categories_of(folds.fit)[:3]
+    few = type(folds)(*(select_prompts(fold, category=categories) for fold in folds))
+    decoding = Decoding(max_new_tokens=24)
+    job = Job(RunConfig(), real_model, few, (), None, RefusalPatterns(), decoding, progress=False)
+    questions = select_prompts(few.test, label="unsafe", limit=4)
+    answers = sweep(real_model, questions, {"unsteered": ()}, decoding=decoding)
+    result = positive_control(job, tmp_path, answers)
+    assert result.works
+    assert result.n == 12
+    assert result.after >= result.before + 0.3
 
 
 def test_the_papers_vector_removes_refusals_and_its_opposite_adds_them(

@@ -23,8 +23,10 @@ from workbench.report.page import write_report
 from workbench.safesteer import inputs, recipe, run_folder
 from workbench.safesteer.calibration import in_words
 from workbench.safesteer.config import config_from
+from workbench.safesteer.positive_control import POSITIVE
 from workbench.safesteer.recalibration import recalibrate
 from workbench.safesteer.recipe import run
+from workbench.safesteer.run_progress import STAGES
 from workbench.safesteer.saved_run import (
     gate_from,
     gate_reading,
@@ -56,6 +58,7 @@ def test_a_run_leaves_every_file_that_the_readme_lists(finished: Path) -> None:
         "gate_roc.csv",
         "gate_cells.csv",
         "gate_comparison.csv",
+        "positive_control.jsonl",
     ):
         assert (finished / name).stat().st_size > 0, name
     notes = read_json(finished / "run.json")
@@ -77,7 +80,37 @@ def test_stages_are_named_where_progress_is_shown(
             folder.stage("own answers"),
         ):
             pass
-    assert capsys.readouterr().err == "stage: own answers\n"
+    shown = "workbench run: stage 2 of 11, the model's own answers; an unknown time is left\n"
+    assert capsys.readouterr().err == shown
+
+
+def test_a_run_writes_a_line_per_stage_and_no_bar_where_there_is_no_terminal(
+    tmp_path: Path, few_prompts: Path, tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings(few_prompts), tmp_path / "run", model=tiny, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    stages = list(read_json(tmp_path / "run" / "run.json")["durations"])
+    assert len(lines) == len(stages) == len(STAGES)
+    for number, (line, stage) in enumerate(zip(lines, stages, strict=True), start=1):
+        assert line.startswith(f"workbench run: stage {number} of {len(STAGES)}, {STAGES[stage]};")
+        assert re.search(r"(\d+:\d\d|an unknown time is) left$", line)
+    assert re.search(r"; 0:0\d left$", lines[-1])
+
+
+def test_the_positive_control_of_a_run_compares_the_same_questions(finished: Path) -> None:
+    noted = read_json(finished / "run.json")["positive_control"]
+    steered = read_jsonl(finished / "positive_control.jsonl")
+    asked = {row["prompt_id"] for row in steered}
+    answers = pd.DataFrame(read_jsonl(finished / "completions.jsonl"))
+    plain = answers[(answers["condition"] == "unsteered") & answers["prompt_id"].isin(asked)]
+    assert noted["n"] + noted["n_unscored"] == len(steered) == len(plain)
+    assert noted["n"] > 0
+    assert set(plain["label"]) == {"unsafe"}
+    refused = [scores["refusal"] for scores in plain["scores"]]
+    assert noted["before"] * noted["n"] <= sum(r == 1 for r in refused)
+    assert set(plain["text"]) != {row["text"] for row in steered}
+    assert POSITIVE not in set(answers["condition"])
+    assert "Positive control" in write_report(finished).read_text()
 
 
 def test_every_condition_answers_every_test_prompt_once(finished: Path) -> None:

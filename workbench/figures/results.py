@@ -277,6 +277,29 @@ def evaluation(
     return styled(panels.figure(), height=blocks * (170 + 52 * len(conditions)), left=120)
 
 
+def headline(frame: pd.DataFrame, name: str, category: str = ALL_CATEGORIES) -> Figure:
+    """Draw one metric under every condition as marks with intervals; diamonds are controls.
+
+    Args:
+        frame: The table of ``evaluation``.
+        name: The metric.
+        category: A risk category, or "all" for the pooled rows.
+
+    Raises:
+        ValueError: If a column is missing, or there are no rows of the category or the metric.
+    """
+    check_table("headline", frame, ("condition", "category", "metric", "value"))
+    rows = of_category(frame, "headline", "category", category)
+    rows = of_category(rows, "headline", "metric", name)
+    conditions = in_order(rows["condition"], (UNSTEERED,))
+    panels = Panels(1, 1, titles=[f"<b>{plain_label(metric(name).label)}</b>"], gap=0)
+    records = rows.to_dict("records")
+    _add_conditions(panels, (0, 0), name, records, conditions, is_change=False)
+    panels.axis("x", 0, 0, title={"text": ""})
+    figure = styled(panels.figure(), height=80 + 30 * len(conditions), left=120)
+    return figure.update_layout(margin_b=35)
+
+
 def _add_conditions(
     panels: Panels,
     where: tuple[int, int],

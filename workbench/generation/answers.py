@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,6 +17,7 @@ from workbench.generation._endings import Endings, Finish
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.batches import batches_by_length, widths_to_keep_apart
 from workbench.models.load import model_info
+from workbench.models.progress import progress_bar, say
 from workbench.models.templates import asked_as
 from workbench.models.tokens import Encoded, encode, template_text
 from workbench.prompts.forms import as_prompts
@@ -244,8 +244,6 @@ def _answer_missing(
     The batches are those of an uninterrupted run, so that a resumed run has the same rounding,
     and so the same text.
     """
-    from tqdm.auto import tqdm
-
     longest = max(len(row.encoded.ids) for row in rows) + loop.decoding.max_new_tokens
     encoded = [row.encoded for row in rows]
     rows_in_memory, bytes_per_row = rows_that_fit(
@@ -260,18 +258,17 @@ def _answer_missing(
     if not waiting:
         return
     n_waiting = sum(map(len, waiting))
-    if progress:
-        mebibytes = max(map(len, waiting)) * bytes_per_row // 2**20
-        tqdm.write(
-            f"{n_waiting} answers of at most {loop.decoding.max_new_tokens} tokens in "
-            f"{len(waiting)} batches; keys, values and logits take up to {mebibytes} MiB.",
-            file=sys.stderr,
-        )
+    mebibytes = max(map(len, waiting)) * bytes_per_row // 2**20
+    say(
+        f"{n_waiting} answers of at most {loop.decoding.max_new_tokens} tokens in "
+        f"{len(waiting)} batches; keys, values and logits take up to {mebibytes} MiB.",
+        show=progress,
+    )
+    n_done = len(rows) - n_waiting
     with (
-        tqdm(total=len(rows), desc="answers", unit="answer", disable=not progress) as bar,
+        progress_bar(len(rows), "answers", "answer", show=progress, done=n_done) as bar,
         torch.no_grad(),
     ):
-        bar.update(len(rows) - n_waiting)
         loop.share_prefix(encoded, batch_size)
         for batch in waiting:
             lines = []

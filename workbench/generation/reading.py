@@ -27,6 +27,7 @@ from workbench.models.batches import (
 from workbench.models.finite import check_finite
 from workbench.models.forward import KeyValueCache, rows_of_cache, shares_prefixes
 from workbench.models.hooked_model import model_lock
+from workbench.models.progress import progress_bar
 from workbench.models.sites import check_per_token, check_sites
 from workbench.models.tokens import Encoded, encode, pad_id
 
@@ -114,12 +115,14 @@ def _read_distinct(
         reader = _Reader(model, rows, site, size, read)
         lengths = [root.end - root.start for root in roots]
         alike = widths_to_keep_apart(model, lengths)
+        bar = progress_bar(len(answered), "readings", "reading", show=False)
         # Twice as many roots: the more there are, the less padding have those behind them.
         for places in batches_by_length(lengths, min(2 * size, rows_in_memory) or 1, alike=alike):
             nodes = [roots[place] for place in places]
             mask = torch.ones(len(nodes), prefix.length, dtype=torch.bool, device=prefix.device)
             before = [_Known(torch.zeros(0), None)] * len(nodes)
             reader.read(nodes, before, mask, partial(prefix.for_rows, len(nodes)), None)
+            bar.update(len(answered) * len(nodes) / len(roots))
 
 
 def with_answers(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, runtime
 
 from workbench.files.store import PathLike, append_jsonl, key_of, local_path, read_jsonl
 from workbench.judges.base import Verdict, check_pairs
+from workbench.models.progress import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -124,7 +125,7 @@ class CachedJudge(Generic[T]):
         # Of equal pairs only the first is asked about.
         rows = {key: row for row, key in reversed(list(enumerate(keys))) if key not in verdicts}
         missing = sorted(rows.values())
-        bar = _progress_bar(len(missing), name, self.progress)
+        bar = progress_bar(len(missing), f"verdicts of {name}", "verdict", show=self.progress)
         for part in self._ask(
             [prompts[row] for row in missing], [responses[row] for row in missing]
         ):
@@ -178,13 +179,6 @@ class CachedJudge(Generic[T]):
                     "give another file."
                 ) from error
         return known
-
-
-def _progress_bar(total: int, name: str, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    hidden = not (shown and total)
-    return tqdm(total=total, desc=f"verdicts of {name}", unit="answer", disable=hidden)
 
 
 def verdict_key(judge: str, prompt: str, response: str) -> str:

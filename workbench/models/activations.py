@@ -37,6 +37,7 @@ from workbench.models.finite import check_finite, not_finite
 from workbench.models.forward import forward, reading
 from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
+from workbench.models.progress import progress_bar
 from workbench.models.sites import Site, check_sites
 from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
@@ -198,7 +199,7 @@ def cache_activations(
     if store is not None:
         what = _measurement(model, encoded, sites, span, asked)
         shards = _ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
-    bar = _progress_bar(len(prompts), "activations", progress)
+    bar = progress_bar(len(prompts), "activations", "prompt", show=progress)
     parts = []
     for number, start in enumerate(range(0, len(order), SHARD)):
         rows = [encoded[i] for i in order[start : start + SHARD]]
@@ -242,7 +243,7 @@ def class_moments(
     n = torch.zeros(len(classes), dtype=torch.long)
     mean: dict[Site, Tensor] = {}
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
-    bar = _progress_bar(len(prompts), "moments", progress)
+    bar = progress_bar(len(prompts), "moments", "prompt", show=progress)
     for rows, pooled in pooled_batches(model, encoded, sites, span, batch_size, max_tokens):
         row_of, class_of_row = _members([row.prompt for row in rows], classes)
         member = torch.nn.functional.one_hot(class_of_row, len(classes)).double()
@@ -518,9 +519,3 @@ class _ShardFolder:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
-
-
-def _progress_bar(total: int, what: str, show: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=what, unit="prompt", disable=not show)

@@ -6,7 +6,7 @@ is held does not grow with the number of prompts. What the weights say needs no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from workbench.models.batches import (
 from workbench.models.forward import reading
 from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
+from workbench.models.progress import progress_bar
 from workbench.models.sites import Site, check_sites
 from workbench.models.tokens import Encoded, encode, pad_id, token_strings
 from workbench.models.trusted_paths import trusts
@@ -552,8 +553,9 @@ def _check(
         )
 
 
-def _progress(steps: range, show: bool) -> Any:
+def _progress(steps: range, show: bool) -> Iterator[int]:
     """Step through batches, with a progress bar when asked."""
-    from tqdm.auto import tqdm
-
-    return tqdm(steps, desc="profiles", unit="batch", disable=not show)
+    with progress_bar(len(steps), "profiles", "batch", show=show) as bar:
+        for step in steps:
+            yield step
+            bar.update(1)

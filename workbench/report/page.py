@@ -24,7 +24,7 @@ from workbench import figures
 from workbench.figures import wording
 from workbench.figures.notebook import script_safe
 from workbench.files.store import PathLike, file_checksum, write_text
-from workbench.report import conclusion, sections
+from workbench.report import conclusion, opening, sections
 from workbench.safesteer.run_folder import SavedRun, read_run
 from workbench.stats.estimates import pairs_for_no_loss
 
@@ -81,6 +81,8 @@ def render(run: SavedRun) -> str:
         "notes": run.notes,
         "title": f"Steering {run.notes['model'].get('name', 'a model')}",
         "date": _date(run.notes.get("started")),
+        "run_name": run.path.name,
+        **_opening(run),
         "done": _what_was_done(run),
         "read_blind": sections.read_blind(run),
         "judges": sections.judges(run),
@@ -89,7 +91,7 @@ def render(run: SavedRun) -> str:
         **_results(run),
         "fitted": _fitted(run),
         "separability": _figure(figures.separability, run.tables["separability"]),
-        "best_layer": _best_layer(run.tables["separability"]),
+        "best_layer": sections.best_layer(run.tables["separability"]),
         "tuning": _figure(figures.tuning, run.tables["tuning"]),
         "front": sections.front_figure(run),
         "gate": sections.gate(run),
@@ -101,6 +103,19 @@ def render(run: SavedRun) -> str:
         "figure_json": lambda figure: Markup(script_safe(figure.to_json())),
     }
     return _template().render(page)
+
+
+def _opening(run: SavedRun) -> dict[str, Any]:
+    """Return what the page begins with; the answers of its example are printed as all others."""
+    first = opening.opening(run)
+    shown = None if first is None else first["example"]
+    if shown is not None:
+        shown["answers"] = [_answer(row) for row in shown["answers"]]
+    return {
+        "opening": first,
+        "positive_control": opening.positive_control(run),
+        "neuron_card": opening.neuron_card(run),
+    }
 
 
 def _template() -> Any:
@@ -231,7 +246,7 @@ def _results(run: SavedRun) -> dict[str, Any]:
             {
                 "name": "all risk categories" if category == wording.ALL_CATEGORIES else category,
                 "figure": _figure(figures.evaluation, frame, category, main),
-                "main": _metric_tables(frame, category, main, needed),
+                **_told_apart(_metric_tables(frame, category, main, needed)),
                 "rest": _metric_tables(
                     frame, category, [name for name in known if name not in main], needed
                 ),
@@ -249,6 +264,16 @@ def _fitted(run: SavedRun) -> list[dict[str, Any]]:
         return []
     known = wording.in_order(frame["metric"], tuple(wording.METRICS))
     return _metric_tables(frame, wording.ALL_CATEGORIES, wording.main_metrics(known), {})
+
+
+def _told_apart(tables: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Part the tables with a clear difference to the unsteered model from those without one."""
+    is_clear = [any(row["beyond"] for row in table["rows"]) for table in tables]
+    pairs = list(zip(tables, is_clear, strict=True))
+    return {
+        "main": [t for t, it_is in pairs if it_is],
+        "null": [t for t, it_is in pairs if not it_is],
+    }
 
 
 def _prompts_for_no_loss(config: Mapping[str, Any]) -> dict[str, int]:
@@ -332,30 +357,6 @@ def _control_tables(versus: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _figure(draw: Any, frame: pd.DataFrame | None, *arguments: Any) -> Figure | None:
     return None if frame is None or frame.empty else draw(frame, *arguments)
-
-
-def _best_layer(frame: pd.DataFrame | None) -> dict[str, Any] | None:
-    """Return the layer and kind of site that tell categories apart best, and all means there.
-
-    Best means against their safe twins, or in the hardest comparison that the table has.
-    """
-    if frame is None:
-        return None
-    hardest = wording.in_order(frame["against"], tuple(wording.AGAINST))[0]
-    means = frame.groupby(["against", "kind", "layer"])["auroc"].mean()
-    kind, layer = means[hardest].idxmax()
-    sides = wording.in_order(frame["against"], tuple(wording.AGAINST))
-    values = [
-        (wording.AGAINST.get(s, s), f"{means[s, kind, layer]:.2f}")
-        for s in sides
-        if (s, kind, layer) in means.index
-    ]
-    return {
-        "layer": layer,
-        "kind": kind,
-        "hardest": wording.AGAINST.get(hardest, hardest),
-        "values": values,
-    }
 
 
 def _chosen(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Prepare sections of the report: a blind reader, the judges, the calibration's front, the gate.
+"""Prepare sections of the report: a blind reader, judges, calibration, layers, the gate.
 
 Figures and texts are handed to the page's template, which escapes them.
 """
@@ -156,6 +156,30 @@ def front_figure(run: SavedRun) -> Figure | None:
     if frame is None or "front" not in frame or wording.MAIN[0] not in set(frame["metric"]):
         return None
     return figures.front(frame)
+
+
+def best_layer(frame: pd.DataFrame | None) -> dict[str, Any] | None:
+    """Return the layer and kind of site that tell categories apart best, and all means there.
+
+    Best means against their safe twins, or in the hardest comparison that the table has.
+    """
+    if frame is None:
+        return None
+    hardest = wording.in_order(frame["against"], tuple(wording.AGAINST))[0]
+    means = frame.groupby(["against", "kind", "layer"])["auroc"].mean()
+    kind, layer = means[hardest].idxmax()
+    sides = wording.in_order(frame["against"], tuple(wording.AGAINST))
+    values = [
+        (wording.AGAINST.get(s, s), f"{means[s, kind, layer]:.2f}")
+        for s in sides
+        if (s, kind, layer) in means.index
+    ]
+    return {
+        "layer": layer,
+        "kind": kind,
+        "hardest": wording.AGAINST.get(hardest, hardest),
+        "values": values,
+    }
 
 
 def gate(run: SavedRun) -> dict[str, Any] | None:

@@ -39,11 +39,12 @@ from .saved_run import (
     side_by_side,
     steering_from,
 )
-from .settings import Setting, Vectors, grid, placements, steering
+from .settings import WAYS, Setting, Vectors, Way, grid, placements, steering, variants_of
 
 __all__ = [
     "CONSTRUCTIONS",
     "PRESETS",
+    "WAYS",
     "AnswerSettings",
     "Calibration",
     "Construction",
@@ -58,6 +59,7 @@ __all__ = [
     "SavedRun",
     "Setting",
     "Vectors",
+    "Way",
     "alternative_contrast",
     "alternative_pairs",
     "answer_pairs",
@@ -104,5 +106,6 @@ __all__ = [
     "side_by_side",
     "steering",
     "steering_from",
+    "variants_of",
     "went_along",
 ]

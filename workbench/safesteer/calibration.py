@@ -6,7 +6,6 @@ The search is successive halving; the test fold is never touched.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +15,7 @@ from workbench.evaluation.result import Evaluation
 from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_kl
+from workbench.models.progress import say
 from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import in_turn
 from workbench.safesteer.settings import Setting, Vectors, multiplier_of, steering
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LEAST_PROMPTS = 5
 """Prompts of the first round, at least."""
-NEUTRAL_KL = "neutral_kl"
+NEUTRAL_KL, PERPLEXITY = "neutral_kl", "log_perplexity"
 NEUTRAL_TOKENS = 16
 """First tokens of each answer to a neutral prompt along which the KL is measured."""
 PLAIN = {"decay": "none", "keep_norm": False, "form": "add"}
@@ -53,12 +53,16 @@ class Limits:
         degenerate: Largest rise of the share of broken answers.
         neutral_kl: Largest mean KL on neutral prompts, in nats per token (``answer_kl``). Infinite
             by default: steering that costs much there belongs behind a gate.
+        log_perplexity: Largest rise of the mean log perplexity of the answers under the unsteered
+            model, in nats per token; .7 is twice the perplexity. Strong steering writes loops of
+            safe words that the judge and the detector of broken text let pass (docs/results.md).
     """
 
     relevance: float = 0.05
     refusal: float = 0.02
     degenerate: float = 0.02
     neutral_kl: float = math.inf
+    log_perplexity: float = 0.7
 
     def margins(self) -> dict[str, tuple[float, float]]:
         """Give the same limits as margins of equivalence tests (``Evaluation.summary``)."""
@@ -79,6 +83,9 @@ class Limits:
             _refusals(values) - _refusals(unsteered) - self.refusal,
             values["degenerate"] - unsteered["degenerate"] - self.degenerate,
             values.get(NEUTRAL_KL, 0.0) - self.neutral_kl,
+            values.get(PERPLEXITY, math.nan)
+            - unsteered.get(PERPLEXITY, math.nan)
+            - self.log_perplexity,
         )
         return sum(max(0.0, x) for x in over if not math.isnan(x))
 
@@ -208,8 +215,7 @@ def calibrate(
         given = f"{len(settings)} and {len(questions)}"
         raise ValueError(f"calibration needs settings and unsafe prompts, got {given}.")
     rounds = list(rounds or plan_rounds(len(settings), len(questions)))
-    if progress:
-        _announce(rounds, decoding)
+    _announce(rounds, decoding, show=progress)
     kl: dict[Setting, dict[str, float]] = {}
     if neutral:
         kl = _neutral_kl(model, vectors, settings, neutral, output, transfer, decoding)
@@ -298,15 +304,13 @@ def _halve(
     return Calibration(table, chosen, judged.ranked[0], tuple(rounds))
 
 
-def _announce(rounds: Sequence[Round], decoding: Decoding) -> None:
-    from tqdm.auto import tqdm
-
+def _announce(rounds: Sequence[Round], decoding: Decoding, *, show: bool) -> None:
     each = ", ".join(f"{one.n_settings} x {one.n_prompts}" for one in rounds)
     most = cost(rounds)
-    tqdm.write(
+    say(
         f"calibration: settings x prompts {each}; at most {most} answers, "
         f"{most * decoding.max_new_tokens} generated tokens.",
-        file=sys.stderr,
+        show=show,
     )
 
 

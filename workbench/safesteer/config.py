@@ -131,6 +131,11 @@ class RunConfig(AnswerSettings):
             baselines)
         rhos: relative strengths tried at one layer; each of several layers gets 0.41 of it
             (default: 0.09 0.17)
+        applied: ways of applying vectors that the tune fold compares: add (the same strength at
+            every token), norm_kept, generated (tokens of the answer alone), first (the prompt and
+            the first n tokens of the answer), linear, sqrt or altsteer (strength falls along the
+            answer), target (up to a projection, not beyond it)
+        applied_tokens: the n of first, and the tokens over which linear and altsteer fall to 0
         preset: paper fills in the settings from here to fitted_is_evaluated as SafeSteer has them,
             and compares its vector; what is given beside it stays as given
         site: what is measured and steered: resid_post, attn_out or mlp_out (default: attn_out in a
@@ -155,6 +160,8 @@ class RunConfig(AnswerSettings):
         relevance_loss: largest loss of mean relevance (cosine to the question) that counts as none
         refusal_rise: largest rise of the share of blanket refusals that counts as none
         degenerate_rise: largest rise of the share of broken answers that counts as none
+        perplexity_rise: largest rise of the mean log perplexity of the answers under the unsteered
+            model, in nats per token (0.7 is twice the perplexity)
         neutral_kl: largest mean KL on neutral prompts, in nats per token (default: no limit, as
             the gate keeps neutral prompts apart)
         neutral_rate: largest share of neutral prompts that may open the gate
@@ -185,6 +192,8 @@ class RunConfig(AnswerSettings):
     test_prompts: int | None = None
     constructions: tuple[str, ...] | None = None
     rhos: tuple[float, ...] | None = None
+    applied: tuple[str, ...] = ("add",)
+    applied_tokens: int = 24
     preset: str | None = None
     site: str | None = None
     layers: tuple[float, ...] | None = None
@@ -199,6 +208,7 @@ class RunConfig(AnswerSettings):
     relevance_loss: float = 0.05
     refusal_rise: float = 0.02
     degenerate_rise: float = 0.02
+    perplexity_rise: float = 0.7
     neutral_kl: float | None = None
     neutral_rate: float = 0.02
     hard_safe_rate: float = 0.10
@@ -217,7 +227,8 @@ class RunConfig(AnswerSettings):
             raise ValueError(f"packing must be auto, on or off, got {self.packing!r}.")
         for name in ("tune_prompts", "test_prompts"):
             _check_count(name, getattr(self, name), optional=name == "test_prompts")
-        for name in ("categories", "constructions", "max_memory", "judge"):
+        _check_count("applied_tokens", self.applied_tokens)
+        for name in ("categories", "constructions", "max_memory", "judge", "applied"):
             _check_names(name, getattr(self, name))
         _check_loading(self)
         _check_judges(self)
@@ -225,10 +236,13 @@ class RunConfig(AnswerSettings):
             _check_constructions(self.constructions)
         _check_places(self)
         _check_strengths(self)
+        _check_applied(self)
         _check_contrast(self)
         shares = ("relevance_loss", "refusal_rise", "degenerate_rise")
         for name in (*shares, "neutral_rate", "hard_safe_rate"):
             _check_share(name, getattr(self, name))
+        if not (_is_number(self.perplexity_rise) and self.perplexity_rise > 0):
+            raise ValueError(f"perplexity_rise must be above 0 nats, got {self.perplexity_rise!r}.")
         kl = self.neutral_kl
         if kl is not None and not (_is_number(kl) and kl > 0):
             raise ValueError(
@@ -256,7 +270,7 @@ def config_from(mapping: Mapping[str, Any]) -> RunConfig:
     if isinstance(values.get("judge"), str):
         values["judge"] = (values["judge"],)
     lists = ("categories", "constructions", "rhos", "layers", "multipliers", "stop", "max_memory")
-    for name in (*lists, "judge"):
+    for name in (*lists, "judge", "applied"):
         if values.get(name) is not None and not isinstance(values[name], tuple):
             raise ValueError(f"{name} must be a list, got {values[name]!r}.")
     texts = ("model", "device", "dtype", "prompts", "quantize", "device_map", "system_prompt")
@@ -330,6 +344,20 @@ def _check_strengths(config: RunConfig) -> None:
     if multipliers is not None and not (_are_numbers(multipliers) and all(multipliers)):
         raise ValueError(
             f"multipliers must be multiples of the vector, none of them 0, got {multipliers!r}."
+        )
+
+
+def _check_applied(config: RunConfig) -> None:
+    """Check the ways in which vectors are applied, by name and against the length of answers."""
+    if config.applied == ("add",):
+        return
+    from workbench.safesteer.settings import variants_of  # brings torch along
+
+    variants_of(config.applied, config.applied_tokens, longest=config.max_new_tokens)
+    if "target" in config.applied and config.multipliers is not None:
+        raise ValueError(
+            "applied 'target' is set by relative strengths and takes no raw multiples; give rhos "
+            "in place of multipliers, or leave target out."
         )
 
 

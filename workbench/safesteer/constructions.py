@@ -234,10 +234,10 @@ def _openings_without_refusal(rows: SiteRows) -> ByCategory:
 
 PROMPT, GUIDED, GUIDED_BOTH = "prompt_contrast", "prompt_guided", "prompt_guided_both"
 OPENINGS, BOTH = "answer_contrast", "safe_against_both"
-BOTH_WEIGHTS = (2.0, 1.0, 2.0)
+BOTH_WEIGHTS = (2.0, 1.5, 2.0)
 """Weights of the three directions of ``safe_against_both``: own answers that offer another way
 against those that go along, the same against blanket refusals, and openings. They were chosen on
-the tune fold of a Qwen model of .5B, among eight mixes (docs/results.md)."""
+the tune fold of a Qwen model of .5B, among some twenty mixes."""
 CONSTRUCTIONS: dict[str, Construction] = {
     PROMPT: Construction(
         "the paper's: neutral prompts minus the category's unsafe ones",
@@ -333,11 +333,13 @@ CONSTRUCTIONS: dict[str, Construction] = {
     ),
     BOTH: Construction(
         "own answers that offer another way, against own going along and own blanket refusals, and "
-        "openings: three directions, weighed 2, 1 and 2",
+        "openings: three directions, weighed 2, 1.5 and 2",
         "ours",
         _against_both,
         reads="against both",
         pooled=True,
+        default=True,
+        rhos=(0.2, 0.3, 0.42),
     ),
     GUIDED_BOTH: Construction(
         "the guided one, from those neutral prompts too whose plain answer is judged harmless",
@@ -507,6 +509,12 @@ def constructions_of(vectors: Vectors) -> list[str]:
     return list(dict.fromkeys(construction for construction, _ in vectors))
 
 
+def places_for(name: str, places: Sequence[tuple[Site, ...]]) -> list[tuple[Site, ...]]:
+    """Choose the places at whose kinds of sites a construction is fitted."""
+    kinds = CONSTRUCTIONS[name].kinds
+    return [place for place in places if all(site.kind in kinds for site in place)]
+
+
 def settings_to_try(
     names: Sequence[str],
     places: Sequence[tuple[Site, ...]],
@@ -522,7 +530,9 @@ def settings_to_try(
         places: Each a site or several.
         rhos: Relative strengths at one layer.
         own_rhos: Whether a construction that names strengths of its own is tried at these instead.
-        how: Further arguments of ``grid``.
+        how: Further arguments of ``grid``. A spectral edit neither decays nor has a target, and
+            keeps norms anyway: it is tried in those variants that it can be applied in, or plainly
+            where there is none.
     """
     settings = []
     for name in names:
@@ -530,10 +540,14 @@ def settings_to_try(
         if what is None:  # of a run of another version
             settings += grid([name], places, rhos, **how)
             continue
-        here = [place for place in places if all(site.kind in what.kinds for site in place)]
+        here = places_for(name, places)
         strengths = what.rhos if own_rhos and what.rhos else rhos
-        tried = grid([name], here, strengths, signs={name: what.signs}, **how)
-        settings += [one for one in tried if one.is_plain] if what.is_edit else tried
+        how_here: dict[str, Any] = {"signs": {name: what.signs}, **how}
+        tried = grid([name], here, strengths, **how_here)
+        if what.is_edit:
+            plain = [one for one in tried if one.is_plain]
+            tried = plain or grid([name], here, strengths, **{**how_here, "variants": ({},)})
+        settings += tried
     return settings
 
 

@@ -37,6 +37,7 @@ from workbench.safesteer.calibration import NEUTRAL_TOKENS, Limits
 from workbench.safesteer.constructions import GUIDED_BOTH, OWN, reads_of, wanted_names
 from workbench.safesteer.own_answers import ALTERNATIVES, INSTRUCTION, instructed
 from workbench.safesteer.paper import check_contrast_of, places_of
+from workbench.safesteer.positive_control import refusals_of
 
 if TYPE_CHECKING:
     from workbench.files.store import PathLike
@@ -240,6 +241,7 @@ def check_lengths(model: HookedModel, folds: Folds, config: RunConfig) -> None:
         ([*folds.fit, *folds.tune, *folds.test], {}),
         (answered, {"max_new_tokens": room}),
         (answer_prompts(folds.fit), {"with_response": True}),
+        (refusals_of(folds.fit), {"with_response": True}),
     ]
     reads = reads_of(config.constructions)
     if reads & set(OWN):
@@ -359,4 +361,5 @@ def questions_of_test(test: Sequence[Prompt], config: RunConfig) -> list[Prompt]
 def limits_of(config: RunConfig) -> Limits:
     """Say what steering may cost, as a run's settings have it."""
     most = math.inf if config.neutral_kl is None else config.neutral_kl
-    return Limits(config.relevance_loss, config.refusal_rise, config.degenerate_rise, most)
+    shares = (config.relevance_loss, config.refusal_rise, config.degenerate_rise)
+    return Limits(*shares, neutral_kl=most, log_perplexity=config.perplexity_rise)

@@ -17,7 +17,14 @@ from workbench.models.sites import Site, check_sites
 from workbench.prompts.contrasts import SafeSide, sides_to_fit
 from workbench.prompts.prompt import Prompt, categories_of
 from workbench.safesteer.constructions import CONSTRUCTIONS, Measured, settings_to_try
-from workbench.safesteer.settings import SPREAD, Setting, Vectors, placements, raw_grid
+from workbench.safesteer.settings import (
+    SPREAD,
+    Setting,
+    Vectors,
+    placements,
+    raw_grid,
+    variants_of,
+)
 from workbench.steering.from_texts import MID_DEPTH
 from workbench.steering.vectors import SteeringVector
 
@@ -80,7 +87,8 @@ def settings_of(
     """Combine constructions and places with the strengths of a run, relative or raw.
 
     Relative strengths are tried with the signs of each construction, raw multiples with their own.
-    A spectral edit has no multiples: it is tried at its own shares of the way beside those.
+    A spectral edit has no multiples: it is tried at its own shares of the way beside those. Each is
+    tried in the ways of applying vectors that the run compares.
 
     Args:
         config: Settings of the run.
@@ -91,12 +99,17 @@ def settings_of(
             of the run's relative strengths.
         extents: Pairs of positions and ``until`` (see ``steering.Intervention``).
     """
+    how: dict[str, Any] = {"extents": extents, "variants": ways_of(config)}
     if config.multipliers is None:
-        how: dict[str, Any] = {"own_rhos": own_rhos, "extents": extents}
-        return settings_to_try(names, places, config.rhos or (), **how)
-    raw = raw_grid(vectors, names, places, config.multipliers, extents=extents)
+        return settings_to_try(names, places, config.rhos or (), own_rhos=own_rhos, **how)
+    raw = raw_grid(vectors, names, places, config.multipliers, **how)
     edits = [name for name in names if name in CONSTRUCTIONS and CONSTRUCTIONS[name].is_edit]
-    return [*raw, *settings_to_try(edits, places, (), extents=extents)]
+    return [*raw, *settings_to_try(edits, places, (), **how)]
+
+
+def ways_of(config: RunConfig) -> list[dict[str, Any]]:
+    """Look up the fields of the ways of applying vectors that a run compares, for ``grid``."""
+    return variants_of(config.applied, config.applied_tokens, longest=config.max_new_tokens)
 
 
 def side_of_prompts(config: RunConfig) -> SafeSide:

@@ -6,7 +6,7 @@ Other strengths, positions or lengths of steering are tried; nothing is fitted a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,11 @@ from workbench.safesteer.run_folder import (
 from workbench.safesteer.saved_run import CALIBRATION
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
+    from workbench.safesteer.settings import Vectors
     from workbench.steering.interventions import Positions
 
 
@@ -38,6 +41,8 @@ def recalibrate(
     *,
     constructions: Sequence[str] | None = None,
     rhos: Sequence[float] | None = None,
+    applied: Sequence[str] | None = None,
+    applied_tokens: int | None = None,
     positions: Sequence[Positions] = ("all",),
     until: Sequence[int | None] = (None,),
     tune_prompts: int | None = None,
@@ -54,19 +59,22 @@ def recalibrate(
         folder: Folder of a run.
         constructions: Constructions of the run; all by default.
         rhos: Relative strengths at one layer; by default a construction's own, or the run's.
-        positions: Which tokens are steered; each is tried.
-        until: Generated tokens after which steering ends; each is tried, None never ends.
+        applied: Names of ``WAYS``, each of which is tried; those of the run by default.
+        applied_tokens: Tokens over which those that are counted last; the run's by default.
+        positions: Which tokens are steered where a way does not say so; each is tried.
+        until: Generated tokens after which steering then ends; each is tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
         budget: Answers, at most.
         progress: Show what it will take, and progress bars.
         model: A loaded model, instead of loading the run's.
 
     Raises:
-        ValueError: If the folder holds no run with vectors of this model, a construction is
+        ValueError: If the folder holds no run with vectors of this model, a construction or way is
             unknown, the budget is too small, or another process calibrates it.
     """
     run = read_run(folder)
-    config = _changed(config_from(run.notes["config"]), rhos, tune_prompts)
+    how: dict[str, Any] = {"rhos": rhos, "applied": applied, "applied_tokens": applied_tokens}
+    config = _changed(run.notes["config"], **how, tune_prompts=tune_prompts)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
     model = model if model is not None else load_run_model(config)
@@ -75,11 +83,10 @@ def recalibrate(
     loaded: dict[str, Any] = {"model": model, "fits": False, "progress": progress}
     job = load_job(config, verdicts=out / "verdicts.jsonl", **loaded)
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
-    extents = list(itertools.product(positions, until))
     places = places_of(config, job.model, {site for _, site in vectors})
-    tried: dict[str, Any] = {"own_rhos": rhos is None, "extents": extents}
+    tried: Any = {"own_rhos": rhos is None, "extents": [*itertools.product(positions, until)]}
     settings = settings_of(config, vectors, names, places, **tried)
-    how: dict[str, Any] = {
+    how = {
         "score": job.score_for_tuning,
         "output": out / "tune.jsonl",
         "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
@@ -88,20 +95,27 @@ def recalibrate(
         **job.how_steered,
     }
     with locked_folder(out):
-        tuned = calibrate(job.model, vectors, questions, settings, **how)
-        write_table(out / "tuning.csv", tuned.table)
-        chosen = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
-        write_json(out / "chosen.json", chosen)
+        return _kept(calibrate(job.model, vectors, questions, settings, **how), vectors, out)
+
+
+def _kept(tuned: Calibration, vectors: Vectors, out: Path) -> Calibration:
+    """Write what was tried and chosen into the folder of the calibration, and give it back."""
+    write_table(out / "tuning.csv", tuned.table)
+    chosen = {s.construction: describe(s, vectors, tuned.table) for s in tuned.chosen.values()}
+    write_json(out / "chosen.json", chosen)
     return tuned
 
 
-def _changed(
-    config: RunConfig, rhos: Sequence[float] | None, tune_prompts: int | None
-) -> RunConfig:
+def _changed(noted: Mapping[str, Any], **given: Any) -> RunConfig:
     """Change what a search is told in another way than its run; strengths replace multiples."""
-    if rhos is not None:
-        config = replace(config, rhos=tuple(rhos), multipliers=None)
-    return config if tune_prompts is None else replace(config, tune_prompts=tune_prompts)
+    changes: dict[str, Any] = {
+        name: tuple(value) if name in ("rhos", "applied") else value
+        for name, value in given.items()
+        if value is not None
+    }
+    if "rhos" in changes:
+        changes["multipliers"] = None
+    return replace(config_from(noted), **changes)
 
 
 def _checked(names: Sequence[str] | None, known: list[str], folder: PathLike) -> list[str]:

@@ -73,7 +73,10 @@ from workbench.safesteer.paper import (
     settings_of,
     side_of_prompts,
 )
+from workbench.safesteer.planned_work import planned_work
+from workbench.safesteer.positive_control import positive_control
 from workbench.safesteer.run_folder import RunFolder
+from workbench.safesteer.run_progress import FITTED
 from workbench.safesteer.settings import Setting, Vectors, steering
 from workbench.steering.gates import Gate, fit_gate, save_gate
 from workbench.steering.separability import layer_separability
@@ -105,7 +108,7 @@ def run(
         folder: Where to; it must be new, unless ``resume``.
         resume: Go on with an interrupted run of the same configuration. What is there is checked
             and reused, so the result is the same as without the interruption.
-        progress: Name the stages on standard error, and show progress bars.
+        progress: Show on standard error how far the run is, and the time that is left.
         model: A loaded model, instead of loading ``config.model``.
 
     Returns:
@@ -119,6 +122,7 @@ def run(
             verdicts = out.path / "verdicts.jsonl"
             job = load_job(config, verdicts=verdicts, model=model, progress=progress)
             out.note(**job.facts())
+            out.plan(planned_work(job))
         with out.stage("own answers"):
             answered = answer_fit_questions(job.of_vectors, out)
         with out.stage("activations"):  # SafeSteer: activations by category
@@ -139,10 +143,12 @@ def run(
             gated = fit_and_rate_gate(job, out, measured, main)
         with out.stage("test"):  # SafeSteer: steered generation
             answers, names = answer_test_questions(job, out, behind, vectors, tuned, gated)
+        with out.stage("positive control", may_be_left_out=True):
+            out.note(positive_control=positive_control(job, out.path, answers).to_dict())
         with out.stage("evaluate"):  # SafeSteer: safety and quality of the answers
             evaluate_answers(job, out, answers, names, gated, condition_of(main))
         if config.fitted_is_evaluated:
-            with out.stage("fitted questions", may_be_left_out=True):
+            with out.stage(FITTED, may_be_left_out=True):
                 evaluate_fitted(job, out, behind, vectors, tuned, main)
         return out.finish()
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,9 @@ from workbench.files.store import (
 )
 from workbench.models.errors import CannotBeDone
 from workbench.models.load import model_info
+from workbench.models.progress import folded_into
 from workbench.models.sites import Site
+from workbench.safesteer.run_progress import FITTED, RunProgress, Work
 from workbench.steering.spectral import Fitted, SpectralEdit, load_fitted, save_spectral_edit
 from workbench.steering.vectors import save_vector
 
@@ -119,12 +120,12 @@ class RunFolder:
     Attributes:
         path: The folder; it is made when the first file is written.
         notes: What run.json holds.
-        progress: Whether stages are named on standard error as they begin.
+        progress: Shows on standard error how far the run is; None shows nothing.
     """
 
     path: Path
     notes: dict[str, Any]
-    progress: bool = False
+    progress: RunProgress | None = None
 
     @classmethod
     @contextmanager
@@ -139,7 +140,7 @@ class RunFolder:
             folder: Where the run is.
             config: Its settings.
             resume: Take up an interrupted run.
-            progress: Name the stages on standard error as they begin.
+            progress: Show on standard error how far the run is.
 
         Raises:
             ValueError: If the folder holds another run, or something else, or another process is
@@ -149,7 +150,14 @@ class RunFolder:
         _check_free(path)
         with locked_folder(path):
             _check_free(path)  # now that nobody else can write into it
-            yield cls(path, _notes(path, config, resume), progress)
+            notes = _notes(path, config, resume)
+            more = (FITTED,) if config.fitted_is_evaluated else ()
+            shown = RunProgress(notes["durations"], more=more) if progress else None
+            try:
+                yield cls(path, notes, shown)
+            finally:
+                if shown is not None:
+                    shown.close()
 
     @contextmanager
     def stage(self, name: str, *, may_be_left_out: bool = False) -> Iterator[None]:
@@ -162,14 +170,13 @@ class RunFolder:
             may_be_left_out: Where the stage cannot be done for this model or these prompts
                 (``CannotBeDone``), keep the reason in the notes and go on.
         """
-        if self.progress:
-            from tqdm.auto import tqdm
-
-            tqdm.write(f"stage: {name}", file=sys.stderr)
         start = time.monotonic()
         self.notes["left_out"].pop(name, None)
+        if self.progress is not None:
+            self.progress.begin(name)
         try:
-            yield
+            with folded_into(self.progress) if self.progress is not None else nullcontext():
+                yield
         except CannotBeDone as reason:
             if not may_be_left_out:
                 raise
@@ -177,6 +184,13 @@ class RunFolder:
         durations = self.notes["durations"]
         durations[name] = round(durations.get(name, 0) + time.monotonic() - start, 1)
         write_json(self.path / "run.json", self.notes)
+        if self.progress is not None:
+            self.progress.end()
+
+    def plan(self, work: Mapping[str, Work]) -> None:
+        """Say how much work the stages have, so that the time left can be shown."""
+        if self.progress is not None:
+            self.progress.plan(work)
 
     def leave_out(self, what: str, reason: str) -> None:
         """Note what this run does without, and why; the report says so."""
@@ -320,13 +334,12 @@ def _check_free(path: Path) -> None:
 
 def _notes(path: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
     """Begin the notes of a run, or read those of the run to go on with."""
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
     if (path / "run.json").is_file():
-        return {"left_out": {}, **_notes_to_resume(path, settings, resume)}
+        return {"left_out": {}, **_notes_to_resume(path, config, resume)}
     packages = ("workbench", "torch", "transformers", "transformer-lens")
     return {
         "format": FORMAT,
-        "config": settings,
+        "config": _as_noted(asdict(config)),
         "seed": config.seed,
         "started": _now(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -335,7 +348,13 @@ def _notes(path: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
     }
 
 
-def _notes_to_resume(path: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
+def _as_noted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Write settings as JSON gives them back, lists for tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+
+
+def _notes_to_resume(path: Path, config: RunConfig, resume: bool) -> dict[str, Any]:
+    settings = _as_noted(asdict(config))
     notes = read_json(path / "run.json")
     if not resume:
         raise ValueError(
@@ -343,8 +362,9 @@ def _notes_to_resume(path: Path, settings: dict[str, Any], resume: bool) -> dict
             "go on with --resume, or give another folder with --out."
         )
     before = (notes.get("config") if isinstance(notes, dict) else None) or {}
-    # A setting that is newer than the run, and off, is no other one.
-    differing = [name for name, value in settings.items() if before.get(name) != value]
+    # A setting that is newer than the run, and at its default, is no other one.
+    usual = _as_noted({field.name: field.default for field in fields(config)})
+    differing = [n for n, value in settings.items() if before.get(n, usual[n]) != value]
     if differing:
         raise ValueError(
             f"{str(path)!r} holds a run with another {differing[0]}; "

@@ -1,13 +1,16 @@
-"""Settings of steering: where a vector is added, with which sign, how strongly, how long."""
+"""Settings of steering: where a vector is added, with which sign, how strongly, in which way."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import torch
+
+from workbench.files.hints import did_you_mean
 from workbench.models.sites import Site, present_sites
 from workbench.steering.from_texts import MID_DEPTH
-from workbench.steering.interventions import Decay, Intervention, Positions, raise_to
+from workbench.steering.interventions import Decay, Intervention, Positions, decayed, raise_to
 from workbench.steering.spectral import Fitted, SpectralEdit, steer_by
 from workbench.steering.vectors import SteeringVector
 
@@ -74,6 +77,72 @@ class Setting(NamedTuple):
         """Give the same setting with so many times its strength."""
         size = None if self.multiplier is None else self.multiplier * factor
         return self._replace(rho=self.rho * factor, multiplier=size)
+
+
+class Way(NamedTuple):
+    """Say one way in which a run applies vectors."""
+
+    fields: Mapping[str, Any]
+    """Fields of ``Setting`` that it sets."""
+    summary: str
+    """What it does, in a line."""
+    is_counted: bool = False
+    """Whether it ends after a number of generated tokens that is given beside its name."""
+
+
+WAYS: Mapping[str, Way] = {
+    "add": Way({}, "add the vector at every token, with the same strength"),
+    "norm_kept": Way({"keep_norm": True}, "add it, and keep the norm of each activation"),
+    "generated": Way({"positions": "generated"}, "add it at generated tokens alone"),
+    "first": Way({}, "add it to the prompt and the first n generated tokens", True),
+    "linear": Way({"decay": "linear"}, "let strength fall to 0 over n generated tokens", True),
+    "sqrt": Way({"decay": "sqrt"}, "let strength fall with the root of the token's number"),
+    "altsteer": Way({"decay": "altsteer"}, "let it fall over n tokens as AltSteer does", True),
+    "target": Way({"form": "target"}, "raise the projection on it to a target, not beyond"),
+}
+"""Ways in which a run's tune fold can try vectors, by name; docs/vectors.md describes them."""
+
+
+def variants_of(names: Sequence[str], n_tokens: int, *, longest: int) -> list[dict[str, Any]]:
+    """Look up the fields of ``Setting`` that names of ways stand for, as ``grid`` takes them.
+
+    Args:
+        names: Names of ``WAYS``; one that comes again counts once.
+        n_tokens: Generated tokens after which a way that is counted ends.
+        longest: Tokens of the longest answer (``max_new_tokens``).
+
+    Raises:
+        ValueError: If a name is unknown, or a way would do the same as "add" in such short answers.
+    """
+    variants = []
+    for name in dict.fromkeys(names):
+        if name not in WAYS:
+            raise ValueError(
+                f"unknown way to apply a vector {name!r}; known: {', '.join(WAYS)}."
+                f"{did_you_mean(name, WAYS)}"
+            )
+        way = WAYS[name]
+        fields = {**way.fields, "until": n_tokens} if way.is_counted else dict(way.fields)
+        if not _shows_within(fields, longest):
+            counted = f" with applied_tokens {n_tokens}" if way.is_counted else ""
+            raise ValueError(
+                f"applied {name!r}{counted} does nothing of its own in answers of at most {longest}"
+                f" tokens, the last of which is not read again; "
+                f"take {'fewer applied_tokens or ' if way.is_counted else ''}more max_new_tokens."
+            )
+        variants.append(fields)
+    return variants
+
+
+def _shows_within(fields: Mapping[str, Any], longest: int) -> bool:
+    """Tell whether a way does something of its own in answers of so many tokens, or fewer."""
+    read = torch.arange(longest - 1, dtype=torch.float32)  # the last token is written and not read
+    if fields.get("positions") == "generated":
+        return len(read) > 0
+    if "until" in fields or "decay" in fields:
+        shares = decayed(fields.get("decay", "none"), fields.get("until"), read)
+        return bool((shares != 1).any())
+    return True
 
 
 def placements(model: HookedModel, among: Container[Site] | None = None) -> list[tuple[Site, ...]]:
@@ -144,8 +213,9 @@ def raw_grid(
     multipliers: Sequence[float],
     *,
     extents: Sequence[tuple[Positions, int | None]] = (("all", None),),
+    variants: Sequence[Mapping[str, Any]] = ({},),
 ) -> list[Setting]:
-    """Combine every construction, place, raw multiple of its vectors and extent.
+    """Combine every construction, place, raw multiple of its vectors, extent and variant.
 
     Each of several layers gets the whole multiple, as in the paper. A construction is passed by
     where it has no vectors: at places of other kinds, and everywhere if it makes spectral edits.
@@ -156,6 +226,11 @@ def raw_grid(
         places: Each a site or several.
         multipliers: Multiples of the vectors; one below 0 turns them round.
         extents: Pairs of positions and ``until`` (see ``steering.Intervention``).
+        variants: Further fields of ``Setting``, as in ``grid``.
+
+    Raises:
+        ValueError: If a variant names what is no field of a setting, or what cannot be done, such
+            as a target at a raw multiple.
     """
     settings = []
     for construction in constructions:
@@ -168,11 +243,12 @@ def raw_grid(
             for multiplier in multipliers:
                 rho = round(sum(v.rho(multiplier) for v in added) / len(added), 4)
                 sign, size = (1 if multiplier > 0 else -1), abs(multiplier)
-                settings += [
+                plain = [
                     Setting(construction, sites, sign, rho, *extent, multiplier=size)
                     for extent in extents
                 ]
-    return settings
+                settings += [_varied(one, fields) for one in plain for fields in variants]
+    return list(dict.fromkeys(settings))
 
 
 def steering(vectors: Vectors, setting: Setting) -> dict[str, list[Intervention]]:
@@ -239,7 +315,8 @@ def _varied(setting: Setting, fields: Mapping[str, Any]) -> Setting:
             f"a variant of settings cannot have {unknown[0]!r}; allowed: {', '.join(_VARIED)}."
         )
     varied = setting._replace(**fields)
-    if varied.form != "target" or varied.sign > 0:
+    # A target with sign -1 is left out by ``grid``; a raw multiple takes none with either sign.
+    if varied.form != "target" or varied.sign > 0 or varied.multiplier is not None:
         _check(varied)
     return varied
 
