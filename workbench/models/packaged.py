@@ -112,6 +112,24 @@ def packaged_folder(name: str) -> Path:
     )
 
 
+def is_installed(name: str) -> bool:
+    """Tell whether all packages of a packaged model are installed; nothing is loaded.
+
+    Args:
+        name: A name that asks for a packaged model, such as "embedded" or "qwen2.5-coder-0.5b".
+
+    Raises:
+        ValueError: If no packaged model has that name.
+    """
+    if name not in PACKAGED:
+        raise ValueError(f"unknown packaged model {name!r}; allowed: {', '.join(PACKAGED)}.")
+    try:
+        parts_of(PACKAGED[name])
+    except ValueError:
+        return False
+    return True
+
+
 def parts_of(packaged: Packaged) -> list[Path]:
     """Find the parts of a packaged model, in order, without importing its packages.
 
