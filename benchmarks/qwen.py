@@ -330,7 +330,7 @@ def jobs(
     chosen: Mapping[str, Setting],
 ) -> Iterator[Job]:
     """Yield what is to be answered, most important first: set, questions, condition, steering."""
-    own, ours = sets["own"], chosen[BOTH]
+    ours = chosen[BOTH]
     steered: dict[str, Any] = {NAMES[name]: steering(vectors, s) for name, s in chosen.items()}
     behind = {site: measured.answers["against both"][site] for site in ours.sites}
     steered |= {
@@ -353,7 +353,7 @@ def jobs(
                 what = steered[condition]
                 if isinstance(what, Mapping) and condition not in (GATED, REFUSING, "random"):
                     what = for_everyone({condition: what}, questions)[condition]
-                yield name, questions if name != "own" else own, condition, what
+                yield name, questions, condition, what
 
 
 def other_category(vectors: Vectors, setting: Setting) -> dict[str, Any]:

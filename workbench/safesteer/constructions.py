@@ -236,8 +236,8 @@ PROMPT, GUIDED, GUIDED_BOTH = "prompt_contrast", "prompt_guided", "prompt_guided
 OPENINGS, BOTH = "answer_contrast", "safe_against_both"
 BOTH_WEIGHTS = (2.0, 1.5, 2.0)
 """Weights of the three directions of ``safe_against_both``: own answers that offer another way
-against those that go along, the same against blanket refusals, and openings. They were chosen on
-the tune fold of a Qwen model of .5B, among some twenty mixes."""
+against those that go along, the same against blanket refusals, and openings. They were picked by
+hand on the tune fold of a Qwen model of .5B, and no claim is made that others do worse."""
 CONSTRUCTIONS: dict[str, Construction] = {
     PROMPT: Construction(
         "the paper's: neutral prompts minus the category's unsafe ones",

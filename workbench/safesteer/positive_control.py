@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 POSITIVE = "positive control: refuse"
 """Name of the condition."""
 RHO = 0.07
-"""Relative strength at each of four layers. On the embedded model refusals rise from .16 to .80 at
-.06 and at .09 (n=25)."""
+"""Relative strength at each of four layers. On the embedded model refusals rise from .17 to .88
+(n=24, `make demo`)."""
 FIT_EACH, QUESTIONS = 8, 24
 """Fit questions per category that the vector is made from, and test questions that are answered."""
 ALL_REFUSED = 0.9
