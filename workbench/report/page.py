@@ -167,8 +167,8 @@ def _what_was_done(run: SavedRun) -> list[str]:
         f"{model} answered {asked}, first as it is (unsteered) and then while it was steered. None "
         "of these prompts was used to build or tune the steering.",
         "Steering adds a vector to the model's inner state while the model writes. The steered "
-        f"conditions here are {wording.listed(steered) or 'none'}. Vectors were measured on one set "
-        f"of prompts ({_fold(run, 'fit')}); their sign, place and strength were chosen on "
+        f"conditions here are {wording.listed(steered) or 'none'}. Vectors were measured on one "
+        f"set of prompts ({_fold(run, 'fit')}); their sign, place and strength were chosen on "
         f"{_tuned_on(run)} of a second set.",
         f"{_who_scored(run)} Each change is counted prompt by prompt against the unsteered "
         f"model{beside}.{_cut_in_thoughts(run)}",
