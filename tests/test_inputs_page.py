@@ -6,7 +6,7 @@ import contextlib
 import io
 from pathlib import Path
 
-from test_readme import code_and_outputs
+from helpers.fenced_blocks import code_and_outputs
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "inputs.md").read_text(encoding="utf-8")
 

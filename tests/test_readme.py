@@ -10,17 +10,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from helpers.fenced_blocks import blocks, code_and_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(text):
-    """Language and content of every fenced block."""
-    return BLOCK.findall(text)
 
 
 def shell_commands(text):
@@ -28,17 +23,6 @@ def shell_commands(text):
     shell = [block.replace("\\\n", " ") for language, block in blocks(text) if language == "sh"]
     lines = [line for block in shell for line in block.splitlines()]
     return [line for line in lines if line.startswith("workbench ")]
-
-
-def code_and_outputs(text):
-    """Every Python block with the text block behind it, "" where there is none."""
-    found = blocks(text)
-    following = [*found[1:], ("", "")]
-    return [
-        (code, output if shown == "text" else "")
-        for (language, code), (shown, output) in zip(found, following, strict=True)
-        if language == "python"
-    ]
 
 
 @pytest.fixture(scope="module")

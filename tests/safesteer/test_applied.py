@@ -10,9 +10,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from helpers.category_vectors import SITE, questions, vectors_of, with_targets
 from helpers.runs import settings
-from test_calibration import SITE, questions, vectors_of
-from test_ways_of_applying import with_targets
 
 from workbench import cli
 from workbench.files.store import read_json, write_json

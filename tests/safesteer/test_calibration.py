@@ -9,7 +9,7 @@ from functools import partial
 
 import pandas as pd
 import pytest
-import torch
+from helpers.category_vectors import SITE, questions, vectors_of
 from helpers.encoders import WordEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +21,6 @@ from workbench.files.store import read_jsonl
 from workbench.generation.answers import UNSTEERED
 from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_kl
-from workbench.models.load import model_info
 from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt, in_turn
 from workbench.safesteer import calibration
@@ -36,32 +35,8 @@ from workbench.safesteer.calibration import (
 from workbench.safesteer.config import RunConfig
 from workbench.safesteer.inputs import limits_of
 from workbench.safesteer.settings import Setting, grid, placements, steering
-from workbench.steering.vectors import SteeringVector
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
-SITE = Site(1, "resid_post")
-CATEGORIES = ("fraud", "malware")
-
-
-def questions(n=4):
-    return [
-        Prompt(f"{c}-{i}", f"the {c} dog {i}", None, c, "unsafe", "test")
-        for c in CATEGORIES
-        for i in range(n)
-    ]
-
-
-def vectors_of(model, constructions=("a", "b")):
-    info = model_info(model)
-
-    def made(construction, category):
-        seed = sum(map(ord, construction + category))
-        values = torch.randn(info.d_model, generator=torch.Generator().manual_seed(seed))
-        return SteeringVector(
-            SITE, category, values, construction, "content", 1.0, 5, 5, 10.0, info
-        )
-
-    return {(name, SITE): {c: made(name, c) for c in CATEGORIES} for name in constructions}
 
 
 @EXAMPLES

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from helpers.category_vectors import CATEGORIES, SITE, questions, vectors_of, with_targets
 from helpers.encoders import WordEncoder
-from test_calibration import CATEGORIES, SITE, questions, vectors_of
 
 from workbench.evaluation.scoring import score_completions
 from workbench.figures.wording import how_applied
@@ -34,13 +33,6 @@ VARIANTS = [
     {"decay": "linear", "until": 8},
     {"form": "target"},
 ]
-
-
-def with_targets(vectors, value=2.5):
-    return {
-        key: {c: replace(v, safe_projection=value) for c, v in by_category.items()}
-        for key, by_category in vectors.items()
-    }
 
 
 def test_names_of_plain_settings_stay_and_ways_have_names_of_their_own():
