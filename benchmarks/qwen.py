@@ -101,7 +101,7 @@ def main() -> None:
     if options.collect:
         collect(options.collect)
     elif options.blind:
-        blind_answers(Path(options.blind), options.answers, options.seed)
+        blind_answers(Path(options.blind), options.of, options.answers, options.seed)
     elif options.reading:
         show_reading()
     else:
@@ -478,6 +478,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--collect", nargs="+", metavar="FOLDER", help="print tables, and stop")
     parser.add_argument("--blind", metavar="FOLDER", help="write answers to be read, and stop")
+    parser.add_argument("--of", default="own", help="set whose answers are to be read")
     parser.add_argument("--answers", type=int, default=120, help="how many are to be read")
     parser.add_argument("--reading", action="store_true", help="print the reading, and stop")
     return parser.parse_args()

@@ -128,26 +128,27 @@ def show_everyday(table: pd.DataFrame, folder: Path) -> None:
     print(f"gate on own risky questions: opens {rate([opened[i] for i in sorted(ids)])}")
 
 
-def blind_answers(folder: Path, n: int, seed: int) -> None:
-    """Write answers to own questions shuffled and without conditions, and their key."""
-    answers = list(read_jsonl(folder / "completions_own.jsonl"))
+def blind_answers(folder: Path, of_set: str, n: int, seed: int) -> None:
+    """Write answers to a set's questions shuffled and without conditions, and their key."""
+    answers = list(read_jsonl(folder / f"completions_{of_set}.jsonl"))
     kept = [a for a in answers if a["condition"] in READ]
     names = list(dict.fromkeys(a["condition"] for a in kept))
     ids = list(dict.fromkeys(a["prompt_id"] for a in kept))
-    chosen = set(ids[: n // len(names)])  # own questions stand category by category in turn
+    chosen = set(ids[: n // len(names)])  # questions stand category by category in turn
     rows = [a for a in kept if a["prompt_id"] in chosen]
     unique: dict[str, dict[str, Any]] = {digest(a["prompt_id"], a["text"]): a for a in rows}
     keys = list(unique)
     random.Random(seed).shuffle(keys)
+    to_read = folder / f"to_read_{of_set}.jsonl"
     write_jsonl(
-        folder / "to_read.jsonl",
+        to_read,
         [
             {"id": i, "question": unique[key]["prompt"], "answer": unique[key]["text"]}
             for i, key in enumerate(keys)
         ],
     )
     write_json(
-        folder / "to_read_key.json",
+        folder / f"to_read_{of_set}_key.json",
         [
             {
                 "id": keys.index(digest(a["prompt_id"], a["text"])),
@@ -158,7 +159,7 @@ def blind_answers(folder: Path, n: int, seed: int) -> None:
             for a in rows
         ],
     )
-    print(f"{len(keys)} different answers of {len(rows)} in {folder / 'to_read.jsonl'}")
+    print(f"{len(keys)} different answers of {len(rows)} in {to_read}")
 
 
 def show_reading() -> None:
