@@ -429,8 +429,12 @@ def answer(
     if what is None:
         told = prompted(work, questions, prompting, decoding, "test.jsonl")
         return [replace(one, condition=condition) for one in told]
+    # Behind a closed gate stands the unsteered answer itself.
+    beside: dict[str, Any] = {UNSTEERED: ()} if condition in (GATED, REFUSING) else {}
+    conditions = beside | {condition: what}
     output = work.out / "test.jsonl"
-    return wb.sweep(work.model, questions, {condition: what}, decoding, output=output)
+    answers = wb.sweep(work.model, questions, conditions, decoding, output=output)
+    return [one for one in answers if one.condition == condition]
 
 
 def score(work: Work, answered: Mapping[str, list[wb.Completion]]) -> None:

@@ -201,6 +201,12 @@ def test_a_margin_holds_no_difference_inside(margin: float) -> None:
         tost_paired([1.0, 2.0], [1.0, 2.0], margin)
 
 
+def test_a_ratio_whose_denominator_is_nothing_in_some_resamples_keeps_its_interval() -> None:
+    whole = np.array([1.0] * 5 + [0.0] * 15)  # some resamples draw none of the five
+    result = ratio_of_means(0.5 * whole, whole)
+    assert (result.value, result.low, result.high) == (0.5, 0.5, 0.5)
+
+
 def test_a_ratio_of_means_is_scale_free_and_paired() -> None:
     rng = np.random.default_rng(0)
     whole = rng.normal(5, 1, size=40)

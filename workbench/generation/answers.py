@@ -244,8 +244,17 @@ def _answer_missing(
     The batches are those of an uninterrupted run, so that a resumed run has the same rounding,
     and so the same text.
     """
-    longest = max(len(row.encoded.ids) for row in rows) + loop.decoding.max_new_tokens
-    encoded = [row.encoded for row in rows]
+    alike = _rows_alike(rows)
+    copies = []
+    for members in alike:
+        known = next((answers[row.key] for row in members if row.key in answers), None)
+        copies += _give(known, members, answers) if known else []
+    if output is not None and copies:
+        append_jsonl(output, copies)
+    members_of = {members[0].key: members for members in alike}
+    distinct = [members[0] for members in alike]
+    encoded = [row.encoded for row in distinct]
+    longest = max(len(row.ids) for row in encoded) + loop.decoding.max_new_tokens
     rows_in_memory, bytes_per_row = rows_that_fit(
         loop.model,
         longest,
@@ -253,7 +262,7 @@ def _answer_missing(
         is_sampled=loop.decoding.temperature > 0,
     )
     batch_size = loop.decoding.batch_size or rows_in_memory
-    batches = _batches(loop.model, rows, batch_size)
+    batches = _batches(loop.model, distinct, batch_size)
     waiting = [batch for batch in batches if any(row.key not in answers for row in batch)]
     if not waiting:
         return
@@ -264,28 +273,53 @@ def _answer_missing(
         f"{len(waiting)} batches; keys, values and logits take up to {mebibytes} MiB.",
         show=progress,
     )
-    n_done = len(rows) - n_waiting
+    n_done = len(distinct) - n_waiting
     with (
-        progress_bar(len(rows), "answers", "answer", show=progress, done=n_done) as bar,
+        progress_bar(len(distinct), "answers", "answer", show=progress, done=n_done) as bar,
         torch.no_grad(),
     ):
         loop.share_prefix(encoded, batch_size)
         for batch in waiting:
             lines = []
             for row, decoded in zip(batch, loop.run(batch), strict=True):
-                if row.key in answers:
-                    continue
-                answers[row.key] = _answer(decoded, loop.endings)
-                line = {
-                    "key": row.key,
-                    "prompt_id": row.encoded.prompt.id,
-                    "condition": row.condition,
-                    "sample": row.sample,
-                }
-                lines.append(line | answers[row.key])
+                if row.key not in answers:
+                    record = _answer(decoded, loop.endings)
+                    lines += _give(record, members_of[row.key], answers)
             if output is not None:
                 append_jsonl(output, lines)
             bar.update(len(batch))
+
+
+def _rows_alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Put together the rows that ask for one and the same answer.
+
+    They are the same sample of one prompt under lists of interventions that do the same, such as
+    none behind a closed gate. In 16 bit a row of another batch may be written otherwise, so one
+    answer is written for all of them.
+    """
+    alike: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        asked = row.encoded.prompt.id, row.encoded.ids, row.group, row.sample
+        alike.setdefault(asked, []).append(row)
+    return list(alike.values())
+
+
+def _give(
+    record: dict[str, Any], members: Sequence[Row], answers: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Give a record to the rows that have none; return the lines that keep it for them."""
+    lines = []
+    for row in members:
+        if row.key not in answers:
+            answers[row.key] = record
+            of_row = {
+                "key": row.key,
+                "prompt_id": row.encoded.prompt.id,
+                "condition": row.condition,
+                "sample": row.sample,
+            }
+            lines.append(of_row | {k: v for k, v in record.items() if k not in of_row})
+    return lines
 
 
 def _answer(decoded: Decoded, endings: Endings) -> dict[str, Any]:

@@ -270,7 +270,12 @@ def ratio_of_means(
     if low <= 0 <= high:
         low, high = -math.inf, math.inf
     else:
-        low, high = bootstrap_interval(samples[:, 0] / samples[:, 1], n)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = samples[:, 0] / samples[:, 1]
+        ends = {"posinf": np.inf, "neginf": -np.inf}
+        # 0 / 0 in a resample may be any ratio: it counts as below one end and above the other.
+        low, _ = bootstrap_interval(np.nan_to_num(ratios, nan=-np.inf, **ends), n)
+        _, high = bootstrap_interval(np.nan_to_num(ratios, nan=np.inf, **ends), n)
     denominator = _mean(pairs[:, 1])
     return Estimate(
         _mean(pairs[:, 0]) / denominator if denominator else math.nan, low, high, n, n_unscored
