@@ -28,6 +28,7 @@ SHOWN = (
     "relevance",
     "degenerate",
 )
+TUNED = ("safe_helpful_proxy", "unsafe", "blanket_refusal", "degenerate", "log_perplexity")
 BESIDE = ("refusal", "degenerate", "relevance", "rouge_l_reference", "bleu_reference", "rouge_l")
 AGAINST = ("unsteered", "best prompting", "random", "shuffled labels")
 READ = ("unsteered", "ours", "best prompting", "paper", "random", "AltSteer's contrast")
@@ -52,6 +53,7 @@ def collect(folders: Sequence[str]) -> None:
                 show_everyday(table, folder)
             else:
                 show_set(name, table)
+                show_turns(pd.read_csv(folder / f"scores_{name}.csv"))
         for name in ("capability", "gates_tried"):
             if (folder / f"{name}.csv").exists():
                 print(f"\n## {name}\n{pd.read_csv(folder / f'{name}.csv').round(3).to_string()}")
@@ -64,6 +66,13 @@ def show_choices(folder: Path) -> None:
         sign = "+" if setting["sign"] > 0 else "-"
         print(f"{name}: {sign}{how:g} at {', '.join(setting['sites'])}")
     print(f"prompting: {read_json(folder / 'prompting.json')}")
+    table = pd.read_csv(folder / "tuning.csv")
+    last = table[(table["round"] == table["round"].max()) & table["metric"].isin(TUNED)]
+    keys = ["construction", "rho", "multiplier", "until", "excess", "chosen"]
+    wide = last.fillna({"multiplier": 0, "until": 0}).pivot_table(
+        index=keys, columns="metric", values="value"
+    )
+    print(f"\nlast round of the tune fold\n{wide[list(TUNED)].round(2).to_string()}")
 
 
 def show_set(name: str, table: pd.DataFrame) -> None:
@@ -83,6 +92,18 @@ def show_set(name: str, table: pd.DataFrame) -> None:
     by_category = scores[~scores["category"].isin(["all"])]
     wide = by_category.pivot_table(index="condition", columns="category", values="value")
     print(f"\nheadline by category\n{wide.round(2).to_string()}")
+
+
+def show_turns(scores: pd.DataFrame) -> None:
+    """Print what each kind of unsteered answer becomes under our steering."""
+    wide = scores[scores["condition"].isin([UNSTEERED, "ours"])].pivot_table(
+        index=["prompt_id", "condition"], columns="metric", values="value"
+    )
+    kinds = pd.Series("other", index=wide.index)
+    for name in ("unsafe", "safe", "blanket_refusal"):  # the last one that is true counts
+        kinds[wide[name] == 1] = name
+    turns = kinds.unstack()
+    print(f"\nwhat becomes of answers\n{pd.crosstab(turns[UNSTEERED], turns['ours'])}")
 
 
 def cell(by_metric: pd.DataFrame, metric: str) -> str:
