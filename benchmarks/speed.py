@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         if options.rounds:
             sizes = replace(sizes, rounds=options.rounds)
         found = of_model(name, place, sizes, options, parts, pythons, results["peers"])
-        results["models"][name] = found
-    first = next((n for n, one in results["models"].items() if "left out" not in one), None)
+        results["models"][label(name)] = found
+    first = next((name for name in options.models if folder_of(name) is not None), None)
     if first is not None and "growth" in parts:
         results["growth"] = speed_growth.growth(first, threads)
     if "gpu" in parts:
@@ -129,6 +129,11 @@ def about(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     }
 
 
+def label(name: str) -> str:
+    """Say what the page calls a model: a folder by its last part."""
+    return Path(name).name
+
+
 def folder_of(name: str) -> Path | None:
     """Find a model's checkpoint; None where it is not installed."""
     if name not in PACKAGED:
@@ -147,7 +152,7 @@ def subject_of(
     raw = raw.to(device).eval().requires_grad_(False)
     model = wb.load_model(name, device=device)
     clock = "cpu" if device == "cpu" else "wall"
-    return Subject(name, model, raw, folder, wb.prompts_from(options.prompts), sizes, clock)
+    return Subject(label(name), model, raw, folder, wb.prompts_from(options.prompts), sizes, clock)
 
 
 def of_model(
@@ -247,7 +252,7 @@ def on_gpu(options: argparse.Namespace) -> dict[str, Any]:
         folder = folder_of(name)
         if folder is not None:
             sizes = QUICK if options.quick else (FIRST, LARGER)[min(place, 1)]
-            found["models"][name] = on_device(name, folder, sizes, options, "cuda")
+            found["models"][label(name)] = on_device(name, folder, sizes, options, "cuda")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ PARTS = {
 
 def markdown(results: dict[str, Any]) -> str:
     """Write the whole page from what one run measured."""
-    lines = [*_about(results), *_targets(results), *_peers(results["peers"])]
+    lines = [*_about(results), *_targets(results), *_differing(results)]
+    lines += _peers(results["peers"])
     left_out = results["left out"]
     for name, found in results["models"].items():
         lines += [f"## {name}", ""]
@@ -93,8 +95,8 @@ def _about(results: dict[str, Any]) -> list[str]:
         'it is timed: "same work" says the outcome.',
         "",
         *(warning if about["quick"] else []),
-        f"{about['processor']} with {about['features']['words']}; {about['threads']} threads, "
-        f"float32, {' or '.join(rounds) or 'no'} rounds, prompts of {about['prompts']}; "
+        f"{about['processor']} with {about['features']['words']}; threads: {about['threads']}, "
+        f"float32, rounds: {' and '.join(rounds) or 'none'}, prompts of {about['prompts']}; "
         f"{about['day']}, {about['minutes']:.0f} minutes in all; {versions}.",
         "",
     ]
@@ -110,6 +112,22 @@ def _targets(results: dict[str, Any]) -> list[str]:
     return ["## Targets", "", *_table(["work", "target", "measured", ""], rows), ""]
 
 
+def _differing(results: dict[str, Any]) -> list[str]:
+    """Name the contenders whose work was not the same: their times mean nothing."""
+    said = [
+        f"- {name}: {one['title']}: {contender}: {check['words']}"
+        for name, found in results["models"].items()
+        for parts in (found, found.get("one core", {}))
+        for part in PARTS
+        for one in parts.get(part, {"works": []})["works"]
+        for contender, check in one["checks"].items()
+        if not check["same"]
+    ]
+    if not said:
+        return ["Every contender that was measured did the same work.", ""]
+    return ["**These did other work, so their times cannot be compared:**", "", *said, ""]
+
+
 def _peers(states: dict[str, str]) -> list[str]:
     rows = []
     for name in sorted({*KNOWN, *states}):
@@ -120,7 +138,9 @@ def _peers(states: dict[str, str]) -> list[str]:
 
 def _packed(found: dict[str, Any]) -> str:
     packed = found["packed"]
-    gain = f"measured gain of the product {packed['gain']:.2f}: {packed['reason']}"
+    gain = packed["reason"]
+    if not math.isnan(packed["gain"]):
+        gain = f"measured gain of the product {packed['gain']:.2f}: {gain}"
     return (
         f"{found['model']}. Packed linear layers: {'yes' if packed['packed'] else 'no'} ({gain})."
     )
@@ -131,7 +151,8 @@ def _part(part: str, found: dict[str, Any]) -> list[str]:
     if "shared" in found:
         lines += [f"{found['shared']}.", ""]
     for one in found["works"]:
-        lines += [f"{one['title']}:", "", *_work(one), ""]
+        title = one["title"]
+        lines += [f"{title[0].upper()}{title[1:]}:", "", *_work(one), ""]
         if part == "generation":
             lines += [*_costs(one), ""]
     return lines
@@ -139,7 +160,8 @@ def _part(part: str, found: dict[str, Any]) -> list[str]:
 
 def _work(one: dict[str, Any]) -> list[str]:
     clock = "CPU s" if one["clock"] == "cpu" else "wall s"
-    names = ["", clock, "wall s", "tokens a second", f"times {one['baseline']}", "same work"]
+    per = "tokens a CPU second" if one["clock"] == "cpu" else "tokens a second"
+    names = ["", clock, "wall s", per, f"times {one['baseline']}", "same work"]
     rows = []
     for name in one["times"]:
         seconds = seconds_of(one, name)

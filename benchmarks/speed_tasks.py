@@ -119,7 +119,8 @@ class Subject:
     def measured(self, title: str, contenders: dict[str, Contender], **settings: Any) -> Any:
         """Measure a work on this model."""
         given = {"compare": same_values, "rounds": self.sizes.rounds, "clock": self.clock}
-        return work(f"{self.name}: {title}", contenders, **{**given, **settings})
+        found = work(f"{self.name}: {title}", contenders, **{**given, **settings})
+        return found | {"title": title}
 
 
 def words(n: int, start: int) -> str:
@@ -266,7 +267,7 @@ def computed_tokens(encoded: Sequence[Any]) -> int:
 
 def vectors(subject: Subject, n: int) -> list[wb.SteeringVector]:
     """Make random vectors with the norm of one that was fitted."""
-    twins = [p for p in wb.load_prompts() if p.pair]
+    twins = [p for p in wb.load_prompts() if p.pair_id]
     unsafe = [p for p in twins if p.label == "unsafe"][:4]
     safe = [p for p in twins if p.label == "safe"][:4]
     like = wb.steering_vector(subject.model, unsafe, safe, layer=subject.layer)
@@ -381,7 +382,7 @@ def attribution(subject: Subject) -> dict[str, Any]:
     model, n = subject.model, subject.sizes.n_attributed
     site = wb.Site(subject.layer, "resid_post")
     direction = vectors(subject, 1)[0].vector
-    twins = [p for p in wb.load_prompts() if p.pair]
+    twins = [p for p in wb.load_prompts() if p.pair_id]
     unsafe, safe = ([p for p in twins if p.label == label][:n] for label in ("unsafe", "safe"))
     sides: list[Rows] = [
         [(list(row.ids), list(row.content)) for row in encode(model, side)]
