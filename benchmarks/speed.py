@@ -1,8 +1,9 @@
 """Measure how fast the workbench is beside its peers on the same work, all in one run.
 
     make bench                                         # everything, with the peers: 25 minutes
+    make bench BENCH=--demo                            # and 'make demo': 4 minutes more
     python benchmarks/speed.py --quick                 # whether it works: two minutes, no growth
-    python benchmarks/speed.py --peer nnsight=ENV/bin/python --without demo growth
+    python benchmarks/speed.py --peer nnsight=ENV/bin/python --without growth
     python benchmarks/speed.py --prompts safebench:FILE --threads 1
 
 It writes benchmarks/RESULTS.md, results.json and, for the growth curve, results.png, each of them
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -44,13 +46,9 @@ MODELS = ("embedded", "qwen2.5-coder-0.5b")
 
 PARTS = (
     "extraction", "long", "generation", "sweep", "attribution", "scoring", "machine", "one-core",
-    "memory", "growth", "gpu", "demo",
+    "memory", "growth", "gpu",
 )  # fmt: skip
 """What can be left out, in the order of the run."""
-
-
-SLOW = ("growth", "demo")
-"""What a quick run leaves out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -63,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     started = time.monotonic()
     results: dict[str, Any] = {"about": about(options, threads), "peers": {}, "models": {}}
     results["left out"] = dict.fromkeys(options.without, "asked for")
-    results["left out"] |= {part: "a quick run" for part in SLOW if options.quick}
+    if options.quick:
+        results["left out"]["growth"] = "a quick run"
     for place, name in enumerate(options.models):
         sizes = QUICK if options.quick else (FIRST, LARGER)[min(place, 1)]
         if options.rounds:
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         results["growth"] = speed_growth.growth(first, threads)
     if "gpu" in parts:
         results["gpu"] = on_gpu(options) if torch.cuda.is_available() else None
-    if "demo" in parts:
+    if options.demo:
         results["demo"] = demo()
     results["about"]["minutes"] = (time.monotonic() - started) / 60
     return written(results, Path(options.out))
@@ -92,13 +91,16 @@ def written(results: dict[str, Any], out: Path) -> Path:
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; a quick run leaves the slow parts out."""
+    """Read the command line; a quick run leaves the growth out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names or folders")
     parser.add_argument("--prompts", help="a data set (default: the project's own prompts)")
     parser.add_argument("--rounds", type=int, help="default: 5, or 1 in a quick run")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
+    parser.add_argument(
+        "--demo", action="store_true", help="also run 'make demo' from nothing, 4 minutes more"
+    )
     parser.add_argument(
         "--peers", action="store_true", help="take the environments that 'make bench-peers' makes"
     )
@@ -112,7 +114,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder of RESULTS.md")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.without = [*options.without, *(part for part in SLOW)]
+        options.without.append("growth")
     return options
 
 
@@ -174,7 +176,11 @@ def of_model(
     found: dict[str, Any] = {
         "model": wb.model_info(subject.model).name,
         "rounds": sizes.rounds,
-        "packed": {"packed": packing.packed, "gain": packing.gain, "reason": packing.reason},
+        "packed": {
+            "packed": packing.packed,
+            "gain": None if math.isnan(packing.gain) else packing.gain,
+            "reason": packing.reason,
+        },
     }
     with torch.no_grad():
         workers = start(pythons, folder, torch.get_num_threads(), states)
@@ -206,8 +212,8 @@ def readings(
     short = subject.spread(subject.sizes.n_short)
     long = tasks.long_prompts(subject.model, subject.sizes.n_long, subject.sizes.long_tokens)
     return {
-        "extraction": lambda: tasks.extraction(subject, short, workers, f"{len(short)} prompts"),
-        "long": lambda: tasks.extraction(subject, long, workers, f"{len(long)} long texts"),
+        "extraction": lambda: tasks.extraction(subject, short, f"{len(short)} prompts", workers),
+        "long": lambda: tasks.extraction(subject, long, f"{len(long)} long texts"),
     }
 
 
@@ -231,17 +237,16 @@ def one_core(subject: Subject) -> dict[str, Any]:
     short = subject.spread(subject.sizes.n_short // 2)
     with tasks.on_threads(subject.model, 1):
         return {
-            "extraction": tasks.extraction(subject, short, (), f"one core, {len(short)} prompts"),
+            "extraction": tasks.extraction(subject, short, f"one core, {len(short)} prompts"),
             "generation": tasks.generation(subject, n_new=subject.sizes.core_new, whole=False),
         }
 
 
 def note_failures(found: dict[str, Any], states: dict[str, str]) -> None:
     """Write into ``states`` why a peer did not finish a work."""
-    for part in ("extraction", "long"):
-        for one in found.get(part, {"works": []})["works"]:
-            for name, reason in one["failed"].items():
-                states[name.split(" ")[0]] = f"FAILED in {one['title']}: {reason}"
+    for one in found.get("extraction", {"works": []})["works"]:
+        for name, reason in one["failed"].items():
+            states[name.split(" ")[0]] = f"FAILED in {one['title']}: {reason}"
 
 
 def on_gpu(options: argparse.Namespace) -> dict[str, Any]:
@@ -264,7 +269,7 @@ def on_device(
     short = subject.spread(sizes.n_short)
     with torch.no_grad():
         return {
-            "extraction": tasks.extraction(subject, short, (), f"{device}, {len(short)} prompts"),
+            "extraction": tasks.extraction(subject, short, f"{device}, {len(short)} prompts", ()),
             "generation": tasks.generation(subject, n_new=sizes.n_new),
             "sweep": tasks.sweep(subject),
         }

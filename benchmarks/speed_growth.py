@@ -28,7 +28,7 @@ BY_PROMPTS = ((50, 0), (200, 0), (1000, 0), (5000, 0))
 """Numbers of the project's own prompts."""
 
 
-BY_LENGTH = ((16, 32), (16, 128), (16, 512), (16, 1024))
+BY_LENGTH = ((8, 32), (8, 128), (8, 512), (8, 1024))
 """Prompts, and their tokens with the template."""
 
 

@@ -140,6 +140,8 @@ def measured(
         Seconds by contender, clock and round; and why some did not finish.
     """
     spent: dict[str, list[Spent]] = {name: [] for name in running}
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through before every run
     failed: dict[str, str] = {}
     names = list(running)
     for turn in range(rounds):
@@ -153,6 +155,7 @@ def measured(
             except PeerFailed as reason:
                 failed[name] = str(reason)
                 say(f"{name} FAILED: {reason}")
+    gc.unfreeze()
     times = {
         name: {"cpu": [one.cpu for one in rows], "wall": [one.wall for one in rows]}
         for name, rows in spent.items()

@@ -52,7 +52,7 @@ class Sizes:
         loops_a_round: Conditions of the loop that are measured a round, others in the next round;
             their time counts for all.
         n_attributed: Prompts of each side of an attribution.
-        n_scored: Conditions whose answers are scored.
+        scored: Conditions whose answers are scored, and prompts of each.
         decoded: Tokens of the shorter and the longer answers that decoding alone is told from, and
             None where it is not measured.
         core_new: Tokens of an answer on one core.
@@ -60,19 +60,19 @@ class Sizes:
     """
 
     rounds: int = 5
-    n_short: int = 48
+    n_short: int = 32
     n_long: int = 8
     long_tokens: int = 200
     n_rows: int = 16
     n_new: int = 48
     sweep_rows: int = 16
-    sweep_new: int = 24
+    sweep_new: int = 16
     n_conditions: int = 12
     loops_a_round: int = 3
     n_attributed: int = 24
-    n_scored: int = 3
-    decoded: tuple[int, int] | None = (6, 18)
-    core_new: int = 16
+    scored: tuple[int, int] = (3, 16)
+    decoded: tuple[int, int] | None = (4, 12)
+    core_new: int = 12
     wide: int = 96
 
 
@@ -81,16 +81,32 @@ FIRST = Sizes()
 
 
 LARGER = Sizes(
-    n_short=24, n_long=4, n_new=16, sweep_rows=8, sweep_new=12, n_attributed=8, n_scored=2,
+    n_short=12,
+    n_long=4,
+    n_new=12,
+    sweep_rows=8,
+    sweep_new=8,
+    n_attributed=4,
+    scored=(2, 8),
     decoded=None,
-)  # fmt: skip
+)
 """Sizes for the models after it."""
 
 
 QUICK = Sizes(
-    rounds=1, n_short=6, n_long=2, n_rows=4, n_new=6, sweep_rows=2, sweep_new=4, n_attributed=4,
-    n_scored=2, decoded=(2, 4), core_new=4, wide=8,
-)  # fmt: skip
+    rounds=1,
+    n_short=6,
+    n_long=2,
+    n_rows=4,
+    n_new=6,
+    sweep_rows=2,
+    sweep_new=4,
+    n_attributed=4,
+    scored=(2, 2),
+    decoded=(2, 4),
+    core_new=4,
+    wide=8,
+)
 """Sizes that show that the script works; the times mean little."""
 
 
@@ -152,9 +168,20 @@ def values_of(activations: Any) -> Values:
 
 
 def extraction(
-    subject: Subject, prompts: Sequence[wb.Prompt], workers: Sequence[Worker], title: str
+    subject: Subject,
+    prompts: Sequence[wb.Prompt],
+    title: str,
+    workers: Sequence[Worker] | None = None,
 ) -> dict[str, Any]:
-    """Measure reading activations at every layer, beside raw hooks and the peers."""
+    """Measure reading activations at every layer, beside raw hooks.
+
+    Args:
+        subject: What is measured.
+        prompts: What is read.
+        title: What the prompts are.
+        workers: Peers that take part, and with them TransformerLens and the slower routes; None
+            where only raw hooks and workbench are asked for.
+    """
     encoded = encode(subject.model, prompts)
     content: Rows = [(list(row.ids), list(row.content)) for row in encoded]
     last: Rows = [(list(row.ids), [len(row.ids) - 1, len(row.ids)]) for row in encoded]
@@ -170,10 +197,12 @@ def extraction(
     }  # fmt: skip
     works = []
     for what, (sites, span, rows, said) in asked.items():
-        peers = [worker for worker in workers if WORK_OF[worker.name] == what]
+        peers = [worker for worker in workers or () if WORK_OF[worker.name] == what]
         if what != "all kinds" and not peers:
             continue
         contenders = _readers(subject, prompts, rows, sites, span)
+        if what == "all kinds" and workers is not None:
+            contenders |= _slower(subject, prompts, rows, sites)
         for peer in peers:
             contenders[f"{peer.name} {peer.version}"] = _peer(peer, rows)
         n_tokens = sum(len(row.ids) for row in encoded)
@@ -184,41 +213,42 @@ def extraction(
 def _readers(
     subject: Subject, prompts: Sequence[wb.Prompt], rows: Rows, sites: Sequence[wb.Site], span: str
 ) -> dict[str, Contender]:
-    """Name the ways to read the same activations in this process."""
-    model, kinds = subject.model, {site.kind for site in sites}
-    layers = sorted({site.layer for site in sites})
+    """Name raw hooks and workbench, which read the same activations."""
+    kinds, layers = {site.kind for site in sites}, sorted({site.layer for site in sites})
+    return {
+        RAW: Contender(lambda: speed_plain.extraction(subject.raw, rows, kinds, layers)),
+        OURS: Contender(
+            lambda: values_of(wb.cache_activations(subject.model, prompts, sites, span=span))
+        ),
+    }
 
-    def ours() -> Values:
-        return values_of(wb.cache_activations(model, prompts, sites, span=span))
+
+def _slower(
+    subject: Subject, prompts: Sequence[wb.Prompt], rows: Rows, sites: Sequence[wb.Site]
+) -> dict[str, Contender]:
+    """Name the slower ways to read the same in this process."""
+    model = subject.model
 
     def without_prefix() -> Values:
         with without_shared_prefix():
-            return ours()
+            return values_of(wb.cache_activations(model, prompts, sites))
 
-    def slowly() -> Values:
+    def plainly() -> Values:
         with plain(model):
-            return ours()
+            return values_of(wb.cache_activations(model, prompts, sites))
 
-    contenders = {
-        RAW: Contender(lambda: speed_plain.extraction(subject.raw, rows, kinds, layers)),
-        OURS: Contender(ours),
+    return {
+        "workbench, no shared prefix": Contender(without_prefix),
+        "workbench, plain routes": Contender(plainly),
+        "TransformerLens run_with_cache": Contender(lambda: _transformer_lens(model, sites, rows)),
     }
-    if len(kinds) > 1:
-        contenders |= {
-            "workbench, no shared prefix": Contender(without_prefix),
-            "workbench, plain routes": Contender(slowly),
-            "TransformerLens run_with_cache": Contender(
-                lambda: _transformer_lens(model, sites, rows)
-            ),
-        }
-    return contenders
 
 
 def _transformer_lens(model: Any, sites: Sequence[wb.Site], rows: Rows) -> Values:
     """Read with TransformerLens's own cache, all of its components in use."""
     means, names = speed_plain.Means(), {site.hook_name for site in sites}
     with torch.no_grad(), plain(model):
-        for batch in speed_plain.batches_of(rows, 32, subject_device(model)):
+        for batch in speed_plain.batches_of(rows, 32, device_of(model)):
             means.batch = batch
             _, cache = model.run_with_cache(
                 batch.tokens, attention_mask=batch.mask, names_filter=lambda name: name in names
@@ -228,7 +258,7 @@ def _transformer_lens(model: Any, sites: Sequence[wb.Site], rows: Rows) -> Value
     return means.values()
 
 
-def subject_device(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
     """Say where a model's weights are."""
     return next(model.parameters()).device
 
@@ -417,10 +447,11 @@ def scoring(subject: Subject) -> dict[str, Any]:
     model, sizes = subject.model, subject.sizes
     site = wb.Site(subject.layer, "resid_post")
     conditions: dict[str, Any] = {"unsteered": ()}
-    for k, vector in enumerate(vectors(subject, sizes.n_scored - 1)):
+    n_conditions, n_prompts = sizes.scored
+    for k, vector in enumerate(vectors(subject, n_conditions - 1)):
         conditions[f"c{k}"] = [wb.add_vector(vector, rho=RHO)]
     decoding = wb.Decoding(max_new_tokens=sizes.n_new)
-    answers = wb.sweep(model, subject.spread(sizes.n_rows), conditions, decoding)
+    answers = wb.sweep(model, subject.spread(n_prompts), conditions, decoding)
     answers = [one for one in answers if one.tokens]
     rows = with_answers(model, answers, {})
     given: Rows = [(list(row.ids), list(row.response)) for row in rows]

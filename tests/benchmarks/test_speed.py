@@ -152,3 +152,17 @@ def test_a_contender_that_breaks_off_leaves_the_others_measured(speed: Any) -> N
     assert list(found["times"]) == ["raw"]
     assert len(found["times"]["raw"]["cpu"]) == 3
     assert found["failed"] == {"peer": "it ended: out of memory"}
+
+
+def test_a_gpu_is_waited_for_before_and_after_the_clock(
+    speed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import speed_measure as measure
+    import torch
+
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    spent = measure.timed(lambda: order.append("run"))
+    assert order == ["wait", "run", "wait"]
+    assert min(spent) >= 0
