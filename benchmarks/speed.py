@@ -54,10 +54,13 @@ PARTS = (
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Measure what the command line asks for; return the page."""
     options = parsed(arguments)
-    threads = options.threads or len(os.sched_getaffinity(0))
+    threads = options.threads or cores()
     torch.set_num_threads(threads)
     parts = [part for part in PARTS if part not in options.without]
-    pythons = environments(options.peer, all_known=options.peers)
+    try:
+        pythons = environments(options.peer, all_known=options.peers)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     started = time.monotonic()
     results: dict[str, Any] = {"about": about(options, threads), "peers": {}, "models": {}}
     results["left out"] = dict.fromkeys(options.without, "asked for")
@@ -116,6 +119,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         options.without.append("growth")
     return options
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def about(options: argparse.Namespace, threads: int) -> dict[str, Any]:

@@ -102,9 +102,12 @@ def memory(name: str) -> dict[str, Any]:
     """Say how much memory loading takes at most, and each work over the loaded model.
 
     Returns:
-        MiB: of the weights; at most while loading, over what Python and its libraries take; at
-        most in each work, over the loaded model.
+        MiB, mapped files among it: of the weights; at most while loading, over what Python and its
+        libraries take; at most in each work, over the loaded model.
     """
+    import transformer_lens.model_bridge  # noqa: F401 - not to be counted as memory of a model
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     import workbench as wb
     from workbench.models.load import load_model
 

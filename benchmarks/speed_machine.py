@@ -126,15 +126,16 @@ def _products(weights: list[torch.Tensor], rows: int) -> dict[str, Callable[[], 
     return {"plain": plain_product, "packed": packed_product, "bf16": half_product}
 
 
-def rate(found: dict[str, Any], rows: int, kind: str, clock: str) -> float:
-    """Give the operations a second of a kind of product, of one clock."""
-    return found["flop"][str(rows)] * rows / median(found["times"][str(rows)][kind][clock])
+def rates(found: dict[str, Any], rows: int, kind: str, clock: str) -> list[float]:
+    """Give the operations a second of a kind of product: of the median, then of each round."""
+    seconds = found["times"][str(rows)][kind][clock]
+    return [found["flop"][str(rows)] * rows / one for one in (median(seconds), *seconds)]
 
 
 def best_exact(found: dict[str, Any], rows: int, clock: str) -> float:
     """Give the operations a second of the quickest product that is exact."""
     kinds = [kind for kind in EXACT if kind in found["times"][str(rows)]]
-    return max(rate(found, rows, kind, clock) for kind in kinds)
+    return max(rates(found, rows, kind, clock)[0] for kind in kinds)
 
 
 def bandwidth(rounds: int, n: int = 64_000_000) -> dict[str, list[float]]:

@@ -199,9 +199,10 @@ def _machine(found: dict[str, Any]) -> list[str]:
     for n, kinds in products["times"].items():
         for kind in kinds:
             wall, cpu = (
-                speed_machine.rate(products, int(n), kind, clock) / 1e9 for clock in ("wall", "cpu")
+                _spread(speed_machine.rates(products, int(n), kind, clock), _gflops)
+                for clock in ("wall", "cpu")
             )
-            rows.append([f"product, {n} rows, {kind}", f"{wall:.0f} GFLOP/s", f"{cpu:.0f} GFLOP/s"])
+            rows.append([f"product, {n} rows, {kind}", wall, cpu])
     read = machine["bandwidth"]
     rows.append(
         [
@@ -223,6 +224,10 @@ def _machine(found: dict[str, Any]) -> list[str]:
         if values
     ]
     return [*lines, *_table(["share reached", "", "of"], rows), ""] if rows else lines
+
+
+def _gflops(value: float) -> str:
+    return f"{value / 1e9:.0f} GFLOP/s"
 
 
 def _memory(found: dict[str, Any]) -> list[str]:

@@ -166,3 +166,19 @@ def test_a_gpu_is_waited_for_before_and_after_the_clock(
     spent = measure.timed(lambda: order.append("run"))
     assert order == ["wait", "run", "wait"]
     assert min(spent) >= 0
+
+
+def test_peers_are_found_where_make_bench_peers_puts_them(speed: Any) -> None:
+    from speed_workers import environments
+
+    makefile = (BENCHMARKS.parent / "Makefile").read_text(encoding="utf-8")
+    [made] = [line for line in makefile.splitlines() if line.startswith("PEERS :=")]
+    known = environments(["nnsight=/other/python"], all_known=True)
+    assert set(known) == set(made.split()[2:])
+    assert known["nnsight"] == "/other/python"
+    for name in known:
+        assert (BENCHMARKS / "peers" / f"{name}.txt").is_file()
+    assert ".venv-bench-%/.ready:" in makefile
+    assert known["repeng"] == str(BENCHMARKS.parent / ".venv-bench-repeng/bin/python")
+    with pytest.raises(ValueError, match="NAME=PYTHON, got 'nnsight'"):
+        environments(["nnsight"], all_known=False)
