@@ -44,8 +44,10 @@ def config_of(folder: str) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    if importlib.metadata.version("transformers") < "5":
-        config.rope_theta = config.rope_parameters["rope_theta"]
+    major = int(importlib.metadata.version("transformers").partition(".")[0])
+    rope = getattr(config, "rope_parameters", None)
+    if major < 5 and rope:
+        config.rope_theta = rope["rope_theta"]
     return config
 
 
@@ -53,9 +55,9 @@ def model_of(folder: str) -> Any:
     """Load a checkpoint with the environment's own transformers."""
     from transformers import AutoModelForCausalLM
 
-    major = int(importlib.metadata.version("transformers").partition(".")[0])
-    dtype = {"dtype" if major >= 5 else "torch_dtype": torch.float32}
-    loaded = AutoModelForCausalLM.from_pretrained(folder, config=config_of(folder), **dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, config=config_of(folder), dtype=torch.float32
+    )
     return loaded.eval().requires_grad_(False)
 
 
