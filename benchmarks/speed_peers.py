@@ -1,176 +1,175 @@
-"""Run what the workbench is measured against: raw Hugging Face code and other libraries.
+"""Run a peer in an environment of its own: it is told what to do line by line.
 
-    python benchmarks/speed_peers.py nnsight    # started by speed.py
+    PEER_ENVIRONMENT/bin/python benchmarks/speed_peers.py nnsight    # started by speed.py
 
-The other libraries run as this script, each in an environment of its own; lines on standard input
-say when to run. Nothing of workbench is imported here, because those environments do not have it.
+Each peer reads activations in its own way, of the kinds and positions that it can read in one pass
+(``WORK_OF``). Nothing of workbench is imported here, because those environments do not have it.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+import speed_plain
 import torch
+from safetensors.torch import save_file
+from speed_plain import Means, Rows, Values, batches_of
 
-Rows = list[tuple[list[int], list[int]]]
-"""Token ids of a prompt, and where the user's words begin and end."""
-
-
-def batches_of(rows: Rows, size: int) -> Any:
-    """Cut rows, longest first, into padded batches of tokens, mask, spans and places."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    for start in range(0, len(order), size):
-        places = order[start : start + size]
-        width = max(len(rows[i][0]) for i in places)
-        tokens = torch.zeros(len(places), width, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, i in enumerate(places):
-            ids = torch.tensor(rows[i][0])
-            tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
-        yield tokens, mask, [rows[i][1] for i in places], places
+Prepare = Callable[[Rows], Callable[[], Values]]
+"""Takes the rows of a work and gives what does it."""
 
 
-def raw_extraction(model: Any, rows: Rows, size: int = 32) -> dict[Any, torch.Tensor]:
-    """Average each layer's activations over the user's words, with hooks and without the head.
-
-    Read are what attention writes, the residual stream and the neurons, in batches.
-    """
-    means: dict[Any, torch.Tensor] = {}
-    now: dict[str, Any] = {}
-
-    def keep(kind: str, layer: int, value: torch.Tensor) -> None:
-        for row, (place, (a, b)) in enumerate(zip(now["places"], now["spans"], strict=True)):
-            means[kind, layer, place] = value[row, a:b].mean(dim=0)
-
-    def first(out: Any) -> Any:
-        return out[0] if isinstance(out, tuple) else out
-
-    handles = []
-    for layer, block in enumerate(model.model.layers):
-        handles += [
-            block.self_attn.register_forward_hook(
-                lambda _m, _a, out, n=layer: keep("attn_out", n, first(out))
-            ),
-            block.register_forward_hook(
-                lambda _m, _a, out, n=layer: keep("resid_post", n, first(out))
-            ),
-            block.mlp.down_proj.register_forward_pre_hook(
-                lambda _m, args, n=layer: keep("mlp_post", n, args[0])
-            ),
-        ]
-    with torch.no_grad():
-        for tokens, mask, spans, places in batches_of(rows, size):
-            now.update(spans=spans, places=places)
-            model.model(input_ids=tokens, attention_mask=mask, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return means
+WORK_OF = {
+    "nnsight": "all kinds",
+    "steering-vectors": "residual stream",
+    "repeng": "last token",
+    "hugging-face": "all kinds",
+}
+"""What each peer can read in one pass: all three kinds of activation averaged over the user's
+words, the residual stream alone averaged over them, or the residual stream at the last token (of
+all layers but the last)."""
 
 
-def raw_generation(model: Any, ids: list[list[int]], n_new: int, tokenizer: Any) -> list[list[int]]:
-    """Answer greedily in one left-padded batch with Hugging Face's generate.
+PACKAGE_OF = {"hugging-face": "transformers"}
+"""Packages whose names are not those of the peers."""
 
-    Each answer's tokens go up to its end.
-    """
-    width = max(map(len, ids))
-    pad = tokenizer.pad_token_id
-    tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-    out = model.generate(
-        input_ids=tokens,
-        attention_mask=mask,
-        max_new_tokens=n_new,
-        do_sample=False,
-        pad_token_id=pad,
+
+def config_of(folder: str) -> Any:
+    """Read a configuration; transformers before 5 looks for the rope's base at another place."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    major = int(importlib.metadata.version("transformers").partition(".")[0])
+    rope = getattr(config, "rope_parameters", None)
+    if major < 5 and rope:
+        config.rope_theta = rope["rope_theta"]
+    return config
+
+
+def model_of(folder: str) -> Any:
+    """Load a checkpoint with the environment's own transformers."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, config=config_of(folder), dtype=torch.float32
     )
-    stops = model.generation_config.eos_token_id
-    stops = set(stops if isinstance(stops, list) else [stops])
-    answers = []
-    for row in out[:, width:].tolist():
-        end = next((i for i, token in enumerate(row) if token in stops), len(row))
-        answers.append(row[:end])
-    return answers
+    return loaded.eval().requires_grad_(False)
 
 
-def nnsight(folder: str, rows: Rows) -> Any:
+def hugging_face(folder: str) -> Prepare:
+    """Read with raw hooks, in another environment: what another transformers changes shows."""
+    model = model_of(folder)
+    return lambda rows: lambda: speed_plain.extraction(model, rows)
+
+
+def nnsight(folder: str) -> Prepare:
+    """Read with nnsight's tracing."""
     from nnsight import LanguageModel
 
     model = LanguageModel(folder, dtype=torch.float32, dispatch=True)
 
-    def run() -> None:
-        for tokens, mask, spans, _ in batches_of(rows, 32):
-            with torch.no_grad(), model.trace({"input_ids": tokens, "attention_mask": mask}):
+    def run(rows: Rows) -> Values:
+        means = Means()
+        for batch in batches_of(rows, 32):
+            means.batch = batch
+            given = {"input_ids": batch.tokens, "attention_mask": batch.mask}
+            with torch.no_grad(), model.trace(given):
                 saved = list().save()  # noqa: C408 - nnsight's own way of keeping values
                 for block in model.model.layers:
                     saved.append(block.self_attn.output[0])
                     saved.append(block.mlp.down_proj.input)
                     saved.append(block.output)
-            for value in saved:
-                activations = value[0] if isinstance(value, tuple) else value
-                for row, (a, b) in enumerate(spans):
-                    activations[row, a:b].mean(dim=0)
+            for place, value in enumerate(saved):
+                layer, kind = divmod(place, 3)
+                means.keep(("attn_out", "mlp_post", "resid_post")[kind], layer, value)
+        return means.values()
 
-    return run
+    return lambda rows: lambda: run(rows)
 
 
-def steering_vectors(folder: str, rows: Rows) -> Any:
+def steering_vectors(folder: str) -> Prepare:
+    """Read with record_activations, which takes one kind of place a pass: the residual stream."""
     from steering_vectors import record_activations
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    model = model_of(folder)
 
-    # It reads one kind of site per pass. Three passes would be unfair, so it reads the residual
-    # stream alone.
-    def run() -> None:
-        for tokens, mask, spans, _ in batches_of(rows, 32):
+    def run(rows: Rows) -> Values:
+        means = Means()
+        for batch in batches_of(rows, 32):
+            means.batch = batch
             with torch.no_grad(), record_activations(model, layer_type="decoder_block") as recorded:
-                model(input_ids=tokens, attention_mask=mask)
-            for values in recorded.values():
-                for row, (a, b) in enumerate(spans):
-                    values[0][row, a:b].mean(dim=0)
+                model(input_ids=batch.tokens, attention_mask=batch.mask)
+            for layer, values in recorded.items():
+                means.keep("resid_post", layer, values[0])
+        return means.values()
 
-    return run
+    return lambda rows: lambda: run(rows)
 
 
-def repeng(folder: str, rows: Rows) -> Any:
+def repeng(folder: str) -> Prepare:
+    """Read with repeng's own batching: the residual stream at the last token of texts."""
     from repeng.extract import batched_get_hiddens
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    # its transformers is older than the checkpoint's tokenizer class
+    model = model_of(folder)
+    # Its transformers may be older than the checkpoint's tokenizer class.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = [tokenizer.decode(ids) for ids, _ in rows]
-    layers = list(range(1, model.config.num_hidden_layers))
+    layers = list(range(model.config.num_hidden_layers - 1))  # the last one's is behind a norm
 
-    # with its own batching; it reads the residual stream at the last token alone
-    def run() -> None:
-        with torch.no_grad():
-            batched_get_hiddens(model, tokenizer, texts, layers, 32)
+    def prepare(rows: Rows) -> Callable[[], Values]:
+        texts = [tokenizer.decode(ids) for ids, _ in rows]
 
-    return run
+        def run() -> Values:
+            with torch.no_grad():
+                hidden = batched_get_hiddens(model, tokenizer, texts, layers, 32)
+            return {
+                ("resid_post", layer): torch.as_tensor(values) for layer, values in hidden.items()
+            }
+
+        return run
+
+    return prepare
 
 
-PEERS = {"nnsight": nnsight, "steering-vectors": steering_vectors, "repeng": repeng}
+PEERS: dict[str, Callable[[str], Prepare]] = {
+    "nnsight": nnsight,
+    "steering-vectors": steering_vectors,
+    "repeng": repeng,
+    "hugging-face": hugging_face,
+}
 
 
 def main() -> None:
-    import importlib.metadata
-
+    """Answer each line of standard input with a line that begins with "@"."""
     name = sys.argv[1]
     given = json.loads(sys.stdin.readline())
     torch.set_num_threads(given["threads"])
-    run = PEERS[name](given["model"], [(ids, span) for ids, span in given["rows"]])
-    print(f"@ ready {importlib.metadata.version(name)}", flush=True)
-    for line in sys.stdin:
-        if line.strip() == "stop":
-            break
-        start = time.process_time()
-        run()
-        print(f"@ {time.process_time() - start}", flush=True)
+    prepare = PEERS[name](given["folder"])
+    versions = [importlib.metadata.version(PACKAGE_OF.get(name, name))]
+    if name not in PACKAGE_OF:
+        versions.append(f"transformers {importlib.metadata.version('transformers')}")
+    print(f"@ ready {', '.join(versions)}", flush=True)
+    run: Callable[[], Values] = dict
+    while line := sys.stdin.readline():
+        command = json.loads(line)
+        if "rows" in command:
+            run = prepare([(ids, span) for ids, span in command["rows"]])
+            print("@ ok", flush=True)
+        elif "file" in command:
+            values = {f"{kind}.{n}": rows.contiguous() for (kind, n), rows in run().items()}
+            save_file(values, command["file"])
+            print("@ ok", flush=True)
+        else:
+            cpu, wall = time.process_time(), time.perf_counter()
+            run()
+            spent = time.process_time() - cpu, time.perf_counter() - wall
+            print(f"@ {spent[0]} {spent[1]}", flush=True)
 
 
 if __name__ == "__main__":
