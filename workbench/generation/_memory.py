@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from workbench.models.forward import SPARE_COLUMNS
-from workbench.models.hooked_model import input_device, vocabulary_width
+from workbench.models.hooked_model import (
+    hugging_face_model,
+    input_device,
+    vocabulary_width,
+)
 from workbench.models.trusted_paths import trusts
 
 if TYPE_CHECKING:
@@ -126,7 +130,10 @@ def bytes_per_row(
     kept += vocabulary_width(model) * (size + 40 * is_sampled)
     n_read = n_prompt - n_prefix
     passing = n_read * size * (6 * cfg.d_model + 3 * (cfg.d_mlp or 4 * cfg.d_model))
-    if not trusts(model, "fused"):  # all scores of a layer: with mask, in float32, and cast back
+    is_fused = hugging_face_model(model) is not None and trusts(model, "fused")
+    if (
+        not is_fused
+    ):  # all scores of a layer are there at once: with mask, in float32, and cast back
         passing += 12 * cfg.n_heads * n_read * n_prompt
     return RowBytes(kept, passing)
 
