@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_models import sentences
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workbench.generation import _decode_loop, _memory
@@ -107,6 +107,9 @@ def test_a_row_counts_its_cache_its_logits_and_what_passes_through_a_layer(tiny,
     assert scores == 12 * cfg.n_heads * 30 * 30
 
 
+@settings(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], max_examples=50
+)
 @given(
     kept=st.integers(1, 2**34),
     passing=st.integers(0, 2**36),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.gates import gate, half_open, through
 from helpers.tiny_models import sentences
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workbench.generation import _beginnings
@@ -157,6 +157,9 @@ def row_of(ids: tuple[int, ...]) -> Encoded:
     return Encoded(prompt, ids, (0, n), (n, n))
 
 
+@settings(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], max_examples=50
+)
 @given(
     beginnings=st.lists(
         st.tuples(st.lists(st.integers(0, 2), max_size=6), st.integers(1, 4)), max_size=6
