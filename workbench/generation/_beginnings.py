@@ -55,7 +55,8 @@ def _parts(
     parts, others = [], []
     for branch in branches.values() if len(branches) > 1 else ():
         longer = shared_prefix_length([encoded[row] for row in branch], keep) - shared
-        if longer * (len(branch) - n_copies) > worth:
+        # A part reads again what all rows share.
+        if longer * (len(branch) - n_copies) - shared * n_copies > worth:
             parts += _parts(branch, encoded, keep, n_copies, worth)
         else:
             others += branch
