@@ -13,16 +13,9 @@ from helpers.tiny_models import sentences
 from workbench.generation import _decode_loop as decoding
 from workbench.generation.answers import generate, sweep
 from workbench.generation.decoding import Decoding
-from workbench.models.forward import (
-    forward,
-    plain,
-    prefix_cache,
-    rows_of_cache,
-    shared_prefix_length,
-)
+from workbench.models.forward import forward, plain, prefix_cache, rows_of_cache
 from workbench.models.shared_layers import run_below
 from workbench.models.sites import Site
-from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt
 from workbench.steering.interventions import AddVector, Intervention
 
@@ -130,26 +123,6 @@ def test_nothing_is_shared_where_it_would_not_be_the_same(tiny, shared) -> None:
     assert 12 in calls
 
 
-def test_batches_have_as_many_rows_as_memory_allows(
-    tiny, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    few, each = decoding.rows_that_fit(tiny, 100)
-    assert few == decoding.MOST_ROWS
-    assert decoding.rows_that_fit(tiny, 1000)[1] > each
-    encoded = encode(tiny, questions(6))
-    longest = max(len(row.ids) for row in encoded) + 150
-    prefix = shared_prefix_length(encoded, lambda row: len(row.ids) - 1)
-    prefixes = prefix * decoding.bytes_per_token(tiny)
-    monkeypatch.setattr(decoding, "MEMORY", 3 * decoding.rows_that_fit(tiny, longest)[1] + prefixes)
-    assert decoding.rows_that_fit(tiny, longest)[0] == 3
-    assert decoding.rows_that_fit(tiny, 100 * longest)[0] == 1
-    sweep(tiny, questions(6), {"a": []}, decoding=Decoding(max_new_tokens=150), progress=True)
-    assert (
-        "6 answers of at most 150 tokens in 2 batches; keys, values and logits take up to 0 MiB."
-        in capsys.readouterr().err
-    )
-
-
 # Prefixes of groups
 
 
@@ -186,7 +159,7 @@ def test_conditions_that_do_the_same_share_one_group(tiny, monkeypatch) -> None:
         assert [c.tokens for c in found if c.condition == name] == [c.tokens for c in alone]
 
 
-def test_prefixes_count_in_the_memory_of_a_batch(tiny, monkeypatch) -> None:
+def test_prefixes_that_take_more_than_half_of_the_memory_are_not_kept(tiny, monkeypatch) -> None:
     prompts, loops = questions(3), []
     right = decoding.DecodeLoop.share_prefix
 
@@ -202,23 +175,10 @@ def test_prefixes_count_in_the_memory_of_a_batch(tiny, monkeypatch) -> None:
     assert len(loops[0].groups) == 5
     layers = loops[0].prefix.layers
     assert sum(x.keys.nbytes + x.values.nbytes for x in layers) == tokens * per_token > 0
-    _, each = decoding.rows_that_fit(tiny, 50)
-    monkeypatch.setattr(decoding, "MEMORY", 10 * each)
-    assert decoding.rows_that_fit(tiny, 50)[0] == 10
-    assert decoding.rows_that_fit(tiny, 50, n_prefixes=3 * each // per_token + 1)[0] == 6
-    monkeypatch.setattr(decoding, "MEMORY", 2 * tokens * per_token - 1)  # more than half of it
+    too_little = 2 * tokens * per_token - 1  # more than half of it
+    monkeypatch.setattr(decoding, "memory_budget", lambda model: too_little)
     answers = sweep(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=2, batch_size=8))
     assert (loops[1].n_prefix, loops[1].prefix) == (0, None)
     monkeypatch.undo()
     again = sweep(tiny, prompts, conditions, decoding=Decoding(max_new_tokens=2))
     assert [c.tokens for c in answers] == [c.tokens for c in again]
-
-
-def test_a_row_counts_the_logits_of_its_vocabulary(tiny, monkeypatch) -> None:
-    _, each = decoding.rows_that_fit(tiny, 50)
-    _, sampled = decoding.rows_that_fit(tiny, 50, is_sampled=True)
-    width = tiny.original_model.config.vocab_size
-    assert each - decoding.bytes_per_token(tiny) * (50 + decoding.SPARE_COLUMNS) == 4 * width
-    assert sampled - each == 40 * width
-    monkeypatch.setattr(decoding, "vocabulary_width", lambda model: 2**28)
-    assert decoding.rows_that_fit(tiny, 50)[0] == 1

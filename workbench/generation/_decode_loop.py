@@ -14,10 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from workbench.generation._beginnings import parts_by_beginning
+from workbench.generation._memory import (
+    RowBytes,
+    bytes_per_row,
+    bytes_per_token,
+    memory_budget,
+    rows_that_fit,
+)
 from workbench.models.batches import Batch, may_share_prefix, pad, span_mask
 from workbench.models.finite import not_finite
 from workbench.models.forward import (
-    SPARE_COLUMNS,
     fast,
     forward,
     has_key_value_cache,
@@ -27,7 +34,7 @@ from workbench.models.forward import (
     rows_of_cache,
     shared_prefix_length,
 )
-from workbench.models.hooked_model import input_device, vocabulary_width
+from workbench.models.hooked_model import input_device
 from workbench.models.shared_layers import Below, run_below
 from workbench.models.tokens import Encoded, pad_id, stop_ids
 from workbench.steering.apply import intervene
@@ -42,12 +49,6 @@ if TYPE_CHECKING:
     from workbench.generation.decoding import Decoding
     from workbench.models.hooked_model import HookedModel
     from workbench.steering.interventions import Intervention
-
-
-MEMORY = 2**30
-"""Bytes of keys, values and logits that a batch may take by default, prefixes included."""
-MOST_ROWS = 96
-"""Rows per batch by default, at most: the processor's products are no faster with more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +131,37 @@ class DecodeLoop:
         self.stops = torch.tensor(sorted(stop_ids(model)), device=self.device)
         # On a GPU a look at which rows have ended makes the host wait; on a CPU it costs nothing.
         self.look_every = 1 if self.device.type == "cpu" else 16
+        self.memory = memory_budget(model)
         self.n_prefix = 0
         self.prefix: Any = None
+
+    def parts(self, encoded: Sequence[Encoded]) -> list[list[int]]:
+        """Part rows that begin in different ways, as long as that saves more than it costs."""
+        if not self._may_share(encoded):
+            return [list(range(len(encoded)))]
+        return parts_by_beginning(
+            encoded, self._first_needed, len(self.groups), self.max_new_tokens
+        )
+
+    def _may_share(self, encoded: Sequence[Encoded]) -> bool:
+        longest = max(len(row.ids) for row in encoded) + self.max_new_tokens
+        return may_share_prefix(self.model, longest)
+
+    def _first_needed(self, encoded: Encoded) -> int:
+        """Find a prompt's first token that no prefix may hold."""
+        # What a gate lets through acts from the user's words on, which it has to see.
+        has_gate = any(one.gate is not None for group in self.groups for one in group)
+        return encoded.content[0] if has_gate else len(encoded.ids) - 1
+
+    def row_bytes(self, encoded: Encoded) -> RowBytes:
+        """Count the bytes that a row takes behind the prefix that was planned."""
+        return bytes_per_row(
+            self.model,
+            len(encoded.ids),
+            self.max_new_tokens,
+            n_prefix=self.n_prefix,
+            is_sampled=self.decoding.temperature > 0,
+        )
 
     def plan_prefix(self, encoded: Sequence[Encoded]) -> int:
         """Find how many tokens all prompts share; return the tokens of all groups' prefixes.
@@ -139,25 +169,23 @@ class DecodeLoop:
         A prefix is kept for each group of interventions. Where all of them would take more than
         half of the memory, none is.
         """
-        longest = max(len(row.ids) for row in encoded) + self.max_new_tokens
         self.n_prefix = 0
-        if may_share_prefix(self.model, longest):
-            # What a gate lets through acts from the user's words on, which it has to see.
-            has_gate = any(one.gate is not None for group in self.groups for one in group)
-            self.n_prefix = shared_prefix_length(
-                encoded, keep=lambda row: row.content[0] if has_gate else len(row.ids) - 1
-            )
-        if self.n_prefix * len(self.groups) * bytes_per_token(self.model) > MEMORY // 2:
+        if self._may_share(encoded):
+            self.n_prefix = shared_prefix_length(encoded, self._first_needed)
+        if self.n_prefix * len(self.groups) * bytes_per_token(self.model) > self.memory // 2:
             self.n_prefix = 0
         return self.n_prefix * len(self.groups)
 
     def share_prefix(self, encoded: Sequence[Encoded], batch_size: int) -> None:
         """Compute the tokens all prompts begin with once for each group of interventions."""
+        self.prefix = None
         if not self.plan_prefix(encoded):
             return
         prefix, caches = encoded[0].ids[: self.n_prefix], []
-        for start in range(0, len(self.groups), batch_size):
-            groups = range(start, min(start + batch_size, len(self.groups)))
+        row = bytes_per_row(self.model, self.n_prefix, 0)
+        size = min(batch_size, rows_that_fit(self.model, self.memory, row))
+        for start in range(0, len(self.groups), size):
+            groups = range(start, min(start + size, len(self.groups)))
             with self._steered(groups, prompt_length=self.n_prefix, gates=None):
                 caches.append(prefix_cache(self.model, prefix, rows=len(groups)))
         self.prefix = joined_caches(caches)
@@ -396,29 +424,3 @@ def check_gates(model: HookedModel, interventions: Iterable[Intervention]) -> No
             f"a stepwise gate reads every token once, but {model.cfg.model_name!r} keeps no cache "
             "to go on from; give the gate the form 'hard' or 'soft'."
         )
-
-
-def bytes_per_token(model: HookedModel) -> int:
-    """Count the bytes of one token's keys and values."""
-    cfg = model.cfg
-    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
-    size = next(iter(model.parameters())).element_size()
-    return 2 * cfg.n_layers * heads * cfg.d_head * size
-
-
-def rows_that_fit(
-    model: HookedModel, n_tokens: int, *, n_prefixes: int = 0, is_sampled: bool = False
-) -> tuple[int, int]:
-    """Count the rows a batch has by default, and the bytes that one row takes.
-
-    Args:
-        model: A hooked model.
-        n_tokens: Length of the longest row, its answer included.
-        n_prefixes: Tokens of all prefixes that are kept beside the batch.
-        is_sampled: Whether tokens are drawn, for which probabilities are sorted in float64.
-    """
-    each = bytes_per_token(model) * (n_tokens + SPARE_COLUMNS)
-    size = next(iter(model.parameters())).element_size()
-    each += vocabulary_width(model) * (size + 40 * is_sampled)
-    free = MEMORY - n_prefixes * bytes_per_token(model)
-    return max(1, min(MOST_ROWS, free // max(1, each))), each

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, local_path, read_jsonl
-from workbench.generation._decode_loop import Decoded, DecodeLoop, Row, rows_that_fit
+from workbench.generation._decode_loop import Decoded, DecodeLoop, Row
 from workbench.generation._endings import Endings, Finish
+from workbench.generation._memory import rows_that_fit, weight_bytes
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.batches import batches_by_length, widths_to_keep_apart
 from workbench.models.load import model_info
@@ -146,8 +147,9 @@ def sweep(
 ) -> list[Completion]:
     """Answer prompts under several conditions, as rows of common batches.
 
-    The template prefix is computed once per condition, rows that have ended are dropped, and all
-    conditions draw the same random numbers for a prompt, so that comparisons are paired.
+    What all prompts begin with is computed once per condition (where they have two beginnings, such
+    as two system prompts, each of them), rows that have ended are dropped, and all conditions draw
+    the same random numbers for a prompt, so that comparisons are paired.
 
     Args:
         model: A hooked model.
@@ -253,41 +255,78 @@ def _answer_missing(
         append_jsonl(output, copies)
     members_of = {members[0].key: members for members in alike}
     distinct = [members[0] for members in alike]
-    encoded = [row.encoded for row in distinct]
-    longest = max(len(row.ids) for row in encoded) + loop.decoding.max_new_tokens
-    rows_in_memory, bytes_per_row = rows_that_fit(
-        loop.model,
-        longest,
-        n_prefixes=loop.plan_prefix(encoded),
-        is_sampled=loop.decoding.temperature > 0,
-    )
-    batch_size = loop.decoding.batch_size or rows_in_memory
-    batches = _batches(loop.model, distinct, batch_size)
-    waiting = [batch for batch in batches if any(row.key not in answers for row in batch)]
-    if not waiting:
+    parts = _parts(loop, distinct, answers)
+    n_waiting = sum(len(batch) for part in parts for batch in part.batches)
+    if not n_waiting:
         return
-    n_waiting = sum(map(len, waiting))
-    mebibytes = max(map(len, waiting)) * bytes_per_row // 2**20
-    say(
-        f"{n_waiting} answers of at most {loop.decoding.max_new_tokens} tokens in "
-        f"{len(waiting)} batches; keys, values and logits take up to {mebibytes} MiB.",
-        show=progress,
-    )
+    _announce(loop, parts, show=progress)
     n_done = len(distinct) - n_waiting
     with (
         progress_bar(len(distinct), "answers", "answer", show=progress, done=n_done) as bar,
         torch.no_grad(),
     ):
-        loop.share_prefix(encoded, batch_size)
-        for batch in waiting:
-            lines = []
-            for row, decoded in zip(batch, loop.run(batch), strict=True):
-                if row.key not in answers:
-                    record = _answer(decoded, loop.endings)
-                    lines += _give(record, members_of[row.key], answers)
-            if output is not None:
-                append_jsonl(output, lines)
-            bar.update(len(batch))
+        for part in parts:
+            loop.share_prefix(part.encoded, max(map(len, part.batches)))
+            for batch in part.batches:
+                lines = []
+                for row, decoded in zip(batch, loop.run(batch), strict=True):
+                    if row.key not in answers:
+                        record = _answer(decoded, loop.endings)
+                        lines += _give(record, members_of[row.key], answers)
+                if output is not None:
+                    append_jsonl(output, lines)
+                bar.update(len(batch))
+
+
+class _Part(NamedTuple):
+    """Hold rows that share a beginning.
+
+    Attributes:
+        encoded: All of them, those that are answered too: so a resumed run shares the same.
+        batches: Those that wait for answers, with the rest of their batches.
+        n_bytes: Keys, values and logits of the largest batch.
+    """
+
+    encoded: list[Encoded]
+    batches: list[list[Row]]
+    n_bytes: int
+
+
+def _parts(loop: DecodeLoop, rows: Sequence[Row], answers: Mapping[str, Any]) -> list[_Part]:
+    """Cut the rows into parts that share a beginning, and these into batches."""
+    parts = []
+    for places in loop.parts([row.encoded for row in rows]):
+        of_part = [rows[place] for place in places]
+        encoded = [row.encoded for row in of_part]
+        n_prefixes = loop.plan_prefix(encoded)
+        waiting, n_bytes = [], 0
+        for batch in _batches(loop, of_part, n_prefixes):
+            if any(row.key not in answers for row in batch):
+                waiting.append(batch)
+                n_bytes = max(n_bytes, len(batch) * loop.row_bytes(batch[0].encoded).kept)
+        if waiting:
+            parts.append(_Part(encoded, waiting, n_bytes))
+    return parts
+
+
+def _announce(loop: DecodeLoop, parts: Sequence[_Part], *, show: bool) -> None:
+    """Say how many answers there will be, in which batches, and what memory these take."""
+    batches = [batch for part in parts for batch in part.batches]
+    taken, budget, weights = (
+        n_bytes // 2**20
+        for n_bytes in (
+            max(part.n_bytes for part in parts),
+            loop.memory,
+            weight_bytes(loop.model),
+        )
+    )
+    allowed = "" if loop.decoding.batch_size else f" of {budget} MiB allowed"
+    say(
+        f"{sum(map(len, batches))} answers of at most {loop.max_new_tokens} tokens in "
+        f"{len(batches)} batches of up to {max(map(len, batches))} rows; keys, values and logits "
+        f"take up to {taken} MiB{allowed}, beside {weights} MiB of weights.",
+        show=show,
+    )
 
 
 def _rows_alike(rows: Sequence[Row]) -> list[list[Row]]:
@@ -331,13 +370,21 @@ def _answer(decoded: Decoded, endings: Endings) -> dict[str, Any]:
     return answer
 
 
-def _batches(model: HookedModel, rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
-    """Cut the rows into batches of similar length, longest first."""
+def _batches(loop: DecodeLoop, rows: Sequence[Row], n_prefixes: int) -> Iterator[list[Row]]:
+    """Cut the rows into batches of similar length, longest first, as large as memory allows."""
     lengths = [len(row.encoded.ids) for row in rows]
     ids = [row.encoded.prompt.id for row in rows]
-    alike = widths_to_keep_apart(model, lengths)
-    batches = batches_by_length(lengths, batch_size, ties=ids, alike=alike)
-    return [[rows[i] for i in batch] for batch in batches]
+    alike = widths_to_keep_apart(loop.model, lengths)
+    for group in batches_by_length(lengths, len(rows), ties=ids, alike=alike):
+        while group:
+            size = loop.decoding.batch_size or rows_that_fit(
+                loop.model,
+                loop.memory,
+                loop.row_bytes(rows[group[0]].encoded),
+                n_prefixes=n_prefixes,
+            )
+            yield [rows[i] for i in group[:size]]
+            group = group[size:]
 
 
 def _rows(

@@ -45,7 +45,7 @@ class Decoding:
         seed: Seed for sampling: the same seed, prompt, sample and step give the same random number
             in any batch and under every condition, so comparisons are paired.
         batch_size: Largest number of rows (prompts x samples x conditions) per batch; None takes as
-            many as 1 GiB holds the keys and values of, up to 96.
+            many as half of the free memory holds, up to 96, or 256 on a GPU.
         system_prompt: Words for the system turn; None leaves it to the chat template.
         template_keywords: What else the chat template reads, such as ``{"enable_thinking": True}``
             (thinking is off by default where the template has a switch) or

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from workbench.generation._decode_loop import bytes_per_token
 from workbench.generation._logits import MEMORY, columns_at_a_time, some_or_all_logits
+from workbench.generation._memory import bytes_per_token
 from workbench.models.batches import (
     batches_by_length,
     may_share_prefix,
