@@ -16,9 +16,9 @@ from helpers.tiny_models import tiny_model
 from workbench.models import activations as activations_module
 from workbench.models import stored_rows as stored_rows_module
 from workbench.models.activations import ActivationSet, cache_activations
-from workbench.models.stored_rows import ShardFolder
 from workbench.models.load import load_model, model_info
 from workbench.models.sites import Site
+from workbench.models.stored_rows import ShardFolder
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -130,6 +130,11 @@ class ActivationSet:
         sums = [piece.double().sum(dim=0) for piece in self.pieces(rows)]
         return torch.stack(sums).sum(dim=0) / n
 
+    def mean_norm(self) -> float:
+        """Compute the mean L2 norm of the rows, in float64, with one piece in memory."""
+        norms = [piece.double().norm(dim=1) for piece in self.pieces()]
+        return float(torch.cat(norms).mean())
+
     def select(
         self,
         *,
@@ -209,8 +214,8 @@ def cache_activations(
 ) -> dict[Site, ActivationSet]:
     """Run prompts once and keep their pooled activations at all sites.
 
-    Prompts are sorted by length and batched under a token budget; the chat template's common prefix
-    is computed once, logits never, and no layer above the last site runs.
+    Prompts are sorted by length and batched under a token budget; their common prefix is computed
+    once, logits never, and no layer above the last site runs.
 
     Args:
         model: A hooked model.
@@ -222,11 +227,10 @@ def cache_activations(
         system_prompt: Words for the system turn.
         template_keywords: What else the chat template reads, see ``template_text``.
         batch_size: Largest number of rows per batch.
-        max_tokens: Largest number of tokens per batch, padding included.
-        store: Folder for shards on disk, where the values stay: the sets read rows of it as they
-            are asked for, and memory does not grow with the number of prompts. The same call finds
-            them again; an interrupted one goes on where it was; another measurement gets a folder
-            of its own; a damaged shard is redone.
+        max_tokens: Largest number of tokens per batch, with padding.
+        store: Folder for shards on disk, where the values stay and are read as they are asked for:
+            memory does not grow with the prompts. The same call finds them again; an interrupted
+            one goes on; another measurement has its own folder; a damaged shard is redone.
         progress: Show a progress bar.
 
     Returns:
@@ -244,10 +248,9 @@ def cache_activations(
     if store is not None:
         what = {**_measurement(model, encoded, sites, span, asked), "shard": size}
         shards = ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
-    bar = progress_bar(len(prompts), "activations", "prompt", show=progress)
+    bar = progress_bar(len(order), "activations", "prompt", show=progress)
     for number, start in enumerate(range(0, len(order), size)):
-        places = order[start : start + size]
-        rows = [encoded[i] for i in places]
+        rows = [encoded[i] for i in (places := order[start : start + size])]
         pool = partial(_pool, model, rows, sites, span, batch_size, max_tokens, bar)
         if shards is None:
             held.put(places, pool())
@@ -255,11 +258,8 @@ def cache_activations(
             shards.ensure(number, pool)
         bar.update(start + len(rows) - bar.n)  # counts those that are on disk already too
     bar.close()
-    values = held.values if shards is None else {s: shards.rows(str(s), order) for s in sites}
-    return {
-        site: ActivationSet(site, values[site], tuple(prompts), span, info, asked)  # type: ignore[arg-type]
-        for site in sites
-    }
+    values: Any = held.values if shards is None else shards.rows(sites, order)
+    return {s: ActivationSet(s, values[s], tuple(prompts), span, info, asked) for s in sites}
 
 
 def class_moments(

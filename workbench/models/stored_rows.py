@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from workbench.models.sites import Site
+
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
@@ -150,16 +152,20 @@ class ShardFolder:
         self.manifest["shards"][str(number)] = checksum
         write_json(self.folder / "manifest.json", self.manifest)
 
-    def rows(self, site: str, order: Sequence[int]) -> StoredRows:
-        """Name the rows of a site, back in the order before they were sorted.
+    def rows(self, sites: Sequence[Site], order: Sequence[int]) -> dict[Site, StoredRows]:
+        """Name the rows of each site, back in the order before they were sorted.
 
         Args:
-            site: Name of the site.
+            sites: Sites that were measured.
             order: The row that each place of the shards holds.
         """
         from safetensors import safe_open
 
-        with safe_open(str(shard_path(self.folder, 0)), framework="pt") as file:
-            width = file.get_slice(site).get_shape()[1]
         places = np.argsort(np.asarray(order, dtype=np.int64))
-        return StoredRows(self.folder, site, self.manifest["what"]["shard"], places, width)
+        size, names = self.manifest["what"]["shard"], {site: str(site) for site in sites}
+        with safe_open(str(shard_path(self.folder, 0)), framework="pt") as file:
+            widths = {site: file.get_slice(name).get_shape()[1] for site, name in names.items()}
+        return {
+            site: StoredRows(self.folder, name, size, places, widths[site])
+            for site, name in names.items()
+        }

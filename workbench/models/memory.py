@@ -1,4 +1,4 @@
-"""Give back the memory of weights that are mapped from a file and were only read.
+"""Give back the memory of weights that are mapped from a file, and say how much is free.
 
 safetensors maps a checkpoint that is loaded in its own data type: its pages are the file's, come
 into memory when they are read, and can be read from the file again at any time. The system drops
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,3 +63,23 @@ def _is_of_file(first: int, n: int) -> bool:
     of_file = (entries & np.uint64(_OF_FILE)) != 0
     swapped = (entries & np.uint64(_SWAPPED)) != 0
     return len(entries) == n and bool(of_file[in_memory].all()) and not bool(swapped.any())
+
+
+def free_memory() -> int | None:
+    """Say how many bytes can still be taken, by the machine and by the limit of a container.
+
+    Returns:
+        Bytes; None where this system does not say (it is Linux that does).
+    """
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")
+        largest = (group / "memory.max").read_text(encoding="ascii").strip()
+        if largest != "max":
+            used = (group / "memory.current").read_text(encoding="ascii")
+            limits.append(int(largest) - int(used))
+    except (OSError, ValueError):
+        pass
+    return min(limits, default=None)
