@@ -227,10 +227,9 @@ def cache_activations(
         system_prompt: Words for the system turn.
         template_keywords: What else the chat template reads, see ``template_text``.
         batch_size: Largest number of rows per batch.
-        max_tokens: Largest number of tokens per batch, with padding.
-        store: Folder for shards on disk, where the values stay and are read as they are asked for:
-            memory does not grow with the prompts. The same call finds them again; an interrupted
-            one goes on; another measurement has its own folder; a damaged shard is redone.
+        max_tokens: Largest number of tokens per batch, padding included.
+        store: Folder for shards on disk, where values stay until they are asked for. The same call
+            finds them again; an interrupted one goes on; a damaged shard is redone.
         progress: Show a progress bar.
 
     Returns:
@@ -243,14 +242,14 @@ def cache_activations(
     asked = asked_as(system_prompt, template_keywords)
     encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
-    size = _rows_per_shard(model, sites)
-    shards, held = None, _Gathered(len(order), sites)
+    size, shards, held = _rows_per_shard(model, sites), None, _Gathered(len(order), sites)
     if store is not None:
-        what = {**_measurement(model, encoded, sites, span, asked), "shard": size}
+        what = _measurement(model, encoded, sites, span, asked)
         shards = ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
-    bar = progress_bar(len(order), "activations", "prompt", show=progress)
+    bar = progress_bar(len(prompts), "activations", "prompt", show=progress)
     for number, start in enumerate(range(0, len(order), size)):
-        rows = [encoded[i] for i in (places := order[start : start + size])]
+        places = order[start : start + size]
+        rows = [encoded[i] for i in places]
         pool = partial(_pool, model, rows, sites, span, batch_size, max_tokens, bar)
         if shards is None:
             held.put(places, pool())
@@ -462,6 +461,7 @@ def _measurement(
         "tokens": key_of([[row.ids, row.span(span)] for row in encoded]),
         "span": span,
         "sites": [str(site) for site in sites],
+        "shard": _rows_per_shard(model, sites),
     }
 
 

@@ -145,7 +145,7 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
 
 
 def _why_not(linears: list[nn.Linear]) -> str:
-    """Say why layers are not worth packing, before anything is measured; else ""."""
+    """Say why layers are not worth packing, before anything is measured; else the empty text."""
     n_weights = sum(layer.weight.numel() for layer in linears)
     if n_weights < LEAST_WEIGHTS:
         return "too small a model to matter"
