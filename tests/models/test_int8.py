@@ -24,11 +24,12 @@ from workbench.steering.vectors import fit_steering_vectors
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(63,), (1, 63), (2, 5, 63), (ROWS + 9, 63), (0, 63)])
-def test_a_layer_gives_the_product_with_its_rounded_weight(dtype, bias, shape) -> None:
+@pytest.mark.parametrize("shape", [(), (1,), (2, 5), (ROWS + 9,), (0,)])
+@pytest.mark.parametrize("width", [63, 96])
+def test_a_layer_gives_the_product_with_its_rounded_weight(dtype, bias, shape, width) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(63, 97, bias=bias).to(dtype)
-    layer, x = Int8Linear(linear), torch.randn(shape).to(dtype)
+    linear = nn.Linear(width, 97, bias=bias).to(dtype)
+    layer, x = Int8Linear(linear), torch.randn(*shape, width).to(dtype)
     rounded = layer.weight.double() * layer.scale.double()[:, None]
     step = linear.weight.double().abs().amax(dim=1, keepdim=True) / 127
     error = (rounded - linear.weight.double()).abs()

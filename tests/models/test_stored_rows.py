@@ -153,7 +153,8 @@ def test_a_killed_process_leaves_a_store_that_another_one_goes_on_with(
     with calls_of(tiny.original_model.model.layers[0]) as calls, warnings.catch_warnings():
         warnings.simplefilter("error")
         found = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
-    assert sum(rows for rows, _ in calls[1:]) == len(PROMPTS) - 5
+    # The template once for each of two shards, and what the first one does not hold.
+    assert sum(rows for rows, _ in calls) == 2 + len(PROMPTS) - 5
     for site in SITES:
         torch.testing.assert_close(found[site].values, in_memory[site].values, rtol=1e-5, atol=3e-5)
 
@@ -171,7 +172,7 @@ PEAKS = """
     tiny, folder = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=4096, intermediate_size=8, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=8192, intermediate_size=8, num_hidden_layers=2,
         num_attention_heads=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=512,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -180,13 +181,13 @@ PEAKS = """
     model = load_model(folder + "/wide", device="cpu")
     sites = [Site(layer, kind) for layer in (0, 1) for kind in ("resid_pre", "resid_post")]
 
-    for n in (400, 4000):
+    for n in (300, 2000):
         prompts = [Prompt(f"p{i}", f"poem {i}", None, "c", "safe", "s") for i in range(n)]
         acts = cache_activations(model, prompts, sites, store=f"{folder}/{n}", batch_size=64)
         for site in sites:
             assert acts[site].mean().isfinite().all() and acts[site].mean_norm() > 0
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-    print(sum(path.stat().st_size for path in Path(folder, "4000").rglob("*")) // 2**20)
+    print(sum(path.stat().st_size for path in Path(folder, "2000").rglob("*")) // 2**20)
 """
 
 

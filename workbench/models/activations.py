@@ -86,7 +86,10 @@ class ActivationSet:
     """
 
     site: Site
-    values: Float[Tensor, "prompt d"] = _Values()  # type: ignore[assignment]
+    if TYPE_CHECKING:
+        values: Float[Tensor, "prompt d"]
+    else:
+        values: Float[Tensor, "prompt d"] = _Values()
     prompts: tuple[Prompt, ...]
     span: str
     model: ModelInfo
@@ -170,7 +173,7 @@ class ActivationSet:
                     "again."
                 )
         held, rows = self.__dict__["values"], [row_of[prompt.id] for prompt in prompts]
-        values = held.at(rows) if isinstance(held, StoredRows) else held[rows]
+        values: Any = held.at(rows) if isinstance(held, StoredRows) else held[rows]
         return replace(self, values=values, prompts=tuple(prompts))
 
 

@@ -26,8 +26,12 @@ METHOD = "int8 weights"
 
 
 ROWS = 32
-"""Largest number of rows of torch's product of numbers with packed ones; beyond it weights are
-unpacked, which costs less than it spares."""
+"""Largest number of rows for torch's own product with eight bits; for more, weights are unpacked
+once, which then costs less than it spares."""
+
+
+STEP = 32
+"""Inputs of that product must be a multiple of it: torch reads beyond the end of others."""
 
 
 LARGEST = 127
@@ -55,10 +59,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*row in"]) -> Float[Tensor, "*row out"]:
         """Multiply by the weight that the whole numbers and their scales stand for."""
-        scale: Tensor = self.scale.to(x.dtype)  # type: ignore[assignment, operator]
+        scale: Tensor = self.scale.to(x.dtype)  # type: ignore[assignment]
         rows = x.reshape(-1, self.in_features)
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        if x.device.type == "cpu" and 0 < len(rows) <= ROWS and not wants_gradient:
+        fits = 0 < len(rows) <= ROWS and self.in_features % STEP == 0
+        if x.device.type == "cpu" and fits and not wants_gradient:
             product = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, scale)
         else:
             product = torch.nn.functional.linear(rows, self.weight.to(x.dtype)) * scale

@@ -174,7 +174,7 @@ def _is_packed_layer(layer: nn.Module) -> bool:
 @contextmanager
 def unpacked(module: nn.Module | HookedModel) -> Iterator[None]:
     """Take the plain products inside the block."""
-    packed_forwards = [
+    packed_forwards: list[tuple[Any, Any]] = [
         (layer, layer.__dict__.pop("forward"))
         for layer in module.modules()
         if _is_packed_layer(layer)

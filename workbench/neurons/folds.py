@@ -100,7 +100,7 @@ def attribute_folds(
     attributions = {}
     for category in names:
         fit_rows, held_rows = fit_sides[category], held_sides[category]
-        u = residual.mean(fit_rows.unsafe) - residual.mean(fit_rows.reference)
+        u = residual.mean(fit_rows.unsafe.tolist()) - residual.mean(fit_rows.reference.tolist())
         unsafe, safe = (
             [held.prompts[i] for i in side] for side in (held_rows.unsafe, held_rows.reference)
         )
