@@ -14,9 +14,11 @@ from helpers.hugging_face import calls_of
 from helpers.tiny_models import tiny_model
 
 from workbench.models import activations as activations_module
-from workbench.models.activations import ActivationSet, _ShardFolder, cache_activations
+from workbench.models import stored_rows as stored_rows_module
+from workbench.models.activations import ActivationSet, cache_activations
 from workbench.models.load import load_model, model_info
 from workbench.models.sites import Site
+from workbench.models.stored_rows import ShardFolder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,19 +67,19 @@ def test_another_batch_size_reads_the_same_store(tiny, tmp_path) -> None:
 def test_an_interrupted_call_goes_on_at_its_last_shard(
     tiny, tmp_path, small_shards, monkeypatch
 ) -> None:
-    write, written = _ShardFolder.write, []
+    write, written = ShardFolder.write, []
 
-    def write_two(shards: _ShardFolder, number: int, values: dict) -> None:
+    def write_two(shards: ShardFolder, number: int, values: dict) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(number)
         write(shards, number, values)
 
-    monkeypatch.setattr(_ShardFolder, "write", write_two)
+    monkeypatch.setattr(ShardFolder, "write", write_two)
     with pytest.raises(KeyboardInterrupt):
         cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
     assert len(shards_in(tmp_path)) == 2
-    monkeypatch.setattr(_ShardFolder, "write", write)
+    monkeypatch.setattr(ShardFolder, "write", write)
     with forward_calls(tiny) as calls, warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed = cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
@@ -103,7 +105,8 @@ def test_an_exception_anywhere_leaves_a_store_that_can_go_on(
         return wrapped
 
     name = {"model": "span_mask", "tensors": "write_tensors", "manifest": "write_json"}[when]
-    monkeypatch.setattr(activations_module, name, fail_third(getattr(activations_module, name)))
+    module = activations_module if when == "model" else stored_rows_module
+    monkeypatch.setattr(module, name, fail_third(getattr(module, name)))
     with pytest.raises(KeyboardInterrupt):
         cache_activations(tiny, PROMPTS, SITES, store=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]

@@ -177,7 +177,8 @@ def test_a_string_lets_accelerate_choose(tiny, tiny_path) -> None:
     ({"device_map": "atuo"}, "unknown device_map 'atuo'; allowed: auto, balanced, "),
     ({"device_map": {"": "toaster"}}, "cannot load 'tiny-llama3' ("),
     ({"device_map": {"": "meta"}}, "device_map holds 'meta', where weights have no values"),
-    ({"quantize": "3bit"}, "unknown way to quantize '3bit'; allowed: 8bit, 4bit, or nothing."),
+    ({"quantize": "3bit"}, "unknown way to quantize '3bit'; allowed: 8bit, 4bit, int8, or nothin"),
+    ({"quantize": "int8", "device_map": "auto"}, "quantize='int8' is for device='cpu'; elsewhere"),
 ])  # fmt: skip
 def test_a_placement_that_cannot_be_is_one_line(tiny_path, keywords: dict, message: str) -> None:
     assert message in refusal(tiny_path, **keywords)
@@ -410,7 +411,7 @@ def test_a_run_places_its_model_as_its_settings_say(tiny_path, monkeypatch) -> N
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"quantize": "2bit"}, "quantize must be 8bit or 4bit, or nothing, got '2bit'."),
+    ({"quantize": "2bit"}, "quantize must be 8bit, 4bit or int8, or nothing, got '2bit'."),
     ({"device": "cpu", "device_map": "auto"}, "give either device or device_map, not both."),
     ({"max_memory": ["0=1GiB"]}, "max_memory needs device_map, such as auto."),
     ({"device_map": "auto", "max_memory": ["20GiB"]}, "max_memory must be shares such as 0=20GiB"),

@@ -190,12 +190,21 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], card: Mapping[s
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
-        # copies, because safetensors refuses tensors that share memory
-        copies = {
-            name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()
-        }
-        save_file(copies, temporary, metadata={"card": json.dumps(card)})
+        save_file(_apart(tensors), temporary, metadata={"card": json.dumps(card)})
         return file_checksum(temporary)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy those tensors that share memory with another, which safetensors refuses."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous()
+        storage = values.untyped_storage()
+        is_whole = storage.nbytes() == values.numel() * values.element_size()
+        is_apart = is_whole and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        apart[name] = values if is_apart else values.clone()
+    return apart
 
 
 def read_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,7 +9,7 @@ from .batches import Batch, pad, span_mask
 from .errors import CannotBeDone
 from .forward import fast, last_logits, plain, reading, without_shared_prefix
 from .hooked_model import HookedModel
-from .load import ModelInfo, hooked, load_model, model_info
+from .load import LoadNotes, ModelInfo, hooked, load_model, load_notes, model_info
 from .packaged import is_installed
 from .packing import Packing, is_packed, pack_linears, unpacked
 from .sites import Site, check_sites, present_sites, sites_of_kind
@@ -36,6 +36,7 @@ __all__ = [
     "ClassMoments",
     "Encoded",
     "HookedModel",
+    "LoadNotes",
     "ModelInfo",
     "Packing",
     "Site",
@@ -56,6 +57,7 @@ __all__ = [
     "is_packed",
     "last_logits",
     "load_model",
+    "load_notes",
     "model_info",
     "pack_linears",
     "pad",

@@ -6,28 +6,15 @@ One forward pass serves all sites; results are kept on disk where that is asked 
 from __future__ import annotations
 
 import dataclasses
-import json
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.files.store import (
-    PathLike,
-    file_checksum,
-    key_of,
-    local_path,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from workbench.files.store import PathLike, key_of, local_path
 from workbench.models.batches import (
     batches_under_budget,
-    in_given_order,
     order_by_length,
     pad,
     share_prefix,
@@ -39,6 +26,7 @@ from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.progress import progress_bar
 from workbench.models.sites import Site, check_sites
+from workbench.models.stored_rows import ShardFolder, StoredRows
 from workbench.models.templates import Keywords, asked_as, asked_by
 from workbench.models.tokens import SPANS, Encoded, encode, pad_id, template_text
 from workbench.models.trusted_paths import trusts
@@ -56,7 +44,29 @@ if TYPE_CHECKING:
 
 
 SHARD = 256
-"""Prompts per shard on disk: what an interruption can lose."""
+"""Largest number of prompts per shard on disk: what an interruption can lose."""
+
+
+SHARD_BYTES = 256 * 2**20
+"""Values of one shard, which are in memory until they are written: a wide model's have fewer rows,
+but a batch at least."""
+
+
+PIECE = 1024
+"""Rows that are brought into memory at a time where a set is read in pieces."""
+
+
+class _Values:
+    """Let the values of a set be in memory or on disk: these are read when they are asked for."""
+
+    def __get__(self, owner: Any, _: Any = None) -> Tensor:
+        if owner is None:
+            raise AttributeError("values has no default")
+        held = owner.__dict__["values"]
+        return held.read() if isinstance(held, StoredRows) else held
+
+    def __set__(self, owner: Any, held: Tensor | StoredRows) -> None:
+        owner.__dict__["values"] = held
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +76,8 @@ class ActivationSet:
     Attributes:
         site: Where they were read.
         values: Mean over the span's tokens, float32 on the CPU; one row per prompt. At ``z`` the
-            heads are laid side by side.
+            heads are laid side by side. Of a set that is kept in a store they are read anew each
+            time; ``rows``, ``pieces`` and ``mean`` read less at a time.
         prompts: What was run, row by row.
         span: Which tokens were pooled.
         model: What ran.
@@ -75,19 +86,57 @@ class ActivationSet:
     """
 
     site: Site
-    values: Float[Tensor, "prompt d"]
+    if TYPE_CHECKING:
+        values: Float[Tensor, "prompt d"]
+    else:
+        values: Float[Tensor, "prompt d"] = _Values()
     prompts: tuple[Prompt, ...]
     span: str
     model: ModelInfo
     asked_as: str = ""
 
     def __repr__(self) -> str:
-        n, d = self.values.shape
+        n, d = self.__dict__["values"].shape
         read = f"span={self.span!r}, model={self.model.name!r}"
         return f"ActivationSet({self.site}, {n} prompts x {d}, {read})"
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def rows(self, rows: Sequence[int]) -> Float[Tensor, "row d"]:
+        """Give the values of some rows, in the order given; no others are read from a store."""
+        held = self.__dict__["values"]
+        return held.at(rows).read() if isinstance(held, StoredRows) else held[list(rows)]
+
+    def pieces(self, rows: Sequence[int] | None = None) -> Iterator[Float[Tensor, "row d"]]:
+        """Give the values of some rows, or all, piece by piece.
+
+        Args:
+            rows: Which rows, in which order; all of them by default.
+        """
+        rows = range(len(self)) if rows is None else rows
+        for start in range(0, len(rows), PIECE):
+            yield self.rows(rows[start : start + PIECE])
+
+    def mean(self, rows: Sequence[int] | None = None) -> Float[Tensor, " d"]:
+        """Compute the mean of some rows, or of all, in float64, with one piece in memory.
+
+        Args:
+            rows: Which rows; all of them by default.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        n = len(self) if rows is None else len(rows)
+        if not n:
+            raise ValueError(f"a mean of no rows of {self!r}; give at least one.")
+        sums = [piece.double().sum(dim=0) for piece in self.pieces(rows)]
+        return torch.stack(sums).sum(dim=0) / n
+
+    def mean_norm(self) -> float:
+        """Compute the mean L2 norm of the rows, in float64, with one piece in memory."""
+        norms = [piece.double().norm(dim=1) for piece in self.pieces()]
+        return float(torch.cat(norms).mean())
 
     def select(
         self,
@@ -123,7 +172,8 @@ class ActivationSet:
                     f"prompt {prompt.id!r} was run at {self.site} with another text; cache it "
                     "again."
                 )
-        values = self.values[[row_of[prompt.id] for prompt in prompts]]
+        held, rows = self.__dict__["values"], [row_of[prompt.id] for prompt in prompts]
+        values: Any = held.at(rows) if isinstance(held, StoredRows) else held[rows]
         return replace(self, values=values, prompts=tuple(prompts))
 
 
@@ -167,8 +217,8 @@ def cache_activations(
 ) -> dict[Site, ActivationSet]:
     """Run prompts once and keep their pooled activations at all sites.
 
-    Prompts are sorted by length and batched under a token budget; the chat template's common prefix
-    is computed once, logits never, and no layer above the last site runs.
+    Prompts are sorted by length and batched under a token budget; their common prefix is computed
+    once, logits never, and no layer above the last site runs.
 
     Args:
         model: A hooked model.
@@ -181,8 +231,8 @@ def cache_activations(
         template_keywords: What else the chat template reads, see ``template_text``.
         batch_size: Largest number of rows per batch.
         max_tokens: Largest number of tokens per batch, padding included.
-        store: Folder for shards on disk. The same call reads them back; an interrupted one goes on
-            where it was; another measurement gets a folder of its own; a damaged shard is redone.
+        store: Folder for shards on disk, where values stay until they are asked for. The same call
+            finds them again; an interrupted one goes on; a damaged shard is redone.
         progress: Show a progress bar.
 
     Returns:
@@ -195,23 +245,23 @@ def cache_activations(
     asked = asked_as(system_prompt, template_keywords)
     encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
-    shards = None
+    size, shards, held = _rows_per_shard(model, sites), None, _Gathered(len(order), sites)
     if store is not None:
         what = _measurement(model, encoded, sites, span, asked)
-        shards = _ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
+        shards = ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
     bar = progress_bar(len(prompts), "activations", "prompt", show=progress)
-    parts = []
-    for number, start in enumerate(range(0, len(order), SHARD)):
-        rows = [encoded[i] for i in order[start : start + SHARD]]
+    for number, start in enumerate(range(0, len(order), size)):
+        places = order[start : start + size]
+        rows = [encoded[i] for i in places]
         pool = partial(_pool, model, rows, sites, span, batch_size, max_tokens, bar)
-        parts.append(shards.read_or_write(number, pool) if shards else pool())
-        bar.update(start + len(rows) - bar.n)  # counts those that were read from disk too
+        if shards is None:
+            held.put(places, pool())
+        else:
+            shards.ensure(number, pool)
+        bar.update(start + len(rows) - bar.n)  # counts those that are on disk already too
     bar.close()
-    results = {}
-    for site in sites:
-        of_site = in_given_order(torch.cat([part.pop(str(site)) for part in parts]), order)
-        results[site] = ActivationSet(site, of_site, tuple(prompts), span, info, asked)
-    return results
+    values: Any = held.values if shards is None else shards.rows(sites, order)
+    return {s: ActivationSet(s, values[s], tuple(prompts), span, info, asked) for s in sites}
 
 
 def class_moments(
@@ -414,8 +464,32 @@ def _measurement(
         "tokens": key_of([[row.ids, row.span(span)] for row in encoded]),
         "span": span,
         "sites": [str(site) for site in sites],
-        "shard": SHARD,
+        "shard": _rows_per_shard(model, sites),
     }
+
+
+def _rows_per_shard(model: HookedModel, sites: Sequence[Site]) -> int:
+    """Choose how many prompts a shard holds, by the width of the model at the sites."""
+    cfg = model.cfg
+    widths = {"mlp_post": int(cfg.d_mlp or 0), "z": cfg.n_heads * cfg.d_head}
+    n_bytes = 4 * sum(widths.get(site.kind, cfg.d_model) for site in sites)
+    return min(SHARD, max(32, SHARD_BYTES // max(1, n_bytes)))
+
+
+class _Gathered:
+    """Put pooled rows where they belong, in memory that is taken once."""
+
+    def __init__(self, n: int, sites: Sequence[Site]) -> None:
+        self.n, self.sites = n, sites
+        self.values: dict[Site, Tensor] = {}
+
+    def put(self, rows: Sequence[int], pooled: dict[str, Float[Tensor, "row d"]]) -> None:
+        """Take the values of some rows at every site."""
+        for site in self.sites:
+            of_site = pooled.pop(str(site))
+            if site not in self.values:
+                self.values[site] = torch.empty(self.n, of_site.shape[1])
+            self.values[site][torch.tensor(rows)] = of_site
 
 
 def _pool(
@@ -428,12 +502,13 @@ def _pool(
     bar: Any,
 ) -> dict[str, Float[Tensor, "row d"]]:
     """Pool rows at every site, in their order, on the CPU; the sites as they print."""
-    columns: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    gathered, start = _Gathered(len(rows), sites), 0
     for batch, pooled in pooled_batches(model, rows, sites, span, batch_size, max_tokens):
-        for site in sites:
-            columns[site].append(pooled[site].cpu())
+        places = range(start, start + len(batch))
+        gathered.put(places, {str(site): pooled[site].cpu() for site in sites})
+        start += len(batch)
         bar.update(len(batch))
-    return {str(site): torch.cat(columns[site]) for site in sites}
+    return {str(site): values for site, values in gathered.values.items()}
 
 
 def _prepare(
@@ -456,66 +531,3 @@ def _prepare(
     for row in encoded:
         row.span(span)
     return encoded, model_info(model)
-
-
-@dataclass(frozen=True)
-class _ShardFolder:
-    """The shards of exactly one measurement on disk, with a manifest of their checksums."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @classmethod
-    def open(cls, store: Path, what: dict[str, Any], ids: list[str]) -> _ShardFolder:
-        """Open the folder of a measurement, or begin one."""
-        what = json.loads(json.dumps(what))  # as it will be read back
-        folder = store / key_of(what)
-        path = folder / "manifest.json"
-        if path.exists():
-            try:
-                manifest = read_json(path)
-                if manifest["what"] == what and isinstance(manifest["shards"], dict):
-                    return cls(folder, manifest)
-            except (ValueError, KeyError, TypeError):
-                pass
-            warnings.warn(
-                f"{path.name} of the activations in {folder.name} is damaged; computing them "
-                "again.",
-                stacklevel=4,
-            )
-        manifest = {"what": what, "ids": ids, "shards": {}}
-        write_json(path, manifest)
-        return cls(folder, manifest)
-
-    def read_or_write(
-        self, number: int, compute: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Read a shard; where that cannot be done, compute and write it."""
-        values = self.read(number)
-        if values is None:
-            values = compute()
-            self.write(number, values)
-        return values
-
-    def read(self, number: int) -> dict[str, Tensor] | None:
-        """Read a shard; None where it is missing or not whole."""
-        checksum, path = self.manifest["shards"].get(str(number)), self._path(number)
-        if checksum is None:
-            return None
-        if not path.is_file() or file_checksum(path) != checksum:
-            warnings.warn(
-                f"activation shard {path.name} is missing or damaged; computing it again.",
-                stacklevel=4,
-            )
-            return None
-        return read_tensors(path)[0]
-
-    def write(self, number: int, values: dict[str, Tensor]) -> None:
-        """Write a shard, and its checksum to the manifest."""
-        metadata = {"shard": number, **self.manifest["what"]}
-        checksum = write_tensors(self._path(number), values, metadata)
-        self.manifest["shards"][str(number)] = checksum
-        write_json(self.folder / "manifest.json", self.manifest)
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"shard-{number:05d}.safetensors"

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-QUANTIZE = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True}}
-"""Ways to quantise while loading, with bitsandbytes's own words for them."""
+INT8 = "int8"
+"""The way to quantise that needs the processor and torch alone, see ``int8``."""
+
+
+QUANTIZE = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True}, INT8: {}}
+"""Ways to quantise while loading, with bitsandbytes's own words for those that are its own."""
 
 
 _ALLOWED = "give a hub name, a local folder, a .gguf file, or nothing for the embedded model"
@@ -66,9 +70,9 @@ class Placement:
             keywords["device_map"] = self.device_map if whole else dict(self.device_map)  # type: ignore[arg-type]
             if self.max_memory is not None:
                 keywords["max_memory"] = dict(self.max_memory)
-        elif self.quantize is not None or getattr(config, "quantization_config", None) is not None:
+        elif self.by_bitsandbytes or getattr(config, "quantization_config", None) is not None:
             keywords["device_map"] = {"": self.device}  # packed weights cannot be moved afterwards
-        if self.quantize is not None:
+        if self.by_bitsandbytes:
             from transformers import BitsAndBytesConfig
 
             compute: dict[str, Any] = {}
@@ -78,9 +82,19 @@ class Placement:
                     "bnb_4bit_compute_dtype": self.dtype or getattr(config, "dtype", None),
                 }
             keywords["quantization_config"] = BitsAndBytesConfig(
-                **QUANTIZE[self.quantize], **compute
+                **QUANTIZE[str(self.quantize)], **compute
             )
         return keywords
+
+    @property
+    def by_bitsandbytes(self) -> bool:
+        """Tell whether bitsandbytes quantises the weights."""
+        return self.quantize not in (None, INT8)
+
+    @property
+    def on_processor(self) -> bool:
+        """Tell whether all weights go to the processor."""
+        return self.device.type == "cpu" and self.device_map is None
 
 
 def find_checkpoint(name_or_path: str | Path, revision: str | None) -> tuple[str | Path, str]:
@@ -327,7 +341,7 @@ def check_quantize(quantize: str | None) -> None:
             f"unknown way to quantize {quantize!r}; allowed: {', '.join(QUANTIZE)}, or nothing."
             f"{did_you_mean(str(quantize), QUANTIZE)}"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if quantize != INT8 and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"quantize={quantize!r} needs the package bitsandbytes; run "
             "'pip install \"workbench[quantized]\"', or leave it out."

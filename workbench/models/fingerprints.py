@@ -15,6 +15,8 @@ from workbench.models.hooked_model import (
     model_lock,
     quantization,
 )
+from workbench.models.memory import drop_pages
+from workbench.models.packing import is_packed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers as wide as an element of so many bytes."""
+
+
+PART = 2**22
+"""Numbers that are summed at a time: torch makes a copy of them, of eight bytes each."""
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
@@ -58,10 +64,12 @@ def _fingerprint(model: HookedModel) -> str:
     known = _KNOWN.get(model)
     if known is not None and known[0] == state:
         return known[1]
-    digest = hashlib.sha256(template.encode())
+    digest, packed = hashlib.sha256(template.encode()), is_packed(source)
     for name, path, tensor in weights:
         with _brought_here(source, path, tensor) as real:
             digest.update(_summary(name, real))
+        if packed:  # the plain weights are in memory for this alone
+            drop_pages(tensor)
     for name, tensor in _scales(source):
         digest.update(_summary(name, tensor))
     _KNOWN[model] = (state, digest.hexdigest()[:16])
@@ -75,7 +83,10 @@ def _summary(name: str, tensor: Tensor) -> bytes:
         return head.encode()
     bits = tensor.detach().contiguous().flatten().view(_BITS[tensor.element_size()])
     sample = bits[:: max(1, bits.numel() // 256)].cpu().numpy().tobytes()
-    return f"{head}{int(bits.sum(dtype=torch.int64))}|".encode() + sample
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in bits.split(PART):
+        total += part.sum(dtype=torch.int64)
+    return f"{head}{int(total)}|".encode() + sample
 
 
 @contextmanager

@@ -7,9 +7,12 @@ stays fast.
 from __future__ import annotations
 
 import importlib.util
+import logging
+import math
+import weakref
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +20,7 @@ import torch
 
 from workbench.files.hints import did_you_mean, one_line
 from workbench.models.checkpoints import (
+    INT8,
     Placement,
     check_quantize,
     find_checkpoint,
@@ -32,8 +36,10 @@ from workbench.models.hooked_model import (
     quantization,
 )
 from workbench.models.hooked_transformer import is_hooked_transformer, weights_are_processed
+from workbench.models.int8 import quantize_linears
 from workbench.models.packaged import EMBEDDED
-from workbench.models.packing import Choice, pack_linears
+from workbench.models.packing import Choice, Packing, pack_linears
+from workbench.models.precision import Precision, choose_precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +52,41 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Data types of weights, by name; "auto" is the checkpoint's own."""
+"""Data types of weights, by name; "auto" chooses one, see ``precision``."""
+
+
+_LOADED: weakref.WeakKeyDictionary[Any, LoadNotes] = weakref.WeakKeyDictionary()
+"""How each model was loaded."""
+
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadNotes:
+    """Say what was chosen while a model was loaded, and why.
+
+    Attributes:
+        precision: The data type, with the reason.
+        packing: Whether linear layers were packed, with the reason.
+    """
+
+    precision: Precision
+    packing: Packing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what was chosen as JSON values; a gain that was not measured is None."""
+
+        def measured(gain: float) -> float | None:
+            return round(gain, 2) if gain == gain else None
+
+        return {
+            "dtype_reason": self.precision.reason,
+            "bfloat16_gain": measured(self.precision.gain),
+            "packed": self.packing.packed,
+            "packing_reason": self.packing.reason,
+            "packing_gain": measured(self.packing.gain),
+        }
 
 
 @dataclass(frozen=True)
@@ -98,7 +138,7 @@ def load_model(
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
     packing: Choice = "auto",
-    quantize: Literal["8bit", "4bit"] | None = None,
+    quantize: Literal["int8", "8bit", "4bit"] | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
 ) -> HookedModel:
@@ -111,13 +151,15 @@ def load_model(
             safetensors in the user's cache folder. "embedded" is that packaged copy always.
         device: Where the weights go; a GPU if there is one, else the CPU.
         dtype: float32 (default), bfloat16, float16, or "auto" for the checkpoint's own (float32 for
-            a .gguf file).
+            a .gguf file); a billion weights or more on the processor are read in bfloat16 where
+            that is measured to be faster, else in float32 (``load_notes`` says why).
         revision: Branch, tag or commit of a hub repository; with no name, of the default model's.
         packing: Whether linear layers are packed for the processor's fast product (``packing``):
             "auto" where that is measured to be faster, "on", or "off". Quantised models and those
             spread by a device map are not packed.
         quantize: "8bit" or "4bit" (NF4) quantises linear layers while loading, with bitsandbytes
-            (``pip install 'workbench[quantized]'``). What stays is of type ``dtype``.
+            (``pip install 'workbench[quantized]'``); "int8" the weights alone, on the processor,
+            with torch alone. What stays is of type ``dtype``.
         device_map: How layers are spread over devices, instead of ``device``: "auto", "balanced",
             "sequential", or a mapping of module names to devices, as accelerate reads it.
         max_memory: With a device map, the largest share of each device: {0: "20GiB"}.
@@ -138,9 +180,15 @@ def load_model(
     source, name = find_checkpoint(name_or_path, revision)
     config = read_config(source, revision)
     _check_architecture(config, name)
+    precision = _precision(placement, config, name)
+    placement = replace(placement, dtype=precision.dtype)
     hf_model, tokenizer = read_checkpoint(source, config, placement, revision)
+    if quantize == INT8:
+        quantize_linears(hf_model)
     place = placement.device if device_map is None else hf_model.device
-    return hooked(hf_model, tokenizer, name, place, packing=packing)
+    model = hooked(hf_model, tokenizer, name, place, packing=packing)
+    _LOADED[model] = replace(_LOADED[model], precision=precision)
+    return model
 
 
 def hooked(
@@ -191,11 +239,28 @@ def hooked(
     model.cfg.model_name = name
     if quantization(hf_model.config) is not None:
         fingerprint(model)  # before a pass lays out the packed weights anew
+    packed = Packing(False, math.nan, "its weights have their places already")
     if not is_placed:
-        pack_linears(hf_model, packing)
+        packed = pack_linears(hf_model, packing)
     elif str(model.cfg.device) == "meta":  # of weights that wait on disk
         model.cfg.device = str(input_device(model))
+    _LOADED[model] = LoadNotes(Precision(hf_model.dtype, "as it was given"), packed)
     return model
+
+
+def load_notes(model: HookedModel) -> LoadNotes | None:
+    """Say what was chosen while a model was loaded; None for one that was not loaded here."""
+    return _LOADED.get(model)
+
+
+def _precision(placement: Placement, config: Any, name: str) -> Precision:
+    """Choose the data type where it was left open, and log why."""
+    if placement.dtype is not None:
+        return Precision(placement.dtype, "as asked for")
+    precision = choose_precision(config, on_processor=placement.on_processor)
+    dtype = str(precision.dtype or "its own dtype").removeprefix("torch.")
+    _LOG.info("%s is read in %s (%s)", name, dtype, precision.reason)
+    return precision
 
 
 def _check_architecture(config: Any, name: str) -> None:
@@ -330,4 +395,7 @@ def _parse_placement(
     if isinstance(device_map, Mapping) and "meta" in map(str, device_map.values()):
         raise ValueError("device_map holds 'meta', where weights have no values; give 'disk'.")
     check_quantize(quantize)
-    return Placement(_parse_dtype(dtype), _parse_device(device), device_map, max_memory, quantize)
+    on = _parse_device(device)
+    if quantize == INT8 and (on.type != "cpu" or device_map is not None):
+        raise ValueError("quantize='int8' is for device='cpu'; elsewhere give '8bit' or '4bit'.")
+    return Placement(_parse_dtype(dtype), on, device_map, max_memory, quantize)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from workbench.files.store import key_of, read_json, write_json
+from workbench.models.memory import drop_pages, free_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,8 +35,8 @@ Choice = Literal["auto", "on", "off"]
 CHOICES = ("auto", "on", "off")
 
 
-_Products = tuple[Callable[[], "Tensor"], Callable[[], "Tensor"]]
-"""The plain and the packed product of one layer with a fixed input."""
+Products = tuple[Callable[[], "Tensor"], Callable[[], "Tensor"]]
+"""The plain and the faster product of one layer with a fixed input."""
 
 
 ROWS = (512, 32)
@@ -44,6 +45,10 @@ ROWS = (512, 32)
 
 LEAST_GAIN = 1.15
 """Below it packing is not worth the second copy of the weights that it takes."""
+
+
+MEMORY_LEFT = 1.25
+"""Free memory that "auto" wants before it packs, as a multiple of what packing takes."""
 
 
 LEAST_WEIGHTS = 10_000_000
@@ -85,7 +90,8 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
 
     A packed layer goes back to the plain product by itself where gradients are wanted, where its
     input is no float32 on the processor, and once its weight was written to. Packing takes a second
-    copy of the weights.
+    copy of the weights. The first one leaves memory where it is mapped from its file, as
+    safetensors maps it, and comes back when it is read (``memory``).
 
     Args:
         module: Any model; its ``torch.nn.Linear`` layers count, wherever they are.
@@ -109,8 +115,8 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     linears = list(filter(_can_be_packed, linears))
     if not linears:
         return Packing(False, nan, "only float32 layers on the processor can be packed")
-    if choice == "auto" and sum(layer.weight.numel() for layer in linears) < LEAST_WEIGHTS:
-        return Packing(False, nan, "too small a model to matter")
+    if choice == "auto" and (why_not := _why_not(linears)):
+        return Packing(False, nan, why_not)
     one_per_shape = {tuple(layer.weight.shape): layer for layer in linears}
     try:
         # One packed copy for each shape: those of the measurement serve afterwards too.
@@ -126,13 +132,29 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
         return Packing(False, nan, f"this torch has no packed product ({type(error).__name__})")
     if not same_numbers:
         return Packing(False, nan, "the packed product gives other numbers here")
-    gain = _known_gain(sorted(one_per_shape), products) if choice == "auto" else _gain(products)
+    gain = (
+        known_gain(sorted(one_per_shape), lambda: products) if choice == "auto" else _gain(products)
+    )
     if choice == "auto" and gain < LEAST_GAIN:
         return Packing(False, gain, "no faster here")
     for linear in linears:
         copy = copies.pop(id(linear)) if id(linear) in copies else _packed(linear.weight)
         linear.__dict__["forward"] = _packed_forward(linear, copy)
+        drop_pages(linear.weight)
     return Packing(True, gain, "faster here" if gain >= LEAST_GAIN else "asked for", len(linears))
+
+
+def _why_not(linears: list[nn.Linear]) -> str:
+    """Say why layers are not worth packing, before anything is measured; else the empty text."""
+    n_weights = sum(layer.weight.numel() for layer in linears)
+    if n_weights < LEAST_WEIGHTS:
+        return "too small a model to matter"
+    n_bytes, free = 4 * n_weights, free_memory()
+    if free is not None and n_bytes * MEMORY_LEFT > free:
+        return (
+            f"memory is short: it takes {n_bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free"
+        )
+    return ""
 
 
 def is_packed(module: nn.Module | HookedModel) -> bool:
@@ -152,7 +174,7 @@ def _is_packed_layer(layer: nn.Module) -> bool:
 @contextmanager
 def unpacked(module: nn.Module | HookedModel) -> Iterator[None]:
     """Take the plain products inside the block."""
-    packed_forwards = [
+    packed_forwards: list[tuple[Any, Any]] = [
         (layer, layer.__dict__.pop("forward"))
         for layer in module.modules()
         if _is_packed_layer(layer)
@@ -162,6 +184,7 @@ def unpacked(module: nn.Module | HookedModel) -> Iterator[None]:
     finally:
         for linear, packed_forward in packed_forwards:
             linear.__dict__["forward"] = packed_forward
+            drop_pages(linear.weight)
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -195,7 +218,7 @@ def _packed_forward(linear: nn.Linear, packed: Tensor) -> Callable[[Tensor], Ten
     return forward
 
 
-def _products(linear: nn.Linear, packed: Tensor, rows: int) -> _Products:
+def _products(linear: nn.Linear, packed: Tensor, rows: int) -> Products:
     """Make the plain and the packed product of a layer with one fixed input."""
     x = torch.randn(rows, linear.in_features, generator=torch.Generator().manual_seed(0))
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
@@ -206,8 +229,17 @@ def _close(plain: Tensor, packed: Tensor) -> bool:
     return bool((plain - packed).abs().max() <= TOLERANCE * plain.abs().max().clamp(min=1e-12))
 
 
-def _known_gain(shapes: list[tuple[int, ...]], products: dict[int, list[_Products]]) -> float:
-    """Read the gain as it was measured here before, else measure it now and keep it."""
+def known_gain(shapes: list[Any], products: Callable[[], dict[int, list[Products]]]) -> float:
+    """Read a gain as it was measured on this machine before, else measure it now and keep it.
+
+    Args:
+        shapes: What is multiplied, in JSON values: with torch's version, the processor and the
+            number of threads it tells one measurement from another.
+        products: Makes a plain and a faster product for each shape, by number of rows.
+
+    Returns:
+        Time of the plain products over that of the faster ones.
+    """
     import platformdirs
 
     what = [
@@ -222,7 +254,7 @@ def _known_gain(shapes: list[tuple[int, ...]], products: dict[int, list[_Product
     try:
         return float(read_json(path)["gain"])
     except (OSError, ValueError, KeyError, TypeError):
-        gain = _gain(products)
+        gain = _gain(products())
     # A cache folder that cannot be written to costs a measurement each time, nothing else.
     with suppress(OSError):
         write_json(path, {"gain": gain, "what": what})
@@ -239,7 +271,7 @@ def _cpu_name() -> str:
     )
 
 
-def _gain(products: dict[int, list[_Products]]) -> float:
+def _gain(products: dict[int, list[Products]]) -> float:
     """Measure the plain products' time over the packed ones'.
 
     In each round all shapes run one after the other; the gain is the median over rounds and the

@@ -194,8 +194,7 @@ def class_difference(
 ) -> dict[Site, Float[Tensor, " d"]]:
     """Subtract reference prompts' mean from unsafe ones' at each site, in float64."""
     return {
-        site: cached.of(unsafe).values.double().mean(dim=0)
-        - cached.of(reference).values.double().mean(dim=0)
+        site: cached.of(unsafe).mean() - cached.of(reference).mean()
         for site, cached in activations.items()
     }
 

@@ -100,9 +100,7 @@ def attribute_folds(
     attributions = {}
     for category in names:
         fit_rows, held_rows = fit_sides[category], held_sides[category]
-        u = residual.values[fit_rows.unsafe].double().mean(dim=0) - residual.values[
-            fit_rows.reference
-        ].double().mean(dim=0)
+        u = residual.mean(fit_rows.unsafe.tolist()) - residual.mean(fit_rows.reference.tolist())
         unsafe, safe = (
             [held.prompts[i] for i in side] for side in (held_rows.unsafe, held_rows.reference)
         )

@@ -139,7 +139,7 @@ def scaled_activations(
             part.append(pooled[name].float().cpu())
     info, results = model_info(model), {}
     for site in sites:
-        values = in_given_order(torch.cat(parts[str(site)]), order)
+        values = in_given_order(torch.cat(parts.pop(str(site))), order)
         results[site] = ActivationSet(
             site, values, tuple(prompts), span, info, asked_as(system_prompt, template_keywords)
         )

@@ -113,7 +113,6 @@ def _directions(
     """
     acts = cache_activations(model, prompts, sorted(sites), **asked_by)
     return {
-        site: at_site.select(label="unsafe").values.mean(dim=0)
-        - at_site.select(label="safe").values.mean(dim=0)
+        site: (at_site.select(label="unsafe").mean() - at_site.select(label="safe").mean()).float()
         for site, at_site in acts.items()
     }

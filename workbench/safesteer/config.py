@@ -116,8 +116,10 @@ class RunConfig(AnswerSettings):
     Attributes:
         model: hub name, local folder, .gguf file, or "embedded" (default: SmolLM2-135M-Instruct)
         device: torch device (default: a GPU if there is one)
-        dtype: float32, bfloat16, float16, or auto for the checkpoint's own
-        quantize: quantise linear layers while loading: 8bit or 4bit (needs workbench[quantized])
+        dtype: float32, bfloat16, float16, or auto for the checkpoint's own, or what is faster here
+            where a model on the processor has a billion weights or more
+        quantize: quantise linear layers while loading: 8bit or 4bit (needs workbench[quantized]),
+            or int8 (weights alone, on the processor)
         device_map: spread layers over devices: auto, balanced or sequential (instead of device)
         max_memory: with a device map, the largest share of each device, as 0=20GiB cpu=60GiB
         packing: linear layers packed for the processor's fast product: on, off, or auto, which
@@ -390,8 +392,10 @@ def _check_contrast(config: RunConfig) -> None:
 
 def _check_loading(config: RunConfig) -> None:
     """Check how the model is placed, in words; whether it can be is seen when it is loaded."""
-    if config.quantize not in (None, "8bit", "4bit"):
-        raise ValueError(f"quantize must be 8bit or 4bit, or nothing, got {config.quantize!r}.")
+    if config.quantize not in (None, "8bit", "4bit", "int8"):
+        raise ValueError(
+            f"quantize must be 8bit, 4bit or int8, or nothing, got {config.quantize!r}."
+        )
     if config.device_map is not None and config.device is not None:
         raise ValueError("give either device or device_map, not both.")
     if config.max_memory is not None and config.device_map is None:

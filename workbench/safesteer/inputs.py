@@ -16,7 +16,7 @@ from workbench.generation.answers import Completion
 from workbench.judges.cache import cached
 from workbench.judges.opening import JudgeSettings, check_judge, open_judge
 from workbench.judges.text_quality import RememberedTexts, load_encoder
-from workbench.models.load import load_model, model_info
+from workbench.models.load import load_model, load_notes, model_info
 from workbench.models.packing import is_packed
 from workbench.models.tokens import encode, template_text
 from workbench.models.trusted_paths import untrusted_paths
@@ -128,6 +128,7 @@ class Job:
             "model": model_info(self.model).to_dict(),
             **({"vectors_from": of_source} if of_source else {}),
             "packed": is_packed(self.model),
+            "loading": None if (notes := load_notes(self.model)) is None else notes.to_dict(),
             "slow_ways": dict(untrusted_paths(self.model)),
             "categories": self.categories,
             "folds": {

@@ -229,9 +229,7 @@ def at_norms_of(measured: Measured, vectors: Vectors, fit: Sequence[Prompt]) -> 
         fit: Prompts of the fit fold.
     """
     norm_at = {
-        layer: float(
-            measured.prompts[Site(layer, "resid_post")].of(fit).values.double().norm(dim=1).mean()
-        )
+        layer: measured.prompts[Site(layer, "resid_post")].of(fit).mean_norm()
         for layer in {site.layer for _, site in vectors}
     }
     return {

@@ -224,4 +224,4 @@ def _norm_at(site: Site, residual: Mapping[Site, ActivationSet] | None, info: Mo
             f"residual must hold activations of {info.name!r} in the residual stream of layer "
             f"{site.layer}; it has: {', '.join(map(str, residual))}."
         )
-    return float(fitting[0].values.double().norm(dim=1).mean())
+    return fitting[0].mean_norm()

@@ -198,9 +198,9 @@ def _fit(
             f"no activations of the question of {answers.prompts[pairs[place][0]].id!r} at "
             f"{questions.site}; cache it first."
         )
-    neutral = questions.values[[row_of[key] for key in keys]]
-    safe = answers.values[[j for _, j in pairs]]
-    unsafe = answers.values[[i for i, _ in pairs]]
+    neutral = questions.rows([row_of[key] for key in keys])
+    safe = answers.rows([j for _, j in pairs])
+    unsafe = answers.rows([i for i, _ in pairs])
     return SpectralEdit(
         site=answers.site,
         category=category,
@@ -263,7 +263,7 @@ def shuffled_edits(
         swapped = bool(torch.randint(0, 2, (1,), generator=generator))
         if prompt.label == "unsafe" and j is not None and swapped:
             order[i], order[j] = j, i
-    mixed = replace(answers, values=answers.values[order])
+    mixed = replace(answers, values=answers.rows(order))
     edits = fit_spectral_edits(mixed, questions, share=share, pooled=pooled, method="shuffled")
     return {c: replace(edit, category=f"{c}/shuffled{seed}") for c, edit in edits.items()}
 

@@ -253,14 +253,15 @@ def shuffled_vector(
             f"no rows to shuffle for category {like.category!r} with safe_side={safe_side!r}."
         )
     generator = torch.Generator().manual_seed(seed)
-    values, n_unsafe = activations.values.double(), len(unsafe_rows)
+    n_unsafe = len(unsafe_rows)
     if safe_side == "paired":
         sign = torch.randint(0, 2, (n_unsafe, 1), generator=generator).double() * 2 - 1
-        vector = (sign * (values[safe_rows] - values[unsafe_rows])).mean(dim=0)
+        safe, unsafe = (activations.rows(rows).double() for rows in (safe_rows, unsafe_rows))
+        vector = (sign * (safe - unsafe)).mean(dim=0)
     else:
         order = torch.randperm(n_unsafe + len(safe_rows), generator=generator)
-        mixed = torch.tensor(unsafe_rows + safe_rows)[order]
-        vector = values[mixed[n_unsafe:]].mean(dim=0) - values[mixed[:n_unsafe]].mean(dim=0)
+        mixed = torch.tensor(unsafe_rows + safe_rows)[order].tolist()
+        vector = activations.mean(mixed[n_unsafe:]) - activations.mean(mixed[:n_unsafe])
     return replace(
         scaled_to(replace(like, vector=vector.float()), like.norm),
         method="shuffled",
@@ -301,7 +302,7 @@ def with_safe_projection(
             f"no safe rows to measure a target of {vector.category!r} on; give activations that "
             "hold the safe side too."
         )
-    return replace(vector, safe_projection=_projection(activations.values[rows], vector.vector))
+    return replace(vector, safe_projection=_projection(activations.rows(rows), vector.vector))
 
 
 def scaled_to(vector: SteeringVector, norm: float) -> SteeringVector:
@@ -444,8 +445,8 @@ def _fit_category(
 ) -> SteeringVector:
     unsafe_rows, safe_rows = _rows_to_fit(activations.prompts, category, options)
     fitted_rows = (*unsafe_rows, *safe_rows)
-    safe = activations.values[safe_rows]
-    vector = _estimate(activations.values[unsafe_rows], safe, options)
+    safe = activations.rows(safe_rows)
+    vector = _estimate(activations.rows(unsafe_rows), safe, options)
     return SteeringVector(
         site=activations.site,
         category=category,
@@ -553,4 +554,4 @@ def _site_norm(activations: ActivationSet, residual: ActivationSet | None) -> fl
             f"residual must be of the same model {activations.model.name!r}, "
             f"got {stream.model.name!r}."
         )
-    return float(stream.values.double().norm(dim=1).mean())
+    return stream.mean_norm()
