@@ -1,4 +1,4 @@
-"""Choose the likeliest token of each row, and say how likely tokens are, in few reads of the logits.
+"""Choose the likeliest token of each row, and say how likely tokens are, reading logits once.
 
 A step of 96 rows has up to 15 million logits: to read them takes as long as some layers of a small
 model.

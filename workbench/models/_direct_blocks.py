@@ -219,7 +219,7 @@ def is_direct(component: Any) -> bool:
         and all(_is_as_made(layer) or is_packed_layer(layer) for layer in linears)
         and all(map(_is_as_made, others))
         and not any(module.training or _has_torch_hooks(module) for module in (*others, *linears))
-        and not any(map(is_watched, _inside(component)[1]))
+        and not any(map(is_watched, (component, *_inside(component)[1])))
     )
 
 
@@ -313,9 +313,9 @@ def _point(component: Any, name: str) -> Any:
 
 
 def _inside(component: Any) -> tuple[list[Any], list[Any]]:
-    """List the hook points in a block, and the components, the block itself among them."""
+    """List the hook points in a block, and the components in it."""
     if component not in _INSIDE:
-        modules = list(component.modules())
+        modules = [module for module in component.modules() if module is not component]
         points = [module for module in modules if hasattr(module, "fwd_hooks")]
         components = [module for module in modules if "_original_component" in module._modules]
         _INSIDE[component] = points, components
