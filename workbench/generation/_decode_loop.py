@@ -250,10 +250,9 @@ class DecodeLoop:
                 )
             random = draws[state.alive, state.step] if draws is not None else None
             # The largest logit of a row that holds an undefined one is undefined.
-            largest, next_tokens = likeliest(logits)
+            largest, first = likeliest(logits)
             state.finite = state.finite & largest.isfinite()
-            if random is not None:
-                next_tokens = self._draw(logits, random)
+            next_tokens = self._choose(logits, random, first)
             written[state.alive, state.step] = next_tokens
             if len(plain):
                 chosen = log_probs_of(logits, largest, next_tokens, plain)
@@ -315,10 +314,15 @@ class DecodeLoop:
         ]
         return intervene(self.model, interventions, gates=gates, transfer=self.transfer, **keywords)
 
-    def _draw(
-        self, logits: Float[Tensor, "batch d_vocab"], draws: Float[Tensor, " batch"]
+    def _choose(
+        self,
+        logits: Float[Tensor, "batch d_vocab"],
+        draws: Float[Tensor, " batch"] | None,
+        likeliest_tokens: Int[Tensor, " batch"],
     ) -> Int[Tensor, " batch"]:
-        """Choose each row's next token: the one its random number falls on."""
+        """Choose each row's next token: the likeliest, or the one its random number falls on."""
+        if draws is None:
+            return likeliest_tokens
         probabilities = torch.softmax(logits.double() / self.decoding.temperature, dim=-1)
         if self.decoding.top_k is not None:
             probabilities = _first(probabilities, self.decoding.top_k)
