@@ -251,17 +251,17 @@ def test_gradients_flow_through_the_block_itself(tiny, ran: list[int]) -> None:
         torch.testing.assert_close(found, slope(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["shared layers", "gates"])
 @pytest.mark.parametrize("family", ["llama3", "qwen2"])
-def test_answers_of_conditions_that_share_layers_are_those_without_direct_blocks(
-    family_model, family: str, ran: list[int]
+def test_answers_of_several_conditions_are_those_without_direct_blocks(
+    family_model, family: str, kind: str, ran: list[int]
 ) -> None:
     model = family_model(family)
-    conditions = {
-        "plain": [],
-        "steered": [add_vector(steering_vector(model, Site(2, "resid_post"), scale=9.0), rho=0.3)],
-        "gated": through(model, gate(model)),
-        "stepwise": through(model, gate(model, form="stepwise")),
-    }
+    vector = steering_vector(model, Site(2, "resid_post"), scale=9.0)
+    conditions = {"plain": [], "steered": [add_vector(vector, rho=0.3)]}
+    if kind == "gates":  # which read below all steering, so that no layers are shared
+        conditions["gated"] = through(model, gate(model))
+        conditions["stepwise"] = through(model, gate(model, form="stepwise"))
 
     def tokens() -> dict[str, list[tuple[int, ...]]]:
         answers = sweep(model, QUESTIONS, conditions, Decoding(max_new_tokens=12))
@@ -274,7 +274,7 @@ def test_answers_of_conditions_that_share_layers_are_those_without_direct_blocks
     with without_direct_blocks():
         assert tokens() == found
     assert len(ran) == n_ran
-    assert len({str(answers) for answers in found.values()}) > 2
+    assert len({str(answers) for answers in found.values()}) >= len(conditions) - 1
 
 
 def test_attribution_is_that_of_before(tiny) -> None:

@@ -224,7 +224,10 @@ def _with_direct_blocks(slots: list[_Slot], modules: list[Any]) -> list[Any]:
 
 
 def has_direct_blocks(model: HookedModel) -> bool:
-    """Tell whether any block of a model may be computed directly, as far as its modules tell."""
+    """Tell whether any block of a model may be computed directly, as far as its modules tell.
+
+    Only where attention may be fused are any.
+    """
     return any(is_direct(slot.component) for slot in block_slots(model))
 
 

@@ -98,8 +98,7 @@ def _beyond_the_check(model: HookedModel) -> dict[Route, str]:
     config: Any = hugging_face_model(model).config  # type: ignore[union-attr]
     for name, value in vars(config.get_text_config(decoder=True)).items():
         if name.endswith("topk") and isinstance(value, int) and value >= max(LENGTHS):
-            reason = f"attention is sparse beyond {value} tokens, the check is shorter"
-            return {"fused": reason, "direct": reason}
+            return {"fused": f"attention is sparse beyond {value} tokens, the check is shorter"}
     return {}
 
 
@@ -213,7 +212,8 @@ class _Trial:
             attempt("shared_layers", self.behind_a_prefix)
             attempt("late_head", self.in_parts)
             attempt("fused", self.all_at_once)
-            attempt("direct", self.all_at_once)
+            if has_direct_blocks(self.model):  # else nothing goes that way
+                attempt("direct", self.all_at_once)
         if is_packed(self.model):
             attempt("packed", self.alone)
             if "packed" in untrusted:
