@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from workbench.generation._beginnings import parts_by_beginning
+from workbench.generation._choice import likeliest, log_probs_of
 from workbench.generation._memory import (
     RowBytes,
     bytes_per_row,
@@ -277,11 +278,12 @@ class DecodeLoop:
                 )
             random = draws[state.alive, state.step] if draws is not None else None
             # The largest logit of a row that holds an undefined one is undefined.
-            state.finite = state.finite & logits.amax(dim=-1).isfinite()
-            next_tokens = self._choose(logits, random)
+            largest, first = likeliest(logits)
+            state.finite = state.finite & largest.isfinite()
+            next_tokens = self._choose(logits, random, first)
             written[state.alive, state.step] = next_tokens
             if len(plain):
-                chosen = _log_probs(logits[plain], next_tokens[plain])
+                chosen = log_probs_of(logits, largest, next_tokens, plain)
                 log_probs[state.alive[plain], state.step] = chosen
             state.append(next_tokens, self.stops)
             is_look = state.step % self.look_every == 0
@@ -341,11 +343,14 @@ class DecodeLoop:
         return intervene(self.model, interventions, gates=gates, transfer=self.transfer, **keywords)
 
     def _choose(
-        self, logits: Float[Tensor, "batch d_vocab"], draws: Float[Tensor, " batch"] | None
+        self,
+        logits: Float[Tensor, "batch d_vocab"],
+        draws: Float[Tensor, " batch"] | None,
+        likeliest_tokens: Int[Tensor, " batch"],
     ) -> Int[Tensor, " batch"]:
         """Choose each row's next token: the likeliest, or the one its random number falls on."""
         if draws is None:
-            return logits.argmax(dim=-1)
+            return likeliest_tokens
         probabilities = torch.softmax(logits.double() / self.decoding.temperature, dim=-1)
         if self.decoding.top_k is not None:
             probabilities = _first(probabilities, self.decoding.top_k)
@@ -380,17 +385,6 @@ class DecodeLoop:
             if token in stops:
                 return ids[:place], "eos"
         return ids, "length"
-
-
-def _log_probs(
-    logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]
-) -> Float[Tensor, " row"]:
-    """Give the log-probability of each row's token, a few rows at a time to keep memory small."""
-    parts = []
-    for some, chosen in zip(logits.split(8), tokens.split(8), strict=True):
-        some = some.float()
-        parts.append(some.gather(1, chosen[:, None])[:, 0] - some.logsumexp(dim=-1))
-    return torch.cat(parts)
 
 
 def _first(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from workbench.models._direct_blocks import Pass, direct_block, is_direct, is_used, is_watched
 from workbench.models.hooked_model import HookedModel, hugging_face_model
 from workbench.models.trusted_paths import trusts
 
@@ -49,9 +50,9 @@ class _Slot:
 
     def lightest(self) -> Any:
         """Choose the module that computes the same with the hooks that are set now."""
-        if any(map(_is_used, self.inner)):
+        if any(map(is_used, self.inner)):
             return self.component
-        ends_are_used = any(map(_is_used, self.ends)) or _is_watched(self.component)
+        ends_are_used = any(map(is_used, self.ends)) or is_watched(self.component)
         return self.outer if ends_are_used else self.component.original_component
 
 
@@ -120,9 +121,10 @@ def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
     Hooks must be set before the block, not inside it; a block within another does nothing.
 
     Attention also goes by torch's fused kernel instead of the eager one, unless a hook reads its
-    scores or pattern. A model runs as it is if TransformerLens has processed its weights, if its
-    optional hook points are switched on, if it is no TransformerBridge, or if Hugging Face's
-    modules were found to compute something else in their places.
+    scores or pattern; then Llama-like blocks are computed directly (``_direct_blocks``) where
+    nothing but sites is hooked in them. A model runs as it is if TransformerLens has processed its
+    weights, if its optional hook points are switched on, if it is no TransformerBridge, or if
+    Hugging Face's modules were found to compute something else in their places.
     """
     hf_model = hugging_face_model(model)
     if (
@@ -139,10 +141,12 @@ def idle_hooks_bypassed(model: HookedModel) -> Iterator[None]:
         _refuse_components(model, slots, modules)
     config = hf_model.config
     fused = (
-        _may_fuse_attention(hf_model)
+        may_fuse_attention(hf_model)
         and not any(map(_is_attention, modules))
         and trusts(model, "fused")
     )
+    if fused and trusts(model, "direct"):
+        modules = _with_direct_blocks(slots, modules)
     attention_before = config._attn_implementation
     try:
         _INSIDE.add(model)
@@ -207,6 +211,26 @@ def _lightest_modules(slots: list[_Slot]) -> list[Any]:
     ]
 
 
+def _with_direct_blocks(slots: list[_Slot], modules: list[Any]) -> list[Any]:
+    """Put direct blocks in the place of those that have one with the hooks that are set now."""
+    shared = Pass()
+    direct = [
+        direct_block(slot.component, module, shared) if slot.is_block else None
+        for slot, module in zip(slots, modules, strict=True)
+    ]
+    return [
+        module if block is None else block for block, module in zip(direct, modules, strict=True)
+    ]
+
+
+def has_direct_blocks(model: HookedModel) -> bool:
+    """Tell whether any block of a model may be computed directly, as far as its modules tell.
+
+    Only where attention may be fused are any.
+    """
+    return any(is_direct(slot.component) for slot in block_slots(model))
+
+
 def block_slots(model: HookedModel) -> list[_Slot]:
     """List the slots where the blocks stand, in order."""
     return [slot for slot in _slots_of(model) if slot.is_block]
@@ -216,7 +240,7 @@ def blocks_are_idle(model: HookedModel, n: int) -> bool:
     """Tell whether no hook is set in the first ``n`` blocks."""
     modules = [module for slot in block_slots(model)[:n] for module in slot.component.modules()]
     used = any(
-        _is_used(m) if hasattr(m, "fwd_hooks") else _is_component(m) and _is_watched(m)
+        is_used(m) if hasattr(m, "fwd_hooks") else _is_component(m) and is_watched(m)
         for m in modules
     )
     return not used and not computes_its_own_way(model)
@@ -321,20 +345,6 @@ def _is_projection(component: Any) -> bool:
     return isinstance(component.original_component, nn.Linear | Conv1D)
 
 
-def _is_watched(component: Any) -> bool:
-    """Tell whether anyone but TransformerLens has put a torch hook on a component."""
-    hooks = [*component._forward_hooks.values(), *component._forward_pre_hooks.values()]
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("transformer_lens.") for hook in hooks
-    )
-
-
-def _is_used(point: Any) -> bool:
-    return bool(
-        point.fwd_hooks or point.bwd_hooks or point._forward_hooks or point._forward_pre_hooks
-    )
-
-
 def computes_its_own_way(model: HookedModel) -> bool:
     """Tell whether TransformerLens has changed the weights, or what is computed around hooks."""
     return getattr(model, "compatibility_mode", False) or any(
@@ -342,7 +352,7 @@ def computes_its_own_way(model: HookedModel) -> bool:
     )
 
 
-def _may_fuse_attention(hf_model: Any) -> bool:
+def may_fuse_attention(hf_model: Any) -> bool:
     """Tell whether Hugging Face itself would take fused attention for this architecture.
 
     Soft-capped scores are what it cannot compute. Whether it computes the same where it may is

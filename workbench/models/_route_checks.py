@@ -3,21 +3,32 @@
 Two rows of unlike length that begin alike are enough to need all of it: padding, a shared prefix, a
 cache that grows, and rows that are taken from it. Mostly all ways agree at once; only where they do
 not, they are tried one by one.
+
+In 16 bit the model's own attention rounds scores, of which large ones then differ by more than a
+tolerance can allow (Qwen's reach several hundred). Ways that fuse attention, which round less, are
+compared with the model's own attention on queries, keys and values in float32.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.models._idle_hooks import computes_its_own_way, hugging_face_alone
+from workbench.models._idle_hooks import (
+    computes_its_own_way,
+    has_direct_blocks,
+    hugging_face_alone,
+    may_fuse_attention,
+)
 from workbench.models.batches import PaddingSide, pad_ids
 from workbench.models.forward import (
     as_by_default,
+    fast,
     last_logits,
     late_logits,
     prefix_cache,
@@ -26,7 +37,7 @@ from workbench.models.forward import (
 from workbench.models.hooked_model import HookedModel, hugging_face_model, input_device, model_lock
 from workbench.models.packing import is_packed, pack_linears, unpacked
 from workbench.models.shared_layers import run_below
-from workbench.models.trusted_paths import ROUTES, Route, assumed
+from workbench.models.trusted_paths import ROUTES, Route, assumed, trusts
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -93,11 +104,20 @@ def _beyond_the_check(model: HookedModel) -> dict[Route, str]:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """A model, two rows of tokens, and the logits behind each token when a row runs alone."""
+    """A model, two rows of tokens, and the logits behind each token when a row runs alone.
+
+    Attributes:
+        model: A hooked model.
+        rows: Tokens.
+        expected: What Hugging Face's model computes.
+        exactly: The same in 16 bit with attention in float32, to compare fused attention with.
+        tolerance: Largest error that is taken for rounding.
+    """
 
     model: HookedModel
     rows: tuple[list[int], list[int]]
     expected: tuple[Float[Tensor, "pos d_vocab"], ...]
+    exactly: tuple[Float[Tensor, "pos d_vocab"], ...]
     tolerance: float
 
     @classmethod
@@ -108,21 +128,35 @@ class _Trial:
         rows = first, first[:PREFIX] + ids[LENGTHS[0] : LENGTHS[0] + LENGTHS[1] - PREFIX]
         weights = list(model.parameters())
         exact = all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
-        trial = cls(model, rows, (), TOLERANCE if exact else TOLERANCE_16_BIT)
-        alone: AbstractContextManager[Any] = (
-            assumed(frozenset())  # TransformerLens has changed the weights or what is computed
-            if computes_its_own_way(model)
-            else hugging_face_alone(model)
-        )
+        trial = cls(model, rows, (), (), TOLERANCE if exact else TOLERANCE_16_BIT)
         try:
-            with assumed(frozenset()), alone, unpacked(model):
-                expected = tuple(trial._logits([row], "right")[0] for row in rows)
+            with trial._alone():
+                expected = exactly = tuple(trial._logits([row], "right")[0] for row in rows)
+                if not exact and may_fuse_attention(hugging_face_model(model)):
+                    with suppress(AttributeError), _attention_in_float32(model):
+                        exactly = tuple(trial._logits([row], "right")[0] for row in rows)
         except Exception as error:  # any module of any architecture may raise anything
             raise ValueError(
                 f"{model.cfg.model_name!r} cannot be run ({_first_line(error)}); choose a causal "
                 "language model that Hugging Face's transformers runs on token ids alone."
             ) from error
-        return cls(model, rows, expected, trial.tolerance)
+        return cls(model, rows, expected, exactly, trial.tolerance)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let Hugging Face's model run as if TransformerLens had not taken it over."""
+        alone: AbstractContextManager[Any] = (
+            assumed(frozenset())  # TransformerLens has changed the weights or what is computed
+            if computes_its_own_way(self.model)
+            else hugging_face_alone(self.model)
+        )
+        with assumed(frozenset()), alone, unpacked(self.model):
+            yield
+
+    @property
+    def wanted(self) -> tuple[Float[Tensor, "pos d_vocab"], ...]:
+        """Give what the routes that are tried right now have to compute."""
+        return self.exactly if trusts(self.model, "fused") else self.expected
 
     def check_causal(self) -> None:
         """Raise where the first tokens, which both rows share, see what comes after them.
@@ -157,6 +191,7 @@ class _Trial:
 
         def attempt(route: Route, scenario: Callable[[frozenset[Route]], _Pairs]) -> None:
             needed = {"growing": "cache", "prefix": "cache", "shared_layers": "prefix"}
+            needed["direct"] = "fused"
             missing = untrusted.get(needed.get(route, route))  # type: ignore[call-overload]
             found = missing or self.problem(frozenset(base | {route}), scenario)
             if found is None:
@@ -177,6 +212,8 @@ class _Trial:
             attempt("shared_layers", self.behind_a_prefix)
             attempt("late_head", self.in_parts)
             attempt("fused", self.all_at_once)
+            if has_direct_blocks(self.model):  # else nothing goes that way
+                attempt("direct", self.all_at_once)
         if is_packed(self.model):
             attempt("packed", self.alone)
             if "packed" in untrusted:
@@ -200,15 +237,32 @@ class _Trial:
         if "cache" in routes and "prefix" not in routes:
             yield from self.decoded(routes)
         yield from self.in_parts(routes)
+        if "direct" in routes and has_direct_blocks(self.model):
+            yield from self.at_the_end(routes)
+
+    def at_the_end(self, _: frozenset[Route]) -> _Pairs:
+        """Run a row at the last positions of the context: attention may be scaled by positions."""
+        tokens, mask = self._padded(self.rows[:1], "right")
+        hf_model: Any = hugging_face_model(self.model)
+        config = hf_model.config.get_text_config(decoder=True)
+        end = getattr(config, "max_position_embeddings", 0)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        keywords = {"attention_mask": mask.long(), "use_cache": False}
+        keywords["position_ids"] = positions + max(0, end - tokens.shape[1])
+        is_exact = self.exactly is self.expected
+        with self._alone(), nullcontext() if is_exact else _attention_in_float32(self.model):
+            expected = hf_model(tokens, **keywords).logits
+        with fast(self.model):
+            yield hf_model(tokens, **keywords).logits[0], expected[0]
 
     def alone(self, _: frozenset[Route]) -> _Pairs:
         """Run each row by itself."""
-        for tokens, expected in zip(self.rows, self.expected, strict=True):
+        for tokens, expected in zip(self.rows, self.wanted, strict=True):
             yield self._logits([tokens], "right")[0], expected
 
     def decoded(self, _: frozenset[Route]) -> _Pairs:
         """Read all but two tokens at once, and these one at a time, in two copies of the row."""
-        row, expected = self.rows[0], self.expected[0]
+        row, expected = self.rows[0], self.wanted[0]
         tokens, mask = self._padded([row], "right")
         start = len(row) - 2
         begun = last_logits(self.model, tokens[:, :start], mask[:, :start], 1, use_cache=True)
@@ -242,12 +296,12 @@ class _Trial:
                 )
         for row, place in enumerate([*places, *places]):
             n = len(self.rows[place]) - 1 - PREFIX
-            yield logits[row, width - n :], self.expected[place][PREFIX:-1]
+            yield logits[row, width - n :], self.wanted[place][PREFIX:-1]
         last = tokens.new_tensor([[self.rows[place][-1]] for place in (*places, *places)])
         mask = torch.cat([mask, mask.new_ones(4, 1)], dim=1)
         logits, _ = last_logits(self.model, last, mask, 1, cache=cache, use_cache=True)
         for row, place in enumerate([*places, *places]):
-            yield logits[row], self.expected[place][-1:]
+            yield logits[row], self.wanted[place][-1:]
 
     def in_parts(self, routes: frozenset[Route]) -> _Pairs:
         """Compute logits in two parts, of both rows where they may share a batch."""
@@ -257,10 +311,10 @@ class _Trial:
         parts, _ = late_logits(self.model, tokens, mask, width)
         logits = torch.cat([parts(slice(0, 4)), parts(slice(4, width))], dim=1)
         for place, row in enumerate(rows):
-            yield logits[place, width - len(row) :], self.expected[place]
+            yield logits[place, width - len(row) :], self.wanted[place]
 
     def _compared(self, found: Sequence[Tensor]) -> _Pairs:
-        return iter(zip(found, self.expected, strict=True))
+        return iter(zip(found, self.wanted, strict=True))
 
     def _logits(
         self, rows: Sequence[Sequence[int]], side: PaddingSide
@@ -286,6 +340,36 @@ class _Trial:
         wanted = wanted - wanted.mean(dim=-1, keepdim=True)
         relative = difference.norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-30)
         return float(relative.max() if self.tolerance == TOLERANCE else relative.median())
+
+
+@contextmanager
+def _attention_in_float32(model: HookedModel) -> Iterator[None]:
+    """Let the model's own attention run in float32 inside the block, whatever its weights are.
+
+    An architecture that does not have it as a function of its module is left as it is.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **others: Any
+    ) -> Any:
+        own: Any = sys.modules[type(module).__module__]
+        mask = None if mask is None else mask.float()
+        out, weights = own.eager_attention_forward(
+            module, query.float(), key.float(), value.float(), mask, **others
+        )
+        return out.to(query.dtype), weights
+
+    name, config = "workbench_float32", hugging_face_model(model).config  # type: ignore[union-attr]
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, eager_mask)
+    before = config._attn_implementation
+    try:
+        config._attn_implementation = name
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _kept(cache: Any) -> Any:

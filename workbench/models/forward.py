@@ -125,7 +125,8 @@ def last_logits(
             from workbench.models._growing_cache import grow_in_place
 
             grow_in_place(cache)
-    with fast(model), _contiguous_before_the_head(model):
+    all_columns = n >= tokens.shape[1]  # as where one token is written: they lie in one piece
+    with fast(model), nullcontext() if all_columns else _contiguous_before_the_head(model):
         logits, cache = model(
             tokens, return_type="logits_and_cache", **_that_are_taken(model, keywords)
         )

@@ -107,7 +107,7 @@ def pack_linears(module: nn.Module, choice: Choice = "auto") -> Packing:
     if choice not in CHOICES:
         raise ValueError(f"unknown choice of packing {choice!r}; choices: {', '.join(CHOICES)}.")
     linears = [layer for layer in module.modules() if type(layer) is nn.Linear]
-    for linear in filter(_is_packed_layer, linears):
+    for linear in filter(is_packed_layer, linears):
         del linear.__dict__["forward"]
     nan = float("nan")
     if choice == "off":
@@ -159,7 +159,7 @@ def _why_not(linears: list[nn.Linear]) -> str:
 
 def is_packed(module: nn.Module | HookedModel) -> bool:
     """Tell whether any layer of a model is packed."""
-    return any(map(_is_packed_layer, module.modules()))
+    return any(map(is_packed_layer, module.modules()))
 
 
 def _can_be_packed(linear: nn.Linear) -> bool:
@@ -167,7 +167,8 @@ def _can_be_packed(linear: nn.Linear) -> bool:
     return is_plain and linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32
 
 
-def _is_packed_layer(layer: nn.Module) -> bool:
+def is_packed_layer(layer: nn.Module) -> bool:
+    """Tell whether a layer is packed."""
     return getattr(layer.__dict__.get("forward"), _MARK, False)
 
 
@@ -177,7 +178,7 @@ def unpacked(module: nn.Module | HookedModel) -> Iterator[None]:
     packed_forwards: list[tuple[Any, Any]] = [
         (layer, layer.__dict__.pop("forward"))
         for layer in module.modules()
-        if _is_packed_layer(layer)
+        if is_packed_layer(layer)
     ]
     try:
         yield

@@ -28,6 +28,7 @@ Route = Literal[
     "padding",
     "right_padding",
     "fused",
+    "direct",
     "cache",
     "growing",
     "prefix",
@@ -43,6 +44,7 @@ TransformerLens are in use; the others are faster:
 - packed: packed linear layers;
 - padding, right_padding: rows of different lengths share a batch, filled up on the left or right;
 - fused: torch's fused attention;
+- direct: Llama-like blocks computed by torch's functions alone, attention fused;
 - cache: what earlier tokens left behind (keys, values, states) is kept while an answer is written;
 - growing: keys and values grow in place;
 - prefix: the tokens that all rows begin with are computed once;
