@@ -14,7 +14,7 @@ from workbench.files.hints import did_you_mean
 from workbench.files.locks import locked_folder
 from workbench.files.store import PathLike, local_path, write_json
 from workbench.prompts.prompt import select_prompts
-from workbench.safesteer.calibration import Calibration, calibrate, describe, plan_rounds
+from workbench.safesteer.calibration import Calibration, calibrate, describe
 from workbench.safesteer.config import config_from
 from workbench.safesteer.constructions import constructions_of
 from workbench.safesteer.inputs import TUNE_NEUTRAL, limits_of, load_job, load_run_model
@@ -46,6 +46,7 @@ def recalibrate(
     positions: Sequence[Positions] = ("all",),
     until: Sequence[int | None] = (None,),
     tune_prompts: int | None = None,
+    search: str | None = None,
     budget: int | None = None,
     progress: bool = False,
     model: HookedModel | None = None,
@@ -64,6 +65,7 @@ def recalibrate(
         positions: Which tokens are steered where a way does not say so; each is tried.
         until: Generated tokens after which steering then ends; each is tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
+        search: "economical" or "exhaustive", see ``calibrate``; the run's by default.
         budget: Answers, at most.
         progress: Show what it will take, and progress bars.
         model: A loaded model, instead of loading the run's.
@@ -74,7 +76,7 @@ def recalibrate(
     """
     run = read_run(folder)
     how: dict[str, Any] = {"rhos": rhos, "applied": applied, "applied_tokens": applied_tokens}
-    config = _changed(run.notes["config"], **how, tune_prompts=tune_prompts)
+    config = _changed(run.notes["config"], **how, tune_prompts=tune_prompts, search=search)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
     model = model if model is not None else load_run_model(config)
@@ -91,7 +93,8 @@ def recalibrate(
         "output": out / "tune.jsonl",
         "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
         "limits": limits_of(config),
-        "rounds": plan_rounds(len(settings), len(questions), budget=budget),
+        "search": config.search,
+        "budget": budget,
         **job.how_steered,
     }
     with locked_folder(out):
