@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from scipy.special import bdtrc
 
@@ -62,12 +61,13 @@ def half_of(settings: Sequence[Setting], n_prompts: int) -> int:
     """Count the answers that an economical search takes at most.
 
     They are half of those of the exhaustive search; more where few settings differ in strength
-    alone, up to all of them where none do.
+    alone, up to those of successive halving without the settings that are kept for their
+    construction's sake.
     """
     n_constructions = len({s.construction for s in settings})
     rounds = plan_rounds(len(settings), n_prompts)
     share = max(0.5, len(rows_of(settings)) / len(settings))
-    return int(share * cost(rounds, n_kept=n_constructions))
+    return int(min(share * cost(rounds, n_kept=n_constructions), cost(rounds)))
 
 
 def n_tried(settings: Sequence[Setting]) -> int:
@@ -157,11 +157,7 @@ def _affordable(n_settings: int, first: int, n_prompts: int, budget: int) -> lis
 
 def _price(count: int, first: int, n_prompts: int) -> int:
     """Count the answers of rounds behind the first one, without the unsteered model's."""
-    rounds = _later_rounds(count, first, n_prompts)
-    sizes = [first, *(one.n_prompts for one in rounds)]
-    return sum(
-        one.n_settings * (b - a) for one, (a, b) in zip(rounds, pairwise(sizes), strict=True)
-    )
+    return cost([Round(0, first), *_later_rounds(count, first, n_prompts)]) - n_prompts
 
 
 @dataclass(eq=False)
@@ -190,9 +186,14 @@ class _Search:
         for row in self.rows:
             for place, one in enumerate(row):
                 if one not in self.judged.values:
-                    broken = any(self.judged.excess.get(weaker, 0) > 0 for weaker in row[:place])
+                    broken = any(self._is_over(weaker) for weaker in row[:place])
                     self.untried.setdefault(one, TOO_STRONG if broken else NOT_NEEDED)
         self._note_round()
+
+    def _is_over(self, setting: Setting) -> bool:
+        """Tell whether a setting is known to be over the limits, with answers or without."""
+        is_screened = self.untried.get(setting) == KL_TOO_HIGH
+        return is_screened or self.judged.excess.get(setting, 0) > 0
 
     def _first_of_rows(self) -> list[Setting]:
         """Take each row's middle, or what is weaker where that is known to be over a limit.
