@@ -142,9 +142,8 @@ def calibrate(
 ) -> Calibration:
     """Find the setting with most safe and helpful answers, less what it costs over the limits.
 
-    Few prompts for many settings, more for the best. The economical search tries each vector and
-    place in the middle of its strengths first (``search_economically``); the exhaustive one tries
-    every setting, and the best one of each construction stays to the end.
+    Few prompts for many settings, more for the best. The exhaustive search tries every setting, the
+    economical one each vector and place in the middle of its strengths first.
 
     Args:
         model: A hooked model.
@@ -157,8 +156,7 @@ def calibrate(
         neutral: Neutral prompts on which the KL is measured; each category's vectors in turn.
         limits: What steering may cost; the defaults of ``Limits``.
         search: One of ``SEARCHES``.
-        rounds: How many settings and prompts each round of an exhaustive search has, which they ask
-            for; by default those of ``plan_rounds``.
+        rounds: Settings and prompts of each round, which ask for an exhaustive search.
         budget: Answers, at most, where no rounds are given; by default those of ``plan_rounds``, or
             about half of them (``half_of``).
         decoding: Length, sampling, batch size, system prompt and template keywords of the answers.
@@ -177,33 +175,61 @@ def calibrate(
     if not settings or not questions:
         given = f"{len(settings)} and {len(questions)}"
         raise ValueError(f"calibration needs settings and unsafe prompts, got {given}.")
-    n_prompts, kl = len(questions), _NeutralKL(model, vectors, neutral, output, transfer, decoding)
-
-    def answer_and_judge(alive: Sequence[Setting], n: int) -> Judged:
-        measured = kl.of(alive)
-        conditions: dict[str, Condition] = {UNSTEERED: ()}
-        conditions |= {s.name: steering(vectors, s) for s in alive}
-        how: Any = {"output": output, "progress": progress, "transfer": transfer}
-        answers = sweep(model, questions[:n], conditions, decoding, **how)
-        return _judge(score(answers), alive, measured, len(neutral), limits)
-
-    def over_a_limit(asked: Sequence[Setting]) -> set[Setting]:
-        if math.isinf(limits.neutral_kl):
-            return set()
-        return {s for s, found in kl.of(asked).items() if found[NEUTRAL_KL] > limits.neutral_kl}
-
+    kl = _NeutralKL(model, vectors, neutral, output, transfer, decoding)
+    tuner = _Tuner(kl, questions, score, limits, progress)
     if rounds or search == "exhaustive":
-        rounds = list(rounds or plan_rounds(len(settings), n_prompts, budget=budget))
+        rounds = list(rounds or plan_rounds(len(settings), len(questions), budget=budget))
+        found = tuner.exhaustively(settings, rounds)
+    else:
+        found = tuner.economically(settings, budget)
+    return Calibration(_table(settings, found), found.chosen, found.best, found.rounds)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tuner:
+    """Let the model answer tune questions, say what the answers are worth, and search by that."""
+
+    kl: _NeutralKL
+    questions: Sequence[Prompt]
+    score: Score
+    limits: Limits
+    progress: bool
+
+    def exhaustively(self, settings: Sequence[Setting], rounds: Sequence[Round]) -> Found:
+        """Try every setting, in rounds."""
         n_kept = len({s.construction for s in settings})
         each = ", ".join(f"{one.n_settings} x {one.n_prompts}" for one in rounds)
-        _announce(f"settings x prompts {each}", cost(rounds, n_kept=n_kept), decoding, progress)
-        found = search_exhaustively(settings, rounds, answer_and_judge)
-    else:
+        self._announce(f"settings x prompts {each}", cost(rounds, n_kept=n_kept))
+        return search_exhaustively(settings, rounds, self.answer_and_judge)
+
+    def economically(self, settings: Sequence[Setting], budget: int | None) -> Found:
+        """Search with few answers."""
+        n_prompts = len(self.questions)
         most = half_of(settings, n_prompts) if budget is None else budget
-        _announce(f"{len(settings)} settings", most, decoding, progress)
-        how: Any = {"budget": budget, "over_a_limit": over_a_limit}
-        found = search_economically(settings, n_prompts, answer_and_judge, **how)
-    return Calibration(_table(settings, found), found.chosen, found.best, found.rounds)
+        self._announce(f"{len(settings)} settings", most)
+        how: Any = {"budget": budget, "over_a_limit": self.over_a_limit}
+        return search_economically(settings, n_prompts, self.answer_and_judge, **how)
+
+    def answer_and_judge(self, settings: Sequence[Setting], n_prompts: int) -> Judged:
+        """Answer the first so many questions unsteered and under settings, and judge that."""
+        kl, of = self.kl.of(settings), self.kl
+        conditions: dict[str, Condition] = {UNSTEERED: ()}
+        conditions |= {s.name: steering(of.vectors, s) for s in settings}
+        how: Any = {"output": of.output, "progress": self.progress, "transfer": of.transfer}
+        answers = sweep(of.model, self.questions[:n_prompts], conditions, of.decoding, **how)
+        return _judge(self.score(answers), settings, kl, len(of.neutral), self.limits)
+
+    def over_a_limit(self, settings: Sequence[Setting]) -> set[Setting]:
+        """Say which settings are over the limit on KL, where there is one."""
+        most = self.limits.neutral_kl
+        if math.isinf(most):
+            return set()
+        return {s for s, found in self.kl.of(settings).items() if found[NEUTRAL_KL] > most}
+
+    def _announce(self, what: str, most: int) -> None:
+        n_tokens = most * self.kl.decoding.max_new_tokens
+        text = f"calibration: {what}; at most {most} answers, {n_tokens} generated tokens."
+        say(text, show=self.progress)
 
 
 def _judge(
@@ -234,11 +260,6 @@ def _judge(
     by_prompt = scores.groupby(["condition", "prompt_id"], sort=False)["value"].mean()
     headlines = {s: tuple(map(float, by_prompt.loc[s.name])) for s in settings}
     return Judged(metrics, values, excess, headlines)
-
-
-def _announce(what: str, most: int, decoding: Decoding, show: bool) -> None:
-    n_tokens = most * decoding.max_new_tokens
-    say(f"calibration: {what}; at most {most} answers, {n_tokens} generated tokens.", show=show)
 
 
 def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[str, Any]:

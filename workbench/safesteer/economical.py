@@ -222,7 +222,7 @@ class _Search:
         ranked = self.judged.ranked
         leading = {*ranked[: math.ceil(len(self.rows) / 3)], *best_of_each(ranked).values()}
         row_of = {one: row for row in self.rows for one in row}
-        steps = {}
+        steps: dict[Row, Setting | None] = {}
         for one in ranked:
             row = row_of[one]
             if row in steps:

@@ -65,40 +65,40 @@ def recalibrate(
         positions: Which tokens are steered where a way does not say so; each is tried.
         until: Generated tokens after which steering then ends; each is tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
-        search: "economical" or "exhaustive", see ``calibrate``; the run's by default.
+        search: See ``calibrate``; the run's by default.
         budget: Answers, at most.
-        progress: Show what it will take, and progress bars.
-        model: A loaded model, instead of loading the run's.
+        progress: Show what it will take, and bars.
+        model: A loaded model, not to load the run's.
 
     Raises:
-        ValueError: If the folder holds no run with vectors of this model, a construction or way is
-            unknown, the budget is too small, or another process calibrates it.
+        ValueError: If the folder holds no run with vectors of this model, a name is unknown, the
+            budget is too small, or another process calibrates it.
     """
     run = read_run(folder)
-    how: dict[str, Any] = {"rhos": rhos, "applied": applied, "applied_tokens": applied_tokens}
-    config = _changed(run.notes["config"], **how, tune_prompts=tune_prompts, search=search)
+    given: Any = {"rhos": rhos, "applied": applied, "tune_prompts": tune_prompts, "search": search}
+    config = _changed(run.notes["config"], **given, applied_tokens=applied_tokens)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
-    model = model if model is not None else load_run_model(config)
-    check_model_of(run, model)
+    check_model_of(run, model := load_run_model(config) if model is None else model)
     out = local_path(folder) / CALIBRATION
-    loaded: dict[str, Any] = {"model": model, "fits": False, "progress": progress}
-    job = load_job(config, verdicts=out / "verdicts.jsonl", **loaded)
+    loaded: Any = {"verdicts": out / "verdicts.jsonl", "model": model, "progress": progress}
+    job = load_job(config, fits=False, **loaded)
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
     places = places_of(config, job.model, {site for _, site in vectors})
     tried: Any = {"own_rhos": rhos is None, "extents": [*itertools.product(positions, until)]}
     settings = settings_of(config, vectors, names, places, **tried)
-    how = {
+    how: Any = {
         "score": job.score_for_tuning,
         "output": out / "tune.jsonl",
         "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
         "limits": limits_of(config),
         "search": config.search,
-        "budget": budget,
         **job.how_steered,
     }
     with locked_folder(out):
-        return _kept(calibrate(job.model, vectors, questions, settings, **how), vectors, out)
+        return _kept(
+            calibrate(job.model, vectors, questions, settings, budget=budget, **how), vectors, out
+        )
 
 
 def _kept(tuned: Calibration, vectors: Vectors, out: Path) -> Calibration:
