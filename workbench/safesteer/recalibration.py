@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
+    from workbench.safesteer.inputs import Job
     from workbench.safesteer.settings import Vectors
     from workbench.steering.interventions import Positions
 
@@ -67,8 +68,8 @@ def recalibrate(
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
         search: See ``calibrate``; the run's by default.
         budget: Answers, at most.
-        progress: Show what it will take, and bars.
-        model: A loaded model, not to load the run's.
+        progress: Show what it will take, and progress bars.
+        model: A loaded model, instead of loading the run's.
 
     Raises:
         ValueError: If the folder holds no run with vectors of this model, a name is unknown, the
@@ -87,18 +88,21 @@ def recalibrate(
     places = places_of(config, job.model, {site for _, site in vectors})
     tried: Any = {"own_rhos": rhos is None, "extents": [*itertools.product(positions, until)]}
     settings = settings_of(config, vectors, names, places, **tried)
-    how: Any = {
+    how = {**_how(job, out), "budget": budget}
+    with locked_folder(out):
+        return _kept(calibrate(job.model, vectors, questions, settings, **how), vectors, out)
+
+
+def _how(job: Job, out: Path) -> dict[str, Any]:
+    """Say how a run calibrates, as arguments of ``calibrate``."""
+    return {
         "score": job.score_for_tuning,
         "output": out / "tune.jsonl",
         "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
-        "limits": limits_of(config),
-        "search": config.search,
+        "limits": limits_of(job.config),
+        "search": job.config.search,
         **job.how_steered,
     }
-    with locked_folder(out):
-        return _kept(
-            calibrate(job.model, vectors, questions, settings, budget=budget, **how), vectors, out
-        )
 
 
 def _kept(tuned: Calibration, vectors: Vectors, out: Path) -> Calibration:
