@@ -145,6 +145,7 @@ def calibrate(
     positions: tuple[Literal["all", "prompt", "generated"], ...] = ("all",),
     until: tuple[int, ...] = (0,),
     tune_prompts: int | None = None,
+    search: Literal["economical", "exhaustive"] | None = None,
     budget: int | None = None,
     quiet: bool = False,
 ) -> None:
@@ -161,7 +162,8 @@ def calibrate(
         until: generated tokens after which steering ends; each is tried, but where a way says so
             itself, and 0 never ends
         tune_prompts: unsafe prompts per category (default: the run's)
-        budget: answers, at most (default: what successive halving takes)
+        search: economical, or exhaustive, as 'workbench run' has them (default: the run's)
+        budget: answers, at most (default: what the search takes)
         quiet: show no progress bars
     """
     from workbench.safesteer.calibration import in_words
@@ -176,6 +178,7 @@ def calibrate(
         positions=positions,
         until=[None if n == 0 else n for n in until],
         tune_prompts=tune_prompts,
+        search=search,
         budget=budget,
         progress=not quiet,
     )

@@ -11,11 +11,12 @@ from helpers.tiny_models import D_MODEL
 
 from workbench.evaluation.capability import multiple_choice, text_perplexity
 from workbench.evaluation.questions import Question, read_questions
-from workbench.generation.answers import UNSTEERED, generate
+from workbench.generation.answers import UNSTEERED, Completion, generate
 from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_kl, answer_log_probs, steered_log_probs
 from workbench.models.load import model_info
 from workbench.models.sites import Site
+from workbench.models.tokens import encode
 from workbench.prompts.prompt import Prompt
 from workbench.steering.interventions import add_vector, gated
 from workbench.steering.vectors import SteeringVector
@@ -160,3 +161,30 @@ def test_kl_behind_a_gate_that_stays_closed_is_zero(tiny):
     answers = generate(tiny, prompts(), decoding=Decoding(max_new_tokens=5))
     closed = gated({"fraud": steer(tiny)}, gate(tiny, NEVER))
     assert answer_kl(tiny, answers, {"gated": [closed] * len(answers)})["gated"] == 0.0
+
+
+def test_the_unsteered_model_reads_a_question_once_for_all_its_choices(tiny):
+    prompt = Prompt("q", "Where do the dogs and the cats sleep?", None, "x", "neutral", "test")
+    texts = ["In the garden.", "In the old house.", "By the door of the house."]
+    ids = [tuple(tiny.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    answers = [
+        Completion(prompt, text, tokens, "eos", UNSTEERED)
+        for text, tokens in zip(texts, ids, strict=True)
+    ]
+    n_read = 0
+
+    def count(_module, args, keywords):
+        nonlocal n_read
+        n_read += (args[0] if args else keywords["input_ids"]).numel()
+
+    alone = [steered_log_probs(tiny, [answer], [()])[0] for answer in answers]
+    embedding = tiny.original_model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        together = steered_log_probs(tiny, answers, [()] * 3)
+    finally:
+        handle.remove()
+    [encoded] = encode(tiny, [prompt])
+    assert n_read < 2 * len(encoded.ids) + 3 * max(map(len, ids))
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -14,6 +14,8 @@ from helpers.encoders import WordEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workbench import figures
+from workbench.evaluation import scoring
 from workbench.evaluation.metrics import HEADLINE
 from workbench.evaluation.result import Evaluation
 from workbench.evaluation.scoring import score_completions
@@ -26,13 +28,16 @@ from workbench.prompts.prompt import Prompt, in_turn
 from workbench.safesteer import calibration
 from workbench.safesteer.calibration import (
     NEUTRAL_KL,
+    Calibration,
     Limits,
     Round,
     calibrate,
     cost,
     plan_rounds,
 )
+from workbench.safesteer.conditions import main_setting
 from workbench.safesteer.config import RunConfig
+from workbench.safesteer.economical import NOT_NEEDED, TOO_STRONG, half_of
 from workbench.safesteer.inputs import limits_of
 from workbench.safesteer.settings import Setting, grid, placements, steering
 
@@ -155,6 +160,79 @@ def test_calibration_answers_in_rounds_keeps_constructions_and_goes_on_from_its_
     again = calibrate(tiny, vectors_of(tiny), questions(), settings_, **arguments)
     assert len(read_jsonl(tmp_path / "tune.jsonl")) == answered
     assert again.chosen == result.chosen
+
+
+def test_the_economical_search_answers_and_reads_nothing_twice(tiny, tmp_path, monkeypatch):
+    read = []
+    read_rows = scoring.read_rows
+
+    def spy(model, rows, **keywords):
+        read.extend((row.ids, row.response) for row in rows)
+        return read_rows(model, rows, **keywords)
+
+    monkeypatch.setattr(scoring, "read_rows", spy)
+    settings_ = grid(["a", "b"], [(SITE,)], [0.1, 0.4, 0.8], signs={"a": (1, -1)})
+    arguments = {
+        "score": partial(score_completions, tiny, encoder=WordEncoder(), measured={}),
+        "decoding": Decoding(max_new_tokens=4),
+        "output": tmp_path / "tune.jsonl",
+        "neutral": [Prompt("n", "the weather", None, "harmless", "neutral", "test")],
+    }
+    result = calibrate(tiny, vectors_of(tiny), questions(8), settings_, **arguments)
+    assert set(result.chosen) == {"a", "b"}
+    assert len(read) == len(set(read)), "an answer of an earlier round is not read again"
+    rows = read_jsonl(tmp_path / "tune.jsonl")
+    answers = [row for row in rows if row["condition"] != "neutral"]
+    keys = {(row["condition"], row["prompt_id"]) for row in answers}
+    assert len(keys) == len(answers) <= half_of(settings_, 16)
+    table = result.table[result.table["metric"] == HEADLINE].query("sign != 0")
+    untried = table[table["n"] == 0]
+    answered = {row["condition"] for row in answers} - {UNSTEERED}
+    assert len(table) == len(settings_) == len(untried) + len(answered)
+    assert len(untried) > 0
+    assert untried["value"].isna().all()
+    assert untried["dropped"].isin([TOO_STRONG, NOT_NEEDED]).all()
+    assert not untried["chosen"].any()
+    kl = result.table[result.table["metric"] == NEUTRAL_KL]
+    assert len(kl) == len(answered), "where nothing is answered, no KL is measured"
+    last = table["round"] == table["round"].max()
+    assert (table.loc[last, "dropped"] == "").all()
+    assert (table.loc[~last & (table["n"] > 0), "dropped"] != "").all()
+    assert figures.tuning(result.table).data
+    assert figures.front(result.table).data
+    again = calibrate(tiny, vectors_of(tiny), questions(8), settings_, **arguments)
+    assert read_jsonl(tmp_path / "tune.jsonl") == rows
+    pd.testing.assert_frame_equal(again.table, result.table)
+
+
+def test_a_search_that_is_told_to_be_exhaustive_tries_every_setting(tiny, tmp_path):
+    settings_ = grid(["a", "b"], [(SITE,)], [0.1, 0.4, 0.8])
+    arguments = {
+        "score": partial(score_completions, tiny, encoder=WordEncoder()),
+        "decoding": Decoding(max_new_tokens=2),
+        "output": tmp_path / "tune.jsonl",
+    }
+    whole = calibrate(
+        tiny, vectors_of(tiny), questions(), settings_, search="exhaustive", **arguments
+    )
+    assert whole.rounds == tuple(plan_rounds(6, 8))
+    assert (whole.table[whole.table["metric"] == HEADLINE]["n"] >= 5).all()
+    with pytest.raises(ValueError, match="search must be one of economical, exhaustive, got 'x'"):
+        calibrate(tiny, vectors_of(tiny), questions(), settings_, search="x", **arguments)
+    with pytest.raises(ValueError, match=r"got 'exhaustiv'\. Did you mean 'exhaustive'"):
+        RunConfig(search="exhaustiv")
+
+
+def test_what_was_beaten_early_is_not_the_main_setting_by_a_lucky_start():
+    rows = [
+        {"construction": "answer_contrast", "round": 0, "value": 1.0},
+        {"construction": "answer_contrast_pooled", "round": 2, "value": 0.5},
+    ]
+    shared = {"metric": HEADLINE, "excess": 0.0, "chosen": True}
+    table = pd.DataFrame([row | shared for row in rows])
+    chosen = {row["construction"]: Setting(row["construction"], (SITE,), 1, 0.1) for row in rows}
+    best = chosen["answer_contrast_pooled"]
+    assert main_setting(Calibration(table, chosen, best, ())) == best
 
 
 def score_by(values):

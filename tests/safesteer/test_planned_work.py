@@ -16,10 +16,11 @@ from workbench.models.load import load_model
 from workbench.prompts.prompt import load_prompts, split_prompts
 from workbench.safesteer.config import RunConfig
 from workbench.safesteer.constructions import GUIDED_BOTH, fit_all, measure
+from workbench.safesteer.economical import half_of
 from workbench.safesteer.fit_answers import answers_to_fit_on
 from workbench.safesteer.inputs import Job, load_job
 from workbench.safesteer.paper import places_of, settings_of
-from workbench.safesteer.planned_work import n_own_answers, n_settings, planned_work
+from workbench.safesteer.planned_work import n_own_answers, planned_work, settings_if_all_fit
 from workbench.safesteer.recipe import run
 from workbench.safesteer.run_progress import FITTED, STAGES, TITLES, RunProgress
 
@@ -61,7 +62,10 @@ def test_as_many_settings_are_planned_as_are_tried(
         measure(tiny, folds, tmp_path, places=places), folds.fit, config.constructions
     )
     names = list(dict.fromkeys(name for name, _ in vectors))
-    assert n_settings(config, tiny) == len(settings_of(config, vectors, names, places)) > 0
+    planned = settings_if_all_fit(config, tiny)
+    tried = settings_of(config, vectors, names, places)
+    assert len(planned) == len(tried) > 0
+    assert half_of(planned, 40) == half_of(tried, 40)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,11 @@ class Evaluation:
             }
 
     def summary(
-        self, *, seed: int = 0, margins: Mapping[str, tuple[float, float]] | None = None
+        self,
+        *,
+        seed: int = 0,
+        margins: Mapping[str, tuple[float, float]] | None = None,
+        pooled: bool = False,
     ) -> pd.DataFrame:
         """Summarise every condition, category and metric, and compare it with the baseline.
 
@@ -119,6 +123,7 @@ class Evaluation:
                 ``MARGINS`` by default. Two one-sided tests are made (``tost_paired``): a change
                 that is merely not significant does not show that nothing was lost, and with a
                 margin of .02 fewer than 149 prompts never do (``stats.pairs_for_no_loss``).
+            pooled: Summarise all unsafe prompts together alone, and no category.
 
         Returns:
             Columns condition, category, metric, value, low, high, n, n_unscored, difference,
@@ -135,8 +140,8 @@ class Evaluation:
         both = pd.concat(
             [
                 self.scores[unsafe].assign(category=ALL),
-                self.scores.assign(category=named),
-                further.explode("category"),
+                *([] if pooled else [self.scores.assign(category=named)]),
+                *([] if pooled else [further.explode("category")]),
             ],
             ignore_index=True,
         )

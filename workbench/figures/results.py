@@ -125,6 +125,8 @@ def tuning(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> Figure:
     names = in_order(frame["metric"], tuple(METRICS))
     names = names[:4] if metrics is None else [name for name in metrics if name in names]
     unsteered = frame[frame["construction"] == UNSTEERED]
+    if "dropped" in frame and "n" in frame:  # settings that were never answered have no values
+        frame = frame[frame["n"] > 0]
     frame = _with_strength_zero(frame, unsteered, names)
     constructions, places = sorted(set(frame["construction"])), sorted(set(frame["sites"]))
     titles = [name_in_words(construction) for construction in constructions]

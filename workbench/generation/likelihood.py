@@ -107,6 +107,9 @@ def steered_log_probs(
     _check_reaches(interventions, completions)
     asked_by: Any = {"system_prompt": system_prompt, "template_keywords": template_keywords}
     asked_by["behind_thoughts"] = given
+    if not any(interventions):  # what answers have in common is then read once
+        rows = with_answers(model, completions, asked_by)
+        return read_rows(model, rows, batch_size=batch_size).log_probs
     scored: list[Tensor] = [torch.zeros(0) for _ in completions]
     for batch in _answer_batches(model, completions, asked_by, batch_size):
         logits_of = batch.logits(model, interventions, transfer)

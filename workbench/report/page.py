@@ -94,6 +94,7 @@ def render(run: SavedRun) -> str:
         "best_layer": sections.best_layer(run.tables["separability"]),
         "tuning": _figure(figures.tuning, run.tables["tuning"]),
         "front": sections.front_figure(run),
+        "left_out": sections.left_out_of_the_search(run),
         "gate": sections.gate(run),
         "chosen": _chosen(run.notes["chosen"]),
         "neurons": _neurons(run.tables["neurons"]),

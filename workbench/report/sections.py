@@ -158,6 +158,21 @@ def front_figure(run: SavedRun) -> Figure | None:
     return figures.front(frame)
 
 
+def left_out_of_the_search(run: SavedRun) -> str:
+    """Say how many settings the calibration tried in part, and how many it never answered."""
+    frame = run.tables["tuning"]
+    if frame is None or "dropped" not in frame:
+        return ""
+    settings = frame[(frame["metric"] == wording.MAIN[0]) & (frame["sign"] != 0)]
+    is_dropped = settings["dropped"] != ""
+    untried = int((settings["n"] == 0).sum())
+    early = int(is_dropped.sum()) - untried
+    return (
+        f"Of {len(settings)} settings {early} left the search early and {untried} were not "
+        "answered; the column dropped of tuning.csv says why."
+    )
+
+
 def best_layer(frame: pd.DataFrame | None) -> dict[str, Any] | None:
     """Return the layer and kind of site that tell categories apart best, and all means there.
 

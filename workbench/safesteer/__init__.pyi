@@ -1,4 +1,4 @@
-from .calibration import Calibration, Limits, Round, calibrate, in_words, plan_rounds
+from .calibration import Calibration, Limits, calibrate, in_words
 from .conditions import behind_gate, condition_of, controls, for_everyone, gate_site, main_setting
 from .config import PRESETS, AnswerSettings, RunConfig, config_from
 from .constructions import (
@@ -39,6 +39,7 @@ from .saved_run import (
     side_by_side,
     steering_from,
 )
+from .search import Round, plan_rounds
 from .settings import WAYS, Setting, Vectors, Way, grid, placements, steering, variants_of
 
 __all__ = [

@@ -1,16 +1,17 @@
 """Calibration: choose construction, place, sign, strength and positions on the tune fold.
 
-The search is successive halving; the test fold is never touched.
+The search is an economical one, or successive halving of all settings; the test fold is never
+touched.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from workbench.evaluation.metrics import ALL, HEADLINE
+from workbench.evaluation.metrics import HEADLINE
 from workbench.evaluation.result import Evaluation
 from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
 from workbench.generation.decoding import GREEDY, Decoding
@@ -18,6 +19,18 @@ from workbench.generation.likelihood import answer_kl
 from workbench.models.progress import say
 from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import in_turn
+from workbench.safesteer.config import SEARCHES
+from workbench.safesteer.economical import half_of, search_economically
+from workbench.safesteer.search import (
+    REFUSALS,
+    Found,
+    Judged,
+    Round,
+    cost,
+    plan_rounds,
+    refusals_in,
+    search_exhaustively,
+)
 from workbench.safesteer.settings import Setting, Vectors, multiplier_of, steering
 from workbench.steering.spectral import Fitted, SpectralEdit
 
@@ -29,15 +42,11 @@ if TYPE_CHECKING:
     from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
 
-LEAST_PROMPTS = 5
-"""Prompts of the first round, at least."""
 NEUTRAL_KL, PERPLEXITY = "neutral_kl", "log_perplexity"
 NEUTRAL_TOKENS = 16
 """First tokens of each answer to a neutral prompt along which the KL is measured."""
 PLAIN = {"decay": "none", "keep_norm": False, "form": "add"}
 """How a vector is applied unless a setting says otherwise, by column of the table."""
-REFUSALS = ("blanket_refusal", "refusal")
-"""Shares of refusals; the first that was measured is what the limit is on."""
 Score = Callable[[Sequence[Completion]], Evaluation]
 """Answers of the unsteered model and of settings in, their evaluation out."""
 
@@ -80,7 +89,7 @@ class Limits:
         """
         over = (
             unsteered["relevance"] - values["relevance"] - self.relevance,
-            _refusals(values) - _refusals(unsteered) - self.refusal,
+            refusals_in(values) - refusals_in(unsteered) - self.refusal,
             values["degenerate"] - unsteered["degenerate"] - self.degenerate,
             values.get(NEUTRAL_KL, 0.0) - self.neutral_kl,
             values.get(PERPLEXITY, math.nan)
@@ -88,18 +97,6 @@ class Limits:
             - self.log_perplexity,
         )
         return sum(max(0.0, x) for x in over if not math.isnan(x))
-
-
-def _refusals(values: Mapping[str, float]) -> float:
-    """Return the share of blanket refusals, or of all where kinds were not told apart."""
-    return next(values[name] for name in REFUSALS if name in values)
-
-
-class Round(NamedTuple):
-    """One round of successive halving: how many settings are answered, on how many prompts."""
-
-    n_settings: int
-    n_prompts: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +109,9 @@ class Calibration:
             was given), round, metric (those of an evaluation, and "neutral_kl" where neutral
             prompts were given), value, low, high, n, n_unscored, ``excess`` over the limits,
             ``feasible`` (no excess), ``front`` (in the last round, and nothing there is better in
-            everything) and ``chosen``. The unsteered model's rows have construction "unsteered".
+            everything), ``chosen``, and ``dropped``: why it left the search, or was never answered
+            (then its one row has no value and n 0); empty for those of the last round. The
+            unsteered model's rows have construction "unsteered".
         chosen: Construction to its best setting.
         best: The best setting of all.
         rounds: What was answered.
@@ -122,52 +121,6 @@ class Calibration:
     chosen: dict[str, Setting]
     best: Setting
     rounds: tuple[Round, ...]
-
-
-def plan_rounds(
-    n_settings: int, n_prompts: int, *, keep: int = 3, budget: int | None = None
-) -> list[Round]:
-    """Plan the rounds of successive halving.
-
-    Each round answers three times as many prompts under a third of the settings; the last one
-    answers all prompts.
-
-    Args:
-        n_settings: Settings at the start.
-        n_prompts: Tune prompts there are.
-        keep: Settings of the last round.
-        budget: Answers, at most; the first rounds then take fewer prompts, down to one.
-
-    Raises:
-        ValueError: If the budget does not allow one prompt for each setting.
-
-    Source: successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943).
-    """
-    counts = [n_settings]
-    while counts[-1] > keep:
-        counts.append(max(keep, math.ceil(counts[-1] / 3)))
-    steps = len(counts) - 1
-    for first in range(max(LEAST_PROMPTS, math.ceil(n_prompts / 3**steps)), 0, -1):
-        sizes = [min(n_prompts, first * 3**i) for i in range(steps)] + [n_prompts]
-        rounds = [Round(count, size) for count, size in zip(counts, sizes, strict=True)]
-        if budget is None or cost(rounds) <= budget:
-            return rounds
-    raise ValueError(
-        f"a budget of {budget} answers is too small for {n_settings} settings on {n_prompts} "
-        f"prompts; give at least {cost(rounds)}, or fewer of them."
-    )
-
-
-def cost(rounds: Sequence[Round]) -> int:
-    """Count the answers that rounds take at most.
-
-    What an earlier round answered is not answered again; the unsteered model answers all prompts.
-    """
-    answers, before = rounds[-1].n_prompts, 0
-    for one in rounds:
-        answers += one.n_settings * (one.n_prompts - before)
-        before = one.n_prompts
-    return answers
 
 
 def calibrate(
@@ -180,15 +133,17 @@ def calibrate(
     output: PathLike,
     neutral: PromptsLike = (),
     limits: Limits | None = None,
+    search: str = SEARCHES[0],
     rounds: Sequence[Round] | None = None,
+    budget: int | None = None,
     decoding: Decoding = GREEDY,
     progress: bool = False,
     transfer: bool = False,
 ) -> Calibration:
     """Find the setting with most safe and helpful answers, less what it costs over the limits.
 
-    Successive halving: few prompts for all settings, more for the best. The best setting of each
-    construction stays to the end, so a round may have some settings more than planned.
+    Few prompts for many settings, more for the best. The exhaustive search tries every setting, the
+    economical one each vector and place in the middle of its strengths first.
 
     Args:
         model: A hooked model.
@@ -200,45 +155,81 @@ def calibrate(
         output: A jsonl file that keeps the answers: a later round or call goes on from it.
         neutral: Neutral prompts on which the KL is measured; each category's vectors in turn.
         limits: What steering may cost; the defaults of ``Limits``.
-        rounds: How many settings and prompts each round has; ``plan_rounds`` by default.
+        search: One of ``SEARCHES``.
+        rounds: Settings and prompts of each round, which ask for an exhaustive search.
+        budget: Answers, at most, where no rounds are given; by default those of ``plan_rounds``, or
+            about half of them (``half_of``).
         decoding: Length, sampling, batch size, system prompt and template keywords of the answers.
         progress: Say on standard error what it takes at most, and show progress bars.
         transfer: Allow vectors of another model of the same architecture.
 
     Raises:
-        ValueError: If there are no settings or no unsafe prompts.
+        ValueError: If there are no settings or no unsafe prompts, the search is unknown, or the
+            budget is too small.
     """
-    neutral = as_prompts(neutral)
+    if search not in SEARCHES:
+        raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}.")
+    neutral, limits = as_prompts(neutral), limits or Limits()
     questions = in_turn([p for p in as_prompts(prompts) if p.label == "unsafe"])
     settings = list(dict.fromkeys(settings))
     if not settings or not questions:
         given = f"{len(settings)} and {len(questions)}"
         raise ValueError(f"calibration needs settings and unsafe prompts, got {given}.")
-    rounds = list(rounds or plan_rounds(len(settings), len(questions)))
-    _announce(rounds, decoding, show=progress)
-    kl: dict[Setting, dict[str, float]] = {}
-    if neutral:
-        kl = _neutral_kl(model, vectors, settings, neutral, output, transfer, decoding)
-
-    def answer_and_judge(alive: Sequence[Setting], n_prompts: int) -> _Judged:
-        conditions: dict[str, Condition] = {UNSTEERED: ()}
-        conditions |= {s.name: steering(vectors, s) for s in alive}
-        how: Any = {"output": output, "progress": progress, "transfer": transfer}
-        answers = sweep(model, questions[:n_prompts], conditions, decoding, **how)
-        return _judge(score(answers), alive, kl, len(neutral), limits or Limits())
-
-    return _halve(settings, rounds, answer_and_judge)
+    kl = _NeutralKL(model, vectors, neutral, output, transfer, decoding)
+    tuner = _Tuner(kl, questions, score, limits, progress)
+    if rounds or search == "exhaustive":
+        rounds = list(rounds or plan_rounds(len(settings), len(questions), budget=budget))
+        found = tuner.exhaustively(settings, rounds)
+    else:
+        found = tuner.economically(settings, budget)
+    return Calibration(_table(settings, found), found.chosen, found.best, found.rounds)
 
 
 @dataclass(frozen=True, eq=False)
-class _Judged:
-    """What one round says of its settings; ``ranked`` is best first."""
+class _Tuner:
+    """Let the model answer tune questions, say what the answers are worth, and search by that."""
 
-    metrics: dict[Setting | None, pd.DataFrame]
-    """Metric to value, low, high, n and n_unscored; None is the unsteered model."""
-    excess: dict[Setting, float]
-    ranked: list[Setting]
-    front: set[Setting]
+    kl: _NeutralKL
+    questions: Sequence[Prompt]
+    score: Score
+    limits: Limits
+    progress: bool
+
+    def exhaustively(self, settings: Sequence[Setting], rounds: Sequence[Round]) -> Found:
+        """Try every setting, in rounds."""
+        n_kept = len({s.construction for s in settings})
+        each = ", ".join(f"{one.n_settings} x {one.n_prompts}" for one in rounds)
+        self._announce(f"settings x prompts {each}", cost(rounds, n_kept=n_kept))
+        return search_exhaustively(settings, rounds, self.answer_and_judge)
+
+    def economically(self, settings: Sequence[Setting], budget: int | None) -> Found:
+        """Search with few answers."""
+        n_prompts = len(self.questions)
+        most = half_of(settings, n_prompts) if budget is None else budget
+        self._announce(f"{len(settings)} settings", most)
+        how: Any = {"budget": budget, "over_a_limit": self.over_a_limit}
+        return search_economically(settings, n_prompts, self.answer_and_judge, **how)
+
+    def answer_and_judge(self, settings: Sequence[Setting], n_prompts: int) -> Judged:
+        """Answer the first so many questions unsteered and under settings, and judge that."""
+        kl, of = self.kl.of(settings), self.kl
+        conditions: dict[str, Condition] = {UNSTEERED: ()}
+        conditions |= {s.name: steering(of.vectors, s) for s in settings}
+        how: Any = {"output": of.output, "progress": self.progress, "transfer": of.transfer}
+        answers = sweep(of.model, self.questions[:n_prompts], conditions, of.decoding, **how)
+        return _judge(self.score(answers), settings, kl, len(of.neutral), self.limits)
+
+    def over_a_limit(self, settings: Sequence[Setting]) -> set[Setting]:
+        """Say which settings are over the limit on KL, where there is one."""
+        most = self.limits.neutral_kl
+        if math.isinf(most):
+            return set()
+        return {s for s, found in self.kl.of(settings).items() if found[NEUTRAL_KL] > most}
+
+    def _announce(self, what: str, most: int) -> None:
+        n_tokens = most * self.kl.decoding.max_new_tokens
+        text = f"calibration: {what}; at most {most} answers, {n_tokens} generated tokens."
+        say(text, show=self.progress)
 
 
 def _judge(
@@ -247,10 +238,9 @@ def _judge(
     kl: Mapping[Setting, Mapping[str, float]],
     n_neutral: int,
     limits: Limits,
-) -> _Judged:
-    """Rank settings by their answers: headline less excess over the limits."""
-    summary = evaluation.summary()
-    summary = summary[summary["category"] == ALL].set_index(["condition", "metric"])
+) -> Judged:
+    """Say what answers are worth: headline, and excess over the limits."""
+    summary = evaluation.summary(pooled=True).set_index(["condition", "metric"])
     unsteered = summary.loc[UNSTEERED]
     metrics: dict[Setting | None, pd.DataFrame] = {None: unsteered}
     for setting in settings:
@@ -265,53 +255,11 @@ def _judge(
         asked = headline["n"] + headline["n_unscored"]
         values[setting][HEADLINE] = headline["value"] * headline["n"] / max(1, asked)
     excess = {s: limits.excess(values[s], unsteered["value"].to_dict()) for s in settings}
-    ranked = sorted(settings, key=lambda s: _order(s, values[s], excess[s]))
-    return _Judged(metrics, excess, ranked, _front(values))
-
-
-def _halve(
-    settings: Sequence[Setting],
-    rounds: Sequence[Round],
-    answer_and_judge: Callable[[Sequence[Setting], int], _Judged],
-) -> Calibration:
-    """Answer round after round with the survivors of the one before."""
-    import pandas as pd
-
-    tables: list[pd.DataFrame] = []
-    alive = list(settings)
-    for number, one in enumerate(rounds):
-        judged = answer_and_judge(alive, one.n_prompts)
-        last = number + 1 == len(rounds)
-        survivors = (
-            judged.ranked if last else _survivors(judged.ranked, rounds[number + 1].n_settings)
-        )
-        best = _best_of_each(judged.ranked)
-        if last:
-            marks = {"excess": 0.0, "feasible": True, "front": False, "chosen": False}
-            unsteered = judged.metrics[None]
-            tables.insert(0, _rows(None, unsteered, number, marks))
-        for setting in alive if last else [s for s in alive if s not in survivors]:
-            marks = {
-                "excess": judged.excess[setting],
-                "feasible": judged.excess[setting] == 0,
-                "front": last and setting in judged.front,
-                "chosen": last and best[setting.construction] == setting,
-            }
-            tables.append(_rows(setting, judged.metrics[setting], number, marks))
-        alive = survivors
-    chosen = {name: best[name] for name in dict.fromkeys(s.construction for s in settings)}
-    table = pd.concat(tables, ignore_index=True)
-    return Calibration(table, chosen, judged.ranked[0], tuple(rounds))
-
-
-def _announce(rounds: Sequence[Round], decoding: Decoding, *, show: bool) -> None:
-    each = ", ".join(f"{one.n_settings} x {one.n_prompts}" for one in rounds)
-    most = cost(rounds)
-    say(
-        f"calibration: settings x prompts {each}; at most {most} answers, "
-        f"{most * decoding.max_new_tokens} generated tokens.",
-        show=show,
-    )
+    scores = evaluation.scores
+    scores = scores[(scores["metric"] == HEADLINE) & (scores["label"] == "unsafe")].fillna(0.0)
+    by_prompt = scores.groupby(["condition", "prompt_id"], sort=False)["value"].mean()
+    headlines = {s: tuple(map(float, by_prompt.loc[s.name])) for s in settings}
+    return Judged(metrics, values, excess, headlines)
 
 
 def describe(setting: Setting, vectors: Vectors, table: pd.DataFrame) -> dict[str, Any]:
@@ -386,64 +334,66 @@ def _differs(column: pd.Series, plain: object) -> bool:
     return bool((~column.isin([plain, ""])).any())
 
 
-def _neutral_kl(
-    model: HookedModel,
-    vectors: Vectors,
-    settings: Sequence[Setting],
-    neutral: Sequence[Prompt],
-    output: PathLike,
-    transfer: bool,
-    decoding: Decoding,
-) -> dict[Setting, dict[str, float]]:
-    """Measure each setting's mean KL along the first tokens of answers to neutral prompts."""
-    asked_by = decoding.asked_by
-    beginnings = Decoding(max_new_tokens=NEUTRAL_TOKENS, **asked_by)
-    answers = generate(model, neutral, condition="neutral", decoding=beginnings, output=output)
-    conditions = {}
-    for number, setting in enumerate(settings):
-        by_category = list(steering(vectors, setting).values())
-        conditions[str(number)] = [by_category[i % len(by_category)] for i in range(len(answers))]
-    # All in one call, so that the unsteered model reads the answers once.
-    kl = answer_kl(model, answers, conditions, transfer=transfer, **asked_by)
-    return {s: {NEUTRAL_KL: kl[str(number)]} for number, s in enumerate(settings)}
+@dataclass(frozen=True, eq=False)
+class _NeutralKL:
+    """Measure the mean KL along the first tokens of answers to neutral prompts, once a setting."""
+
+    model: HookedModel
+    vectors: Vectors
+    neutral: Sequence[Prompt]
+    output: PathLike
+    transfer: bool
+    decoding: Decoding
+    known: dict[Setting, float] = field(default_factory=dict)
+
+    def of(self, settings: Sequence[Setting]) -> dict[Setting, dict[str, float]]:
+        """Give the KL of settings under its metric's name; nothing without neutral prompts."""
+        if not self.neutral:
+            return {}
+        if new := [s for s in settings if s not in self.known]:
+            self.known.update(zip(new, self._measured(new), strict=True))
+        return {s: {NEUTRAL_KL: self.known[s]} for s in settings}
+
+    def _measured(self, settings: Sequence[Setting]) -> list[float]:
+        asked_by = self.decoding.asked_by
+        beginnings = Decoding(max_new_tokens=NEUTRAL_TOKENS, **asked_by)
+        how: Any = {"condition": "neutral", "decoding": beginnings, "output": self.output}
+        answers = generate(self.model, self.neutral, **how)
+        conditions = {}
+        for number, setting in enumerate(settings):
+            by_category = list(steering(self.vectors, setting).values())
+            conditions[str(number)] = [
+                by_category[i % len(by_category)] for i in range(len(answers))
+            ]
+        # All in one call, so that the unsteered model reads the answers once.
+        kl = answer_kl(self.model, answers, conditions, transfer=self.transfer, **asked_by)
+        return [kl[str(number)] for number in range(len(settings))]
 
 
-def _order(
-    setting: Setting, values: Mapping[str, float], excess: float
-) -> tuple[float, float, float]:
-    """Sort best first: headline less excess; among equals fewer refusals, then less strength."""
-    headline, refusal = (
-        0.0 if math.isnan(value) else value for value in (values[HEADLINE], _refusals(values))
-    )
-    return (excess - headline, refusal, setting.rho * len(setting.sites))
+def _table(settings: Sequence[Setting], found: Found) -> pd.DataFrame:
+    """Make the table of a calibration: the unsteered model, then settings as they left."""
+    import pandas as pd
 
-
-def _survivors(ranked: Sequence[Setting], n: int) -> list[Setting]:
-    """Keep the first ``n``, and the best of each construction whatever its place."""
-    return list(dict.fromkeys([*ranked[:n], *_best_of_each(ranked).values()]))
-
-
-def _best_of_each(ranked: Sequence[Setting]) -> dict[str, Setting]:
-    return {s.construction: s for s in reversed(ranked)}
-
-
-def _front(values: Mapping[Setting, Mapping[str, float]]) -> set[Setting]:
-    """Find the settings on the front.
-
-    No other one is as good in headline, blanket refusals, degeneration and relevance, and better in
-    one.
-    """
-    points = {
-        s: (v[HEADLINE], -_refusals(v), -v["degenerate"], v["relevance"]) for s, v in values.items()
-    }
-
-    def beaten(point: tuple[float, ...]) -> bool:
-        return any(
-            all(a >= b for a, b in zip(other, point, strict=True)) and other != point
-            for other in points.values()
-        )
-
-    return {s for s, point in points.items() if not beaten(point)}
+    last = len(found.rounds) - 1
+    marks: dict[str, Any] = {"excess": 0.0, "feasible": True, "front": False, "chosen": False}
+    tables = [_rows(None, found.unsteered, last, marks | {"dropped": ""})]
+    chosen = set(found.chosen.values())
+    for setting, left in found.left.items():
+        marks = {
+            "excess": left.excess,
+            "feasible": left.excess == 0,
+            "front": left.round == last and setting in found.front,
+            "chosen": setting in chosen,
+            "dropped": left.reason,
+        }
+        tables.append(_rows(setting, left.metrics, left.round, marks))
+    nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0, "n_unscored": 0}
+    for setting in (s for s in settings if s in found.untried):
+        metrics = pd.DataFrame([nothing], index=pd.Index([HEADLINE], name="metric"))
+        marks = {"excess": math.nan, "feasible": False, "front": False, "chosen": False}
+        marks["dropped"] = found.untried[setting]
+        tables.append(_rows(setting, metrics, 0, marks))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _rows(

@@ -54,7 +54,7 @@ def main_setting(tuned: Calibration, *, of_answers_first: bool = True) -> Settin
     chosen = list(tuned.chosen.values())
     of_answers = [s for s in chosen if CONSTRUCTIONS[s.construction].reads != "prompts"]
     of_answers = of_answers if of_answers_first else []
-    return max(of_answers or chosen, key=lambda setting: _headline(tuned, setting))
+    return max(of_answers or chosen, key=lambda setting: _standing(tuned, setting))
 
 
 def condition_of(setting: Setting) -> str:
@@ -167,11 +167,14 @@ def for_everyone(
     return complete
 
 
-def _headline(tuned: Calibration, setting: Setting) -> float:
-    """Read from the tune fold: headline less excess over the limits."""
+def _standing(tuned: Calibration, setting: Setting) -> tuple[int, float]:
+    """Read from the tune fold: round in which it was answered last, headline less excess.
+
+    What left a search early was beaten there, and its headline is of fewer prompts.
+    """
     rows = tuned.table[tuned.table["construction"] == setting.construction]
     headline = rows[rows["chosen"]].set_index("metric").loc[HEADLINE]
-    return float(headline["value"] - headline["excess"])
+    return int(headline["round"]), float(headline["value"] - headline["excess"])
 
 
 def _shuffled(

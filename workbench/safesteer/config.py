@@ -38,6 +38,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What a preset fills in where a setting is not given. "paper" is SafeSteer (Ghosh et al. 2025,
 arXiv:2506.04250) as docs/paper.md reads it."""
+SEARCHES = ("economical", "exhaustive")
+"""Ways to choose place, sign and strength, see ``calibrate``."""
 CHOICES = {
     "site": ("resid_post", "attn_out", "mlp_out"),
     "span": ("content", "response", "last", "all"),
@@ -128,6 +130,8 @@ class RunConfig(AnswerSettings):
             several with commas (default: the project's own)
         categories: risk categories (default: all that the prompts have)
         tune_prompts: unsafe prompts per category on which sign and strength are chosen
+        search: how they are chosen: economical tries each vector and place in the middle of its
+            strengths first, with half the answers of exhaustive, which tries every setting
         test_prompts: unsafe prompts per category that are reported (default: the whole test fold)
         constructions: steering vectors that are compared (default: those that are no mere
             baselines)
@@ -191,6 +195,7 @@ class RunConfig(AnswerSettings):
     prompts: str | None = None
     categories: tuple[str, ...] | None = None
     tune_prompts: int = 6
+    search: str = "economical"
     test_prompts: int | None = None
     constructions: tuple[str, ...] | None = None
     rhos: tuple[float, ...] | None = None
@@ -229,6 +234,11 @@ class RunConfig(AnswerSettings):
             raise ValueError(f"packing must be auto, on or off, got {self.packing!r}.")
         for name in ("tune_prompts", "test_prompts"):
             _check_count(name, getattr(self, name), optional=name == "test_prompts")
+        if self.search not in SEARCHES:
+            hint = did_you_mean(str(self.search), SEARCHES)
+            raise ValueError(
+                f"search must be one of {', '.join(SEARCHES)}, got {self.search!r}.{hint}"
+            )
         _check_count("applied_tokens", self.applied_tokens)
         for name in ("categories", "constructions", "max_memory", "judge", "applied"):
             _check_names(name, getattr(self, name))
@@ -275,7 +285,16 @@ def config_from(mapping: Mapping[str, Any]) -> RunConfig:
     for name in (*lists, "judge", "applied"):
         if values.get(name) is not None and not isinstance(values[name], tuple):
             raise ValueError(f"{name} must be a list, got {values[name]!r}.")
-    texts = ("model", "device", "dtype", "prompts", "quantize", "device_map", "system_prompt")
+    texts = (
+        "model",
+        "device",
+        "dtype",
+        "prompts",
+        "search",
+        "quantize",
+        "device_map",
+        "system_prompt",
+    )
     of_paper = ("preset", "vectors_from", *CHOICES)
     of_judges = (
         "tuning_judge",

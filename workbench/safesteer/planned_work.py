@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.prompts.openings import answer_prompts
 from workbench.prompts.prompt import select_prompts
-from workbench.safesteer.calibration import cost, plan_rounds
 from workbench.safesteer.constructions import (
     CONSTRUCTIONS,
     GUIDED,
@@ -17,10 +16,13 @@ from workbench.safesteer.constructions import (
     settings_to_try,
     wanted_names,
 )
+from workbench.safesteer.economical import half_of, n_tried
 from workbench.safesteer.inputs import TUNE_NEUTRAL, questions_of_test
 from workbench.safesteer.paper import places_of, ways_of
 from workbench.safesteer.positive_control import asked, refusals_of
 from workbench.safesteer.run_progress import FITTED
+from workbench.safesteer.search import cost, plan_rounds
+from workbench.safesteer.settings import Setting, grid
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
@@ -45,12 +47,12 @@ def planned_work(job: Job) -> dict[str, Work]:
     config, folds = job.config, job.folds
     wanted = wanted_names(config.constructions)
     own_answers = n_own_answers(job)
-    settings = n_settings(config, job.model)
     tune_questions = select_prompts(folds.tune, label="unsafe", limit=config.tune_prompts)
     samples = job.decoding.n_samples
-    tuned = cost(plan_rounds(settings, len(tune_questions))) * samples
-    # KL: each neutral prompt is read under every setting.
-    readings = tuned + TUNE_NEUTRAL * settings / 4
+    tuned, tried = n_tuning(config, job.model, len(tune_questions))
+    tuned *= samples
+    # KL: each neutral prompt is read under every setting that is tried.
+    readings = tuned + TUNE_NEUTRAL * tried / 4
     questions = questions_of_test(folds.test, config)
     n_test = len(questions) * (len(wanted) + BESIDE) * samples
     prompts = len(folds.fit) + len(folds.tune) + len(answer_prompts(folds.fit))
@@ -88,16 +90,34 @@ def n_own_answers(job: Job) -> int:
     return turns * len(select_prompts(job.folds.fit, label="unsafe")) + len(harmless)
 
 
-def n_settings(config: RunConfig, model: HookedModel) -> int:
-    """Count the settings of the search, as if every construction could be fitted."""
+def n_tuning(config: RunConfig, model: HookedModel, n_prompts: int) -> tuple[int, int]:
+    """Count the answers of the search, and the settings that it tries."""
+    settings = settings_if_all_fit(config, model)
+    if config.search == "economical":
+        return half_of(settings, n_prompts), n_tried(settings)
+    n_constructions = len({s.construction for s in settings})
+    rounds = plan_rounds(len(settings), n_prompts)
+    return cost(rounds, n_kept=n_constructions), len(settings)
+
+
+def settings_if_all_fit(config: RunConfig, model: HookedModel) -> list[Setting]:
+    """List the settings of the search, as if every construction could be fitted.
+
+    The relative strength of raw multiples is not known before.
+    """
     names, places = wanted_names(config.constructions), places_of(config, model)
-    ways = ways_of(config)
+    ways: Any = {"variants": ways_of(config)}
     if config.multipliers is None:
-        return len(settings_to_try(names, places, config.rhos or (), variants=ways))
+        return settings_to_try(names, places, config.rhos or (), **ways)
     edits = [name for name in names if CONSTRUCTIONS[name].is_edit]
-    n_places = sum(len(places_for(name, places)) for name in names if name not in edits)
-    raw = n_places * len(config.multipliers) * len(ways)
-    return raw + len(settings_to_try(edits, places, (), variants=ways))
+    raw = [
+        one._replace(sign=1 if multiplier > 0 else -1, multiplier=abs(multiplier))
+        for name in names
+        if name not in edits
+        for multiplier in config.multipliers
+        for one in grid([name], places_for(name, places), [abs(multiplier)], **ways)
+    ]
+    return raw + settings_to_try(edits, places, (), **ways)
 
 
 def n_fitted(job: Job) -> int:

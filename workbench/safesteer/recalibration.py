@@ -14,7 +14,7 @@ from workbench.files.hints import did_you_mean
 from workbench.files.locks import locked_folder
 from workbench.files.store import PathLike, local_path, write_json
 from workbench.prompts.prompt import select_prompts
-from workbench.safesteer.calibration import Calibration, calibrate, describe, plan_rounds
+from workbench.safesteer.calibration import Calibration, calibrate, describe
 from workbench.safesteer.config import config_from
 from workbench.safesteer.constructions import constructions_of
 from workbench.safesteer.inputs import TUNE_NEUTRAL, limits_of, load_job, load_run_model
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
+    from workbench.safesteer.inputs import Job
     from workbench.safesteer.settings import Vectors
     from workbench.steering.interventions import Positions
 
@@ -46,6 +47,7 @@ def recalibrate(
     positions: Sequence[Positions] = ("all",),
     until: Sequence[int | None] = (None,),
     tune_prompts: int | None = None,
+    search: str | None = None,
     budget: int | None = None,
     progress: bool = False,
     model: HookedModel | None = None,
@@ -64,38 +66,43 @@ def recalibrate(
         positions: Which tokens are steered where a way does not say so; each is tried.
         until: Generated tokens after which steering then ends; each is tried, None never ends.
         tune_prompts: Unsafe prompts per category; as many as the run took by default.
+        search: See ``calibrate``; the run's by default.
         budget: Answers, at most.
         progress: Show what it will take, and progress bars.
         model: A loaded model, instead of loading the run's.
 
     Raises:
-        ValueError: If the folder holds no run with vectors of this model, a construction or way is
-            unknown, the budget is too small, or another process calibrates it.
+        ValueError: If the folder holds no run with vectors of this model, a name is unknown, the
+            budget is too small, or another process calibrates it.
     """
     run = read_run(folder)
-    how: dict[str, Any] = {"rhos": rhos, "applied": applied, "applied_tokens": applied_tokens}
-    config = _changed(run.notes["config"], **how, tune_prompts=tune_prompts)
+    given: Any = {"rhos": rhos, "applied": applied, "tune_prompts": tune_prompts, "search": search}
+    config = _changed(run.notes["config"], **given, applied_tokens=applied_tokens)
     vectors = saved_vectors(folder)
     names = _checked(constructions, constructions_of(vectors), folder)
-    model = model if model is not None else load_run_model(config)
-    check_model_of(run, model)
+    check_model_of(run, model := load_run_model(config) if model is None else model)
     out = local_path(folder) / CALIBRATION
-    loaded: dict[str, Any] = {"model": model, "fits": False, "progress": progress}
-    job = load_job(config, verdicts=out / "verdicts.jsonl", **loaded)
+    loaded: Any = {"verdicts": out / "verdicts.jsonl", "model": model, "progress": progress}
+    job = load_job(config, fits=False, **loaded)
     questions = select_prompts(job.folds.tune, label="unsafe", limit=config.tune_prompts)
     places = places_of(config, job.model, {site for _, site in vectors})
     tried: Any = {"own_rhos": rhos is None, "extents": [*itertools.product(positions, until)]}
     settings = settings_of(config, vectors, names, places, **tried)
-    how = {
+    how = {**_how(job, out), "budget": budget}
+    with locked_folder(out):
+        return _kept(calibrate(job.model, vectors, questions, settings, **how), vectors, out)
+
+
+def _how(job: Job, out: Path) -> dict[str, Any]:
+    """Say how a run calibrates, as arguments of ``calibrate``."""
+    return {
         "score": job.score_for_tuning,
         "output": out / "tune.jsonl",
         "neutral": select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
-        "limits": limits_of(config),
-        "rounds": plan_rounds(len(settings), len(questions), budget=budget),
+        "limits": limits_of(job.config),
+        "search": job.config.search,
         **job.how_steered,
     }
-    with locked_folder(out):
-        return _kept(calibrate(job.model, vectors, questions, settings, **how), vectors, out)
 
 
 def _kept(tuned: Calibration, vectors: Vectors, out: Path) -> Calibration:

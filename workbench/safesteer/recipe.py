@@ -279,6 +279,7 @@ def tune(job: Job, out: RunFolder, vectors: Vectors) -> Calibration:
         output=out.path / "tune.jsonl",
         neutral=select_prompts(job.folds.tune, label="neutral", limit=TUNE_NEUTRAL),
         limits=limits_of(job.config),
+        search=job.config.search,
         **job.how_steered,
     )
     main = main_of(job, tuned)

@@ -102,6 +102,7 @@ _TEXT = (
     "positions",
     "decay",
     "form",
+    "dropped",
     "reason",
 )
 _WHOLE = ("layer", "neuron")

@@ -5,8 +5,7 @@ rows share a prompt. A value that could not be scored is None (or nan): it is co
 never read as False. Intervals are two-sided, 95 % unless ``level`` says otherwise. Resampling takes
 a seed and never touches global state.
 
-Bootstrap intervals are drawn here, not by ``scipy.stats.bootstrap``, because that does not widen
-its tails for few prompts (see ``bootstrap_interval``) and has no p-value.
+Bootstraps are drawn here: ``scipy.stats.bootstrap`` widens no tails for few prompts, has no p.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 from typing import TYPE_CHECKING
 
@@ -518,7 +518,15 @@ def _bootstrap_means(
     if n < 2:
         return np.full((n_resamples, columns.shape[1]), math.nan)
     sizes = np.diff([*range(0, n_resamples, max(1, 1_000_000 // n)), n_resamples])
+    if len(sizes) == 1:
+        return columns[_resampled_rows(n, n_resamples, seed)].mean(axis=1)
     return np.concatenate([columns[rng.integers(n, size=(size, n))].mean(axis=1) for size in sizes])
+
+
+@lru_cache(maxsize=8)
+def _resampled_rows(n: int, n_resamples: int, seed: int) -> Int[np.ndarray, "draws n"]:
+    """Draw resamples of n rows, once for all numbers of a summary."""
+    return np.random.default_rng(seed).integers(n, size=(n_resamples, n))
 
 
 def bootstrap_p(samples: Float[np.ndarray, ...], n: int) -> float:
