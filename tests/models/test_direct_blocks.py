@@ -10,7 +10,7 @@ import torch
 from helpers.architectures import tiny_architecture
 from helpers.gates import gate, through
 from helpers.interventions import padded, steering_vector
-from helpers.tiny_models import FAMILIES, sentences
+from helpers.tiny_models import FAMILIES, sentences, tiny_model
 from torch import nn
 
 from workbench.generation.answers import sweep
@@ -31,6 +31,7 @@ from workbench.steering.interventions import add_vector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 LLAMA_LIKE = ("llama2", "llama3", "qwen2", "qwen3", "mistral")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -74,6 +75,12 @@ def test_llama_like_families_are_computed_directly_and_no_others(family_model, f
     with plain(model):
         assert standing_directly(model) == []
     assert standing_directly(model) == standing_directly(model)
+
+
+def test_blocks_are_computed_directly_after_run_with_cache_too(tmp_path: Path) -> None:
+    model = load_model(tiny_model("llama3", tmp_path))
+    model.run_with_cache("some words")
+    assert standing_directly(model) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)

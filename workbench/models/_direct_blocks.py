@@ -232,11 +232,17 @@ def is_used(point: Any) -> bool:
 
 
 def is_watched(component: Any) -> bool:
-    """Tell whether anyone but TransformerLens has put a torch hook on a component."""
+    """Tell whether anyone but the two libraries has put a torch hook on a component."""
     hooks = [*component._forward_hooks.values(), *component._forward_pre_hooks.values()]
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("transformer_lens.") for hook in hooks
-    )
+    return any(map(_is_foreign, hooks))
+
+
+_OWN = ("transformer_lens.", "transformers.utils.output_capturing")
+"""Modules whose hooks, which a call of ``run_with_cache`` leaves behind, only record."""
+
+
+def _is_foreign(hook: Any) -> bool:
+    return not str(getattr(hook, "__module__", "")).startswith(_OWN)
 
 
 def _served(component: Any) -> Iterator[tuple[str, Any]]:
@@ -339,9 +345,5 @@ def _is_as_made(module: nn.Module) -> bool:
 
 
 def _has_torch_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(backward) or is_watched(module)
