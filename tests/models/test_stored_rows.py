@@ -181,8 +181,8 @@ PEAKS = """
     model = load_model(folder + "/wide", device="cpu")
     sites = [Site(layer, kind) for layer in (0, 1) for kind in ("resid_pre", "resid_post")]
 
-    for n in (300, 2000):
-        prompts = [Prompt(f"p{i}", f"poem {i}", None, "c", "safe", "s") for i in range(n)]
+    for n in (300, 2000):  # texts of the same lengths: these decide how large a batch is
+        prompts = [Prompt(f"p{i}", f"poem {i % 300}", None, "c", "safe", "s") for i in range(n)]
         acts = cache_activations(model, prompts, sites, store=f"{folder}/{n}", batch_size=64)
         for site in sites:
             assert acts[site].mean().isfinite().all() and acts[site].mean_norm() > 0

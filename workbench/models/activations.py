@@ -52,7 +52,7 @@ SHARD_BYTES = 256 * 2**20
 but a batch at least."""
 
 
-PIECE = 1024
+PIECE = 256
 """Rows that are brought into memory at a time where a set is read in pieces."""
 
 
