@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.files.hints import did_you_mean, one_line
-from workbench.models._aligned import align_weights
 from workbench.models.gguf import converted_folder
 from workbench.models.hooked_model import quantization
 from workbench.models.packaged import EMBEDDED, PACKAGED, packaged_folder
@@ -298,8 +297,6 @@ def read_checkpoint(
         )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up where its files are missing
         raise ValueError(f"cannot load {shown!r} (its tokenizer has no words); {_NEEDED}.")
-    if placement.device_map is None and placement.device.type == "cpu":
-        align_weights(hf_model)
     return hf_model, tokenizer
 
 

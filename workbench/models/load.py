@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from workbench.files.hints import did_you_mean, one_line
+from workbench.models._aligned import align_weights
 from workbench.models.checkpoints import (
     INT8,
     Placement,
@@ -187,7 +188,9 @@ def load_model(
         quantize_linears(hf_model)
     place = placement.device if device_map is None else hf_model.device
     model = hooked(hf_model, tokenizer, name, place, packing=packing)
-    _LOADED[model] = replace(_LOADED[model], precision=precision)
+    notes = _LOADED[model] = replace(_LOADED[model], precision=precision)
+    if not _is_placed(hf_model) and quantize is None and not notes.packing.packed:
+        align_weights(hf_model)  # packed layers read their own copies
     return model
 
 
