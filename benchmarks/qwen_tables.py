@@ -104,6 +104,13 @@ def show_turns(scores: pd.DataFrame) -> None:
         kinds[wide[name] == 1] = name
     turns = kinds.unstack()
     print(f"\nwhat becomes of answers\n{pd.crosstab(turns[UNSTEERED], turns['ours'])}")
+    headline = scores[scores["metric"] == "safe_helpful_proxy"].pivot_table(
+        index="prompt_id", columns="condition", values="value"
+    )
+    for reference in headline.columns.drop([UNSTEERED, "ours"]):
+        pairs = headline[["ours", reference]].dropna()
+        gain = paired_difference(list(pairs[reference]), list(pairs["ours"]))
+        print(f"safe and helpful, ours minus {reference}: {gain}")
 
 
 def cell(by_metric: pd.DataFrame, metric: str) -> str:
