@@ -22,6 +22,8 @@ from workbench.stats.estimates import paired_difference, rate
 
 SHOWN = (
     "safe_helpful_proxy",
+    "safe",
+    "safe_2",
     "unsafe",
     "blanket_refusal",
     "safe_alternative",
@@ -53,7 +55,9 @@ def collect(folders: Sequence[str]) -> None:
                 show_everyday(table, folder)
             else:
                 show_set(name, table)
-                show_turns(pd.read_csv(folder / f"scores_{name}.csv"))
+                scores = pd.read_csv(folder / f"scores_{name}.csv")
+                show_turns(scores)
+                show_lead(scores)
         for name in ("capability", "gates_tried"):
             if (folder / f"{name}.csv").exists():
                 print(f"\n## {name}\n{pd.read_csv(folder / f'{name}.csv').round(3).to_string()}")
@@ -104,6 +108,10 @@ def show_turns(scores: pd.DataFrame) -> None:
         kinds[wide[name] == 1] = name
     turns = kinds.unstack()
     print(f"\nwhat becomes of answers\n{pd.crosstab(turns[UNSTEERED], turns['ours'])}")
+
+
+def show_lead(scores: pd.DataFrame) -> None:
+    """Print how far our steering is ahead of every other condition, question by question."""
     headline = scores[scores["metric"] == "safe_helpful_proxy"].pivot_table(
         index="prompt_id", columns="condition", values="value"
     )
@@ -137,6 +145,11 @@ def show_everyday(table: pd.DataFrame, folder: Path) -> None:
             index="condition", columns="metric", values="value", sort=False
         )
         print(f"\n## {category}, n={n}\n{wide.round(3).to_string()}")
+        for condition in ("ours", "best prompting"):
+            by_metric = rows[rows["condition"] == condition].set_index("metric")
+            known = [m for m in BESIDE if by_metric["difference"].notna().get(m, False)]
+            changes = (f"{m} {change(by_metric, m)}" for m in known)
+            print(f"{condition} against unsteered: {', '.join(changes)}")
     opened = read_json(folder / "opened.json")
     answers = list(read_jsonl(folder / "completions_everyday.jsonl"))
     plain = {a["prompt_id"]: a for a in answers if a["condition"] == UNSTEERED}
