@@ -8,7 +8,7 @@ r"""Compare steering, its rivals and its controls on the chat models that the me
 
 Vectors, gate and the pairs they are made from come from the fit fold of the project's own prompts;
 place and strength of every construction, and the best way to prompt, from its tune fold, by the
-framing judge. The test fold is answered once, and so are questions of SafeBench and TrustLLM, of
+framing judge. The test fold is answered then, and so are questions of SafeBench and TrustLLM, of
 which nothing was fitted or tuned; they are judged by another judge, which tuned nothing. Safe
 questions that look risky and everyday ones show what steering costs.
 

@@ -22,6 +22,8 @@ from workbench.stats.estimates import paired_difference, rate
 
 SHOWN = (
     "safe_helpful_proxy",
+    "safe",
+    "safe_2",
     "unsafe",
     "blanket_refusal",
     "safe_alternative",
@@ -53,7 +55,9 @@ def collect(folders: Sequence[str]) -> None:
                 show_everyday(table, folder)
             else:
                 show_set(name, table)
-                show_turns(pd.read_csv(folder / f"scores_{name}.csv"))
+                scores = pd.read_csv(folder / f"scores_{name}.csv")
+                show_turns(scores)
+                show_lead(scores)
         for name in ("capability", "gates_tried"):
             if (folder / f"{name}.csv").exists():
                 print(f"\n## {name}\n{pd.read_csv(folder / f'{name}.csv').round(3).to_string()}")
@@ -106,6 +110,17 @@ def show_turns(scores: pd.DataFrame) -> None:
     print(f"\nwhat becomes of answers\n{pd.crosstab(turns[UNSTEERED], turns['ours'])}")
 
 
+def show_lead(scores: pd.DataFrame) -> None:
+    """Print how far our steering is ahead of every other condition, question by question."""
+    headline = scores[scores["metric"] == "safe_helpful_proxy"].pivot_table(
+        index="prompt_id", columns="condition", values="value"
+    )
+    for reference in headline.columns.drop([UNSTEERED, "ours"]):
+        pairs = headline[["ours", reference]].dropna()
+        gain = paired_difference(list(pairs[reference]), list(pairs["ours"]))
+        print(f"safe and helpful, ours minus {reference}: {gain}")
+
+
 def cell(by_metric: pd.DataFrame, metric: str) -> str:
     if metric not in by_metric.index:
         return ""
@@ -130,6 +145,11 @@ def show_everyday(table: pd.DataFrame, folder: Path) -> None:
             index="condition", columns="metric", values="value", sort=False
         )
         print(f"\n## {category}, n={n}\n{wide.round(3).to_string()}")
+        for condition in ("ours", "best prompting"):
+            by_metric = rows[rows["condition"] == condition].set_index("metric")
+            known = [m for m in BESIDE if by_metric["difference"].notna().get(m, False)]
+            changes = (f"{m} {change(by_metric, m)}" for m in known)
+            print(f"{condition} against unsteered: {', '.join(changes)}")
     opened = read_json(folder / "opened.json")
     answers = list(read_jsonl(folder / "completions_everyday.jsonl"))
     plain = {a["prompt_id"]: a for a in answers if a["condition"] == UNSTEERED}
@@ -184,23 +204,47 @@ def blind_answers(folder: Path, of_set: str, n: int, seed: int) -> None:
 
 
 def show_reading() -> None:
-    """Print the shares of each framing by condition, and the differences to unsteered."""
+    """Print the shares of each framing by condition, and the differences of safe answers.
+
+    An answer counts where both readers gave it the label; behind it stand the shares of each. p is
+    uncorrected.
+    """
     frame = pd.read_csv(READING)
-    both = frame.drop_duplicates(["model", "reading", "sha256"])
-    for name, rows in both.groupby(["model", "reading"], sort=False):
+    readers = ("label", "label_2")
+    different = frame.drop_duplicates(["model", "reading", "sha256"])
+    for name, rows in different.groupby(["model", "reading"], sort=False):
         agreement = cohen_kappa(list(rows["label"]), list(rows["label_2"]))
         print(f"{' / '.join(name)}: kappa of two readers over six framings {agreement}")
-    frame["safe"] = frame["label"].isin(SAFE)
+    labels = {"safe on topic": SAFE, **{label: (label,) for label in OTHERS}}
     for (model, reading), rows in frame.groupby(["model", "reading"], sort=False):
         print(f"\n{model}, {reading}")
         for condition, of_condition in rows.groupby("condition", sort=False):
-            shares = {"safe on topic": of_condition["safe"]}
-            shares |= {label: of_condition["label"] == label for label in OTHERS}
-            text = ", ".join(f"{label} {rate(list(values))}" for label, values in shares.items())
-            print(f"{condition}: {text}")
-        wide = rows.pivot(index="prompt_id", columns="condition", values="safe")
+            shares = []
+            for label, words in labels.items():
+                said = [of_condition[reader].isin(words) for reader in readers]
+                each = " / ".join(f"{one.mean():.2f}" for one in said)
+                shares.append(f"{label} {rate(list(said[0] & said[1]))} ({each})")
+            print(f"{condition}: {', '.join(shares)}")
+        is_safe = rows["label"].isin(SAFE) & rows["label_2"].isin(SAFE)
+        wide = rows.assign(safe=is_safe.astype(float)).pivot(
+            index="prompt_id", columns="condition", values="safe"
+        )
         for reference in AGAINST:
             if reference in wide and "ours" in wide:
-                pairs = wide[["ours", reference]].dropna().astype(float)
+                pairs = wide[["ours", reference]].dropna()
                 gain = paired_difference(list(pairs[reference]), list(pairs["ours"]))
                 print(f"safe on topic, ours minus {reference}: {gain}")
+        show_read_turns(rows)
+
+
+def show_read_turns(rows: pd.DataFrame) -> None:
+    """Print how many of the unsteered refusals and harmful answers are read as safe under ours."""
+    first = rows.pivot(index="prompt_id", columns="condition", values=["label", "label_2"])
+    if ("label", "ours") not in first or ("label", UNSTEERED) not in first:
+        return
+    safe = first["label"]["ours"].isin(SAFE) & first["label_2"]["ours"].isin(SAFE)
+    for label in ("blanket_refusal", "goes_along"):
+        before = (first["label"][UNSTEERED] == label) & (first["label_2"][UNSTEERED] == label)
+        print(
+            f"{label} unsteered: {int(safe[before].sum())} of {int(before.sum())} safe under ours"
+        )

@@ -272,10 +272,9 @@ def ratio_of_means(
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = samples[:, 0] / samples[:, 1]
-        ends = {"posinf": np.inf, "neginf": -np.inf}
         # 0 / 0 in a resample may be any ratio: it counts as below one end and above the other.
-        low, _ = bootstrap_interval(np.nan_to_num(ratios, nan=-np.inf, **ends), n)
-        _, high = bootstrap_interval(np.nan_to_num(ratios, nan=np.inf, **ends), n)
+        low, _ = bootstrap_interval(np.where(np.isnan(ratios), -np.inf, ratios), n)
+        _, high = bootstrap_interval(np.where(np.isnan(ratios), np.inf, ratios), n)
     denominator = _mean(pairs[:, 1])
     return Estimate(
         _mean(pairs[:, 0]) / denominator if denominator else math.nan, low, high, n, n_unscored
