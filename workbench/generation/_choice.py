@@ -34,7 +34,7 @@ def likeliest(
     """
     n_rows, n_words = logits.shape
     if logits.device.type != "cpu" or n_words % WIDTH:
-        return logits.max(dim=-1)  # type: ignore[return-value]
+        return logits.max(dim=-1)
     pieces = logits.unflatten(-1, (-1, WIDTH))
     largest, piece = pieces.amax(dim=-1).max(dim=-1)
     place = pieces[torch.arange(n_rows), piece].argmax(dim=-1)
