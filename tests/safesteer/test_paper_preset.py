@@ -487,7 +487,14 @@ def test_the_best_of_all_is_the_main_one_under_the_preset_only() -> None:
 
     chosen = {n: Setting(n, (SITE,), 1, 0.1) for n in ("prompt_contrast", "answer_contrast")}
     rows = [
-        {"construction": n, "chosen": True, "metric": HEADLINE, "value": v, "excess": 0.0}
+        {
+            "construction": n,
+            "chosen": True,
+            "metric": HEADLINE,
+            "value": v,
+            "excess": 0.0,
+            "round": 0,
+        }
         for n, v in (("prompt_contrast", 0.9), ("answer_contrast", 0.1))
     ]
     tuned: Any = types.SimpleNamespace(chosen=chosen, table=pd.DataFrame(rows))

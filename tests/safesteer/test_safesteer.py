@@ -17,7 +17,7 @@ from workbench.figures.wording import gate_lines
 from workbench.files.store import read_json, read_jsonl
 from workbench.generation import answers as generation
 from workbench.generation.decoding import Decoding
-from workbench.models import activations
+from workbench.models import stored_rows
 from workbench.report.neuron_page import write_neuron_page
 from workbench.report.page import write_report
 from workbench.safesteer import inputs, recipe, run_folder
@@ -64,7 +64,9 @@ def test_a_run_leaves_every_file_that_the_readme_lists(finished: Path) -> None:
     notes = read_json(finished / "run.json")
     assert notes["categories"] == ["fraud", "malware"]
     assert set(notes["chosen"]) >= {"prompt_contrast", "answer_contrast", "answer_contrast_pooled"}
-    assert notes["rounds"][-1]["n_settings"] <= 3
+    asked = {row["prompt_id"] for row in read_jsonl(finished / "tune.jsonl")}
+    risky = {prompt for prompt in asked if prompt.startswith(("fraud", "malware"))}
+    assert notes["rounds"][-1]["n_prompts"] == len(risky)
     for name in notes["vectors"]:
         assert load_vector(finished / "vectors" / name).norm > 0
     assert str(finished.parent) not in (finished / "run.json").read_text()
@@ -273,8 +275,8 @@ def fail_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("module", "name", "calls"),
     [
-        (activations, "write_tensors", 0),
-        (activations, "write_tensors", 1),
+        (stored_rows, "write_tensors", 0),
+        (stored_rows, "write_tensors", 1),
         (run_folder, "save_vector", 3),
         (recipe, "layer_separability", 0),
         (recipe, "attribute_neurons", 0),

@@ -61,13 +61,19 @@ def half_of(settings: Sequence[Setting], n_prompts: int) -> int:
     """Count the answers that an economical search takes at most.
 
     They are half of those of the exhaustive search; more where few settings differ in strength
-    alone, up to those of successive halving without the settings that are kept for their
-    construction's sake.
+    alone or there are few prompts, up to those of successive halving without the settings that are
+    kept for their construction's sake.
     """
-    n_constructions = len({s.construction for s in settings})
+    n_constructions, n_rows = len({s.construction for s in settings}), len(rows_of(settings))
     rounds = plan_rounds(len(settings), n_prompts)
-    share = max(0.5, len(rows_of(settings)) / len(settings))
-    return int(min(share * cost(rounds, n_kept=n_constructions), cost(rounds)))
+    share = max(0.5, n_rows / len(settings))
+    half = int(min(share * cost(rounds, n_kept=n_constructions), cost(rounds)))
+    return max(half, _least(n_rows, min(n_prompts, FEWEST_PROMPTS), n_prompts))
+
+
+def _least(n_rows: int, first: int, n_prompts: int) -> int:
+    """Count the answers of a search that tries each row once and keeps the fewest settings."""
+    return cost([Round(n_rows, first), *_later_rounds(KEEP, first, n_prompts)])
 
 
 def n_tried(settings: Sequence[Setting]) -> int:
@@ -132,7 +138,7 @@ def search_economically(
     first = first_prompts(settings, n_prompts, budget)
     if asked is None:
         first = max(first, min(n_prompts, FEWEST_PROMPTS))
-    least = cost([Round(len(rows), first), *_later_rounds(KEEP, first, n_prompts)])
+    least = _least(len(rows), first, n_prompts)
     if asked is not None and least > asked:
         raise ValueError(
             f"a budget of {asked} answers is too small for {len(settings)} settings of "

@@ -562,11 +562,8 @@ def _tango(
 
     n, gained, lost = len(change), int((change > 0).sum()), int((change < 0).sum())
     if gained == lost == 0:
-        return (
-            (1 - min(-lowest, highest, 1)) ** n,
-            (1 - level) ** (1 / n) - 1,
-            1 - (1 - level) ** (1 / n),
-        )
+        unseen = 1 - (1 - level) ** (1 / n)
+        return (1 - min(-lowest, highest, 1)) ** n, -unseen, unseen
 
     def z(share: float) -> float:
         # score of the difference against ``share``, at the likeliest lost share if that is true
@@ -593,8 +590,7 @@ def _by_family(
         raise ValueError(f"p must hold values in [0, 1], at least one, got {p.size}: {ends}.")
 
     def adjust_tested(family: Float[np.ndarray, m]) -> Float[np.ndarray, m]:
-        is_tested = ~np.isnan(family)
-        adjusted = family.copy()
+        is_tested, adjusted = ~np.isnan(family), family.copy()
         if is_tested.any():
             adjusted[is_tested] = adjust(family[is_tested])
         return adjusted
