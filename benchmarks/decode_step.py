@@ -2,11 +2,13 @@
 
     python benchmarks/decode_step.py                                   # the embedded model
     python benchmarks/decode_step.py qwen2.5-coder-0.5b --dtype bfloat16 --rows 1 16
+    python benchmarks/decode_step.py --profile                         # a step's parts
 
 Four ways are timed in turn, and their medians over rounds printed as a table: blocks computed
 directly, Hugging Face's own modules (without direct blocks), TransformerLens's components (plain),
 and, as the limit of the first two, the products with weights alone. A step includes the choice of
-the likeliest token.
+the likeliest token. With ``--profile`` a second table says what a step is made of: the functions of
+torch by their own time under its profiler, and as Python what is left of a step timed without it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import workbench as wb
 from workbench.generation._choice import likeliest
@@ -29,6 +32,9 @@ from workbench.models.trusted_paths import ROUTES, assumed, untrusted_paths
 
 PROMPT, WARM_UP = 64, 2
 """Tokens behind which the steps begin, and steps before the clock runs."""
+PARTS = ("products", "logits", "attention", "choice of the token", "other functions", "Python")
+CHOICE = {"amax", "max", "argmax", "isfinite", "all"}
+PRODUCTS = {"mm", "addmm", "linear", "_linear_pointwise", "bmm"}
 
 
 def main() -> None:
@@ -39,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="steps of a round")
     parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--profile", action="store_true", help="also print the parts of a step")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -57,6 +64,38 @@ def main() -> None:
             cells = " | ".join(spread(seconds) for seconds in times.values())
             share = statistics.median(times["products"]) / statistics.median(times["direct"])
             print(f"| {n_rows} | {cells} | {share:.0%} |", flush=True)
+        if options.profile:
+            print_parts(model, options.rows, options.steps)
+
+
+def print_parts(model: Any, rows: list[int], steps: int) -> None:
+    """Print how many milliseconds of a step each kind of work takes."""
+    print(f"\n| rows | step | {' | '.join(PARTS)} |\n|{'---|' * (len(PARTS) + 2)}")
+    prompt = torch.arange(1000, 1000 + PROMPT).tolist()
+    cache = prefix_cache(model, prompt)
+    for n_rows in rows:
+        new = torch.full((n_rows, 1), 2000)
+        seconds = statistics.median(seconds_of_a_step(model, cache, new, steps) for _ in range(7))
+        spent = dict.fromkeys(PARTS, 0.0)
+        profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+        seconds_of_a_step(model, cache, new, steps, profiler)
+        for event in profiler.key_averages(group_by_input_shape=True):
+            part = part_of(event.key, event.input_shapes, model.cfg.d_vocab)
+            spent[part] += event.self_cpu_time_total / 1e6 / steps
+        spent["Python"] = max(0.0, seconds - sum(spent.values()))
+        cells = " | ".join(f"{1000 * part:.1f} ms" for part in spent.values())
+        print(f"| {n_rows} | {1000 * seconds:.1f} ms | {cells} |", flush=True)
+
+
+def part_of(name: str, shapes: list[list[int]], d_vocab: int) -> str:
+    """Say which part of a step a function of torch belongs to."""
+    short = name.rpartition("::")[2]
+    if short in PRODUCTS:
+        is_logits = any(d_vocab in shape for shape in shapes if shape)
+        return "logits" if is_logits else "products"
+    if "attention" in short:
+        return "attention"
+    return "choice of the token" if short in CHOICE else "other functions"
 
 
 def step_times(model: Any, n_rows: int, rounds: int, steps: int) -> dict[str, list[float]]:
@@ -82,18 +121,25 @@ def step_times(model: Any, n_rows: int, rounds: int, steps: int) -> dict[str, li
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def seconds_of_a_step(model: Any, cache: Any, new: torch.Tensor, steps: int) -> float:
+def seconds_of_a_step(
+    model: Any, cache: Any, new: torch.Tensor, steps: int, profiler: profile | None = None
+) -> float:
     """Write tokens behind a copy of the cache; seconds per step, the first steps left out."""
     cache = rows_of_cache(cache, torch.zeros(len(new), dtype=torch.long))
     start = 0.0
     with fast(model):
         for step in range(WARM_UP + steps):
+            if step == WARM_UP and profiler is not None:
+                profiler.start()
             if step == WARM_UP:
                 start = time.perf_counter()
             mask = torch.ones(len(new), PROMPT + step + 1, dtype=torch.bool)
             logits, cache = forward(model, new, mask, cache=cache, use_cache=True)
             new = likeliest(logits)[1][:, None]
-    return (time.perf_counter() - start) / steps
+    seconds = time.perf_counter() - start
+    if profiler is not None:
+        profiler.stop()
+    return seconds / steps
 
 
 def all_products(model: Any, n_rows: int) -> Callable[[], None]:
