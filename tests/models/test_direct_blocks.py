@@ -89,6 +89,8 @@ def test_padded_rows_behind_a_prefix_and_new_tokens_get_the_logits_of_the_slow_w
     family_model, family: str, ran: list[int]
 ) -> None:
     model = family_model(family)
+    assert standing_directly(model)  # the check of the routes has run
+    ran.clear()
     tokens, mask = padded([4, 9, 6], "left")
     mask = torch.cat([torch.ones(3, 5, dtype=torch.bool), mask.bool()], dim=1)
     steps = torch.randint(20, 200, (3, 6), generator=torch.Generator().manual_seed(3))
@@ -113,6 +115,52 @@ def test_padded_rows_behind_a_prefix_and_new_tokens_get_the_logits_of_the_slow_w
         assert (one - other).norm() < 1e-5 * other.norm()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+@torch.no_grad()
+def test_padding_is_left_out_of_the_products_and_nothing_else_changes(
+    family_model, family: str, side: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family_model(family)
+    assert standing_directly(model)
+    tokens, mask = padded([2, 9, 6, 3], side)
+    multiplied: list[int] = []
+
+    def counted(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        multiplied.append(x.numel() // x.shape[-1])
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", counted)
+    found, _ = last_logits(model, tokens, mask.bool(), 9)
+    of_blocks = multiplied[: 7 * model.cfg.n_layers]
+    assert set(of_blocks) == {2 + 9 + 6 + 3}
+    with plain(model):
+        expected, _ = last_logits(model, tokens, mask.bool(), 9)
+    assert max(multiplied) == 4 * 9
+    is_real = mask.bool()
+    assert (found - expected)[is_real].norm() < 1e-5 * expected[is_real].norm()
+    assert found.isfinite().all()
+
+
+@torch.no_grad()
+def test_an_edit_that_divides_by_the_norm_leaves_real_tokens_real(tiny) -> None:
+    tokens, mask = padded([2, 9, 6], "right")
+    name = "blocks.1.hook_out"
+
+    def to_unit(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return activation / activation.norm(dim=-1, keepdim=True)
+
+    def logits() -> torch.Tensor:
+        with tiny.hooks(fwd_hooks=[(name, to_unit)]):
+            return last_logits(tiny, tokens, mask.bool(), 9)[0]
+
+    found = logits()
+    with plain(tiny):
+        expected = logits()
+    real = mask.bool()
+    assert (found - expected)[real].norm() < 1e-5 * expected[real].norm()
+
+
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
@@ -120,6 +168,8 @@ def test_every_kind_of_site_is_read_and_steered_as_before(
     family_model, family: str, kind: str, ran: list[int]
 ) -> None:
     model = family_model(family)
+    assert standing_directly(model)  # the check of the routes has run
+    ran.clear()
     tokens, mask = padded([7, 5], "left")
     order: list[str] = []
 

@@ -1,9 +1,13 @@
-"""Compute a whole Llama-like block with a dozen torch functions.
+"""Compute a whole Llama-like block with a dozen torch functions, and on real tokens alone.
 
 Beside its seven products, a block of Hugging Face's costs some two hundred Python calls for every
 token that is written. The same block is computed here without calling a submodule, and the hook
 points that sites stand for are called where they lie. Which blocks it fits is read off the modules
 they hold; whether it computes the same is for the route check to say (``_route_checks``).
+
+Where rows of unlike length are padded to one, products, norms and neurons are computed of the real
+tokens, lying in one row behind each other; only attention, and hook points that are in use, see the
+padded shape.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from torch.nn import functional
 from workbench.models.packing import is_packed_layer
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     Hook = Callable[[Tensor], Tensor] | None
@@ -40,6 +44,11 @@ _HEAD_NORMS = {"q_norm", "k_norm"}
 
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+PADDING = 0.2
+"""Share of a batch's places that must be padding for it to be left out: to gather the real tokens
+takes about as long as this share of their products."""
 
 
 _INSIDE: weakref.WeakKeyDictionary[Any, tuple[list[Any], list[Any]]] = weakref.WeakKeyDictionary()
@@ -66,18 +75,26 @@ class Pass:
         cos: The cosines, with a dimension for heads.
         sin: The sines, with the sign of the half of a head that they multiply.
         masks: Attention masks of this pass, each as given and as it is added to the scores.
+        real: Places of the real tokens, rows behind each other; None where all are computed.
     """
 
     angles: Angles | None = None
     cos: Any = None
     sin: Any = None
     masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    real: Int[Tensor, " token"] | None = None
 
-    def begin(self, angles: Angles) -> None:
-        """Forget the pass before, if these angles are of another one."""
+    def begin(self, angles: Angles, mask: Tensor, n: int) -> None:
+        """Forget the pass before, if these angles are of another one.
+
+        Args:
+            angles: Cosines and sines.
+            mask: Attention mask of this block.
+            n: Tokens of each row in this pass.
+        """
         if angles is self.angles:
             return
-        self.angles, self.masks = angles, {}
+        self.angles, self.masks, self.real = angles, {}, _real_places(mask, n)
         cos, sin = angles
         half = sin.shape[-1] // 2
         self.cos = cos.unsqueeze(1)
@@ -94,6 +111,32 @@ class Pass:
             # The mask itself is kept, too, so that no other one can get its id.
             self.masks[id(mask)] = mask, torch.where(mask, zero, float("-inf"))
         return self.masks[id(mask)][1]
+
+    def gathered(self, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "*token d"]:
+        """Take the real tokens, or all as they are."""
+        return x if self.real is None else x.flatten(0, 1).index_select(0, self.real)
+
+    def spread(
+        self, x: Float[Tensor, "*token d"], over: Float[Tensor, "batch pos any"], *, keep: bool
+    ) -> Float[Tensor, "batch pos d"]:
+        """Put real tokens back where they were.
+
+        Args:
+            x: What ``gathered`` took, or was computed of it.
+            over: A tensor of the padded shape.
+            keep: Padding keeps what ``over`` has there; it is 0 otherwise.
+        """
+        if self.real is None:
+            return x
+        batch, n = over.shape[:2]
+        padded = over.flatten(0, 1).clone() if keep else x.new_zeros(batch * n, x.shape[-1])
+        return padded.index_copy_(0, self.real, x).view(batch, n, -1)
+
+    def hooked(self, point: Hook, x: Tensor, over: Float[Tensor, "batch pos any"]) -> Tensor:
+        """Let a hook point that is in use see, and change, tokens in the padded shape."""
+        if point is None:
+            return x
+        return self.gathered(point(self.spread(x, over, keep=False)))
 
     def turned(self, x: Float[Tensor, "batch head pos d_head"]) -> Tensor:
         """Turn queries or keys by their positions."""
@@ -133,25 +176,38 @@ class DirectBlock(nn.Module):
                 past_key_values=past_key_values,
                 **keywords,
             )
-        self.shared.begin(position_embeddings)
-        before = _hooked(self.resid_pre, hidden_states)
-        heads = self._heads(self.norm_1(before), attention_mask, past_key_values)
-        attended = _hooked(self.attn_out, self.o_proj.forward(_hooked(self.z, heads)))
-        between = before + attended
+        shared = self.shared
+        shared.begin(position_embeddings, attention_mask, hidden_states.shape[1])
+        whole = _hooked(self.resid_pre, hidden_states)
+        before = shared.gathered(whole)
+        heads = _hooked(
+            self.z, self._heads(self.norm_1(before), whole, attention_mask, past_key_values)
+        )
+        attended = self.o_proj.forward(shared.gathered(heads))
+        between = before + shared.hooked(self.attn_out, attended, whole)
         # As in Hugging Face's block, an edit here is seen by the norm alone.
-        normed = self.norm_2(_hooked(self.resid_mid, between))
+        normed = self.norm_2(shared.hooked(self.resid_mid, between, whole))
         neurons = self.act(self.gate_proj.forward(normed)).mul_(self.up_proj.forward(normed))
-        written = _hooked(self.mlp_out, self.down_proj.forward(_hooked(self.mlp_post, neurons)))
-        return _hooked(self.resid_post, between + written)
+        written = self.down_proj.forward(shared.hooked(self.mlp_post, neurons, whole))
+        after = between + shared.hooked(self.mlp_out, written, whole)
+        return _hooked(self.resid_post, shared.spread(after, whole, keep=True))
 
     def _heads(
-        self, x: Float[Tensor, "batch pos d_model"], mask: Tensor, cache: Any
+        self,
+        x: Float[Tensor, "*token d_model"],
+        over: Float[Tensor, "batch pos d_model"],
+        mask: Tensor,
+        cache: Any,
     ) -> Float[Tensor, "batch pos head_and_d_head"]:
         """Compute what the heads mix of the values, side by side."""
-        batch, n, _ = x.shape
-        shape = (batch, n, -1, self.d_head)
-        query, key = self.q_proj.forward(x).view(shape), self.k_proj.forward(x).view(shape)
-        value = self.v_proj.forward(x).view(shape).transpose(1, 2)
+        batch, n, _ = over.shape
+        query, key, value = (
+            self.shared.spread(projected.forward(x), over, keep=False).view(
+                batch, n, -1, self.d_head
+            )
+            for projected in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        value = value.transpose(1, 2)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query = self.shared.turned(query.transpose(1, 2))
@@ -301,6 +357,20 @@ def _attention(
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         groups = 1
     return attend(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1)
+
+
+def _real_places(mask: Tensor, n: int) -> Int[Tensor, " token"] | None:
+    """Find the real tokens of a pass; None where few are not, or the mask does not tell.
+
+    A real token sees itself, whatever else a window or the past hides from it, and padding is seen
+    by no token. Where a mask lets padding see itself it is computed, as a real token is.
+    """
+    if n == 1 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != n:
+        return None
+    sees = mask if mask.dtype == torch.bool else mask == 0
+    itself = sees[:, 0, :, mask.shape[3] - n :].diagonal(dim1=1, dim2=2).flatten()
+    places = itself.nonzero()[:, 0]
+    return places if 0 < len(places) <= (1 - PADDING) * len(itself) else None
 
 
 def _hooked(point: Hook, x: Tensor) -> Tensor:
