@@ -23,6 +23,8 @@ from workbench.models.tokens import encode, pad_id, token_ids
 from workbench.stats.selectivity import Threshold
 
 RHO = 0.1
+NATS_WITHIN = 3e-4
+"""Largest difference of log-probabilities that is taken for rounding."""
 """Strength of the steering: what is added does not change what adding costs."""
 
 
@@ -467,7 +469,21 @@ def scoring(subject: Subject) -> dict[str, Any]:
     }
     title = f"{len(answers)} answers of {len(conditions)} conditions"
     amount = sum(len(row.ids) for row in rows)
-    return {"works": [subject.measured(title, contenders, amount=amount)]}
+    return {"works": [subject.measured(title, contenders, amount=amount, compare=same_readings)]}
+
+
+def same_readings(expected: Values, found: Values) -> Check:
+    """Compare hidden states as shares, log-probabilities in nats.
+
+    A log-probability near 0 is the small difference of logits in the tens, so what rounding does to
+    it is no share of it: a hundred-thousandth of a logit of 30 are .0003 nats.
+    """
+    states = same_values({"states": expected["states"]}, {"states": found["states"]})
+    nats = float((expected["log_probs"] - found["log_probs"]).abs().max())
+    return Check(
+        states.same and nats <= NATS_WITHIN,
+        f"states: {states.words}; log-probabilities differ by {nats:.1e} nats at most",
+    )
 
 
 @contextmanager
