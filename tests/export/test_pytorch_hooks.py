@@ -56,7 +56,9 @@ def test_sums_norms_targets_and_ablations_are_held(family_model, family_path, tm
     for name, change in changes.items():
         export_pytorch(tmp_path / f"{name}.py", change, model)
         with import_file(tmp_path / f"{name}.py").steering(hf_model):
-            torch.testing.assert_close(plain(hf_model), steered(model, change), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                plain(hf_model), steered(model, change), rtol=1e-4, atol=1e-4
+            )
 
 
 def test_16_bit_models_round_as_workbench_does(family_path, tmp_path):
@@ -128,21 +130,21 @@ def test_what_it_cannot_hold_is_refused_with_what_can(family_model, tmp_path):
     model, path = family_model("llama3"), tmp_path / "v.py"
     v = steering_vector(model, SITE)
     behind = gated({"fraud": [add_vector(v, 1.0)]}, gate(model))
-    with pytest.raises(ValueError, match="cannot hold the gate .* only workbench itself"):
+    with pytest.raises(ValueError, match=r"cannot hold the gate .* only workbench itself"):
         export_pytorch(path, behind, model)
-    with pytest.raises(ValueError, match="steers every token.*export it as easysteer"):
+    with pytest.raises(ValueError, match=r"steers every token.*export it as easysteer"):
         export_pytorch(path, [add_vector(v, 1.0, positions="prompt")], model)
     with pytest.raises(ValueError, match=r"falls \(decay='linear'\)"):
         export_pytorch(path, [add_vector(v, 1.0, until=4, decay="linear")], model)
-    with pytest.raises(ValueError, match="not ScaleNeurons"):
+    with pytest.raises(ValueError, match=r"not ScaleNeurons"):
         neurons = [replace(one, model=v.model) for one in scale_neurons([(1, 2)], 0.0)]
         export_pytorch(path, neurons, model)
-    with pytest.raises(ValueError, match="rows of a batch"):
+    with pytest.raises(ValueError, match=r"rows of a batch"):
         export_pytorch(path, [add_vector(v, 1.0).for_rows([0])], model)
-    with pytest.raises(ValueError, match="nothing to export"):
+    with pytest.raises(ValueError, match=r"nothing to export"):
         export_pytorch(path, [], model)
-    with pytest.raises(ValueError, match="got a SteeringVector; a vector becomes one"):
+    with pytest.raises(ValueError, match=r"got a SteeringVector; a vector becomes one"):
         export_pytorch(path, [v], model)
-    with pytest.raises(ValueError, match="fitted on"):
+    with pytest.raises(ValueError, match=r"fitted on"):
         export_pytorch(path, [add_vector(v, 1.0)], family_model("mistral"))
     assert not path.exists()

@@ -72,7 +72,11 @@ def test_a_sum_was_fitted_on_the_prompts_of_both():
     total = vector(0) + vector(1, category="malware", span="prompt", asked_as="x", site_norm=30.0)
     assert total.fitted_on == {"prompt 0", "prompt 1"}
     assert (total.n_unsafe, total.n_safe) == (10, 14)
-    assert (total.category, total.span, total.asked_as) == ("fraud + malware", "response, prompt", "")
+    assert (total.category, total.span, total.asked_as) == (
+        "fraud + malware",
+        "response, prompt",
+        "",
+    )
     assert total.site_norm == 25.0
     assert math.isnan(total.safe_projection)
     assert (vector(0) - vector(1, category="malware")).category == "fraud - malware"
@@ -82,7 +86,7 @@ def test_a_sum_was_fitted_on_the_prompts_of_both():
 def test_only_vectors_of_one_site_and_model_are_added():
     with pytest.raises(ValueError, match=r"L2\.resid_post and L3\.resid_post cannot be added"):
         vector(0) + vector(1, site=Site(3, "resid_post"))
-    with pytest.raises(ValueError, match="different models: 'made-up'.*'another'"):
+    with pytest.raises(ValueError, match=r"different models: 'made-up'.*'another'"):
         vector(0) - vector(1, model=OTHER)
     for wrong in (1.0, None, torch.ones(D)):
         with pytest.raises(TypeError):
@@ -90,7 +94,7 @@ def test_only_vectors_of_one_site_and_model_are_added():
     for wrong in ("2", None, vector(1), True):
         with pytest.raises(TypeError):
             vector(0) * wrong
-    with pytest.raises(ValueError, match="finite number, got inf"):
+    with pytest.raises(ValueError, match=r"finite number, got inf"):
         vector(0) * math.inf
 
 
@@ -117,15 +121,15 @@ def test_cosines_are_those_of_numpy_and_ignore_norms():
 
 def test_a_table_is_of_one_model_and_of_one_site_unless_it_is_said():
     there = vector(1, site=Site(3, "resid_post"), category="malware")
-    with pytest.raises(ValueError, match="2 sites .*across_sites=True"):
+    with pytest.raises(ValueError, match=r"2 sites .*across_sites=True"):
         cosine_table([vector(0), there])
     table = cosine_table([vector(0), there], across_sites=True)
     assert list(table.index) == [
         "fraud, answer_contrast, L2.resid_post", "malware, answer_contrast, L3.resid_post",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="different models"):
+    with pytest.raises(ValueError, match=r"different models"):
         cosine_table([vector(0), vector(1, model=OTHER, category="x")])
-    with pytest.raises(ValueError, match="two vectors are called 'fraud, answer_contrast'"):
+    with pytest.raises(ValueError, match=r"two vectors are called 'fraud, answer_contrast'"):
         cosine_table([vector(0), vector(1)])
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match=r"at least one"):
         cosine_table([])
