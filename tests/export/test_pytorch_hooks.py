@@ -136,8 +136,8 @@ def test_what_it_cannot_hold_is_refused_with_what_can(family_model, tmp_path):
         export_pytorch(path, [add_vector(v, 1.0, positions="prompt")], model)
     with pytest.raises(ValueError, match=r"falls \(decay='linear'\)"):
         export_pytorch(path, [add_vector(v, 1.0, until=4, decay="linear")], model)
+    neurons = [replace(one, model=v.model) for one in scale_neurons([(1, 2)], 0.0)]
     with pytest.raises(ValueError, match=r"not ScaleNeurons"):
-        neurons = [replace(one, model=v.model) for one in scale_neurons([(1, 2)], 0.0)]
         export_pytorch(path, neurons, model)
     with pytest.raises(ValueError, match=r"rows of a batch"):
         export_pytorch(path, [add_vector(v, 1.0).for_rows([0])], model)

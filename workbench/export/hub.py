@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.export.from_run import RunNumbers, Strength
 from workbench.export.card import check_one_model, model_card
+from workbench.export.from_run import RunNumbers, Strength
 from workbench.files.hints import one_line
 from workbench.files.store import name_for_file
 from workbench.steering.vectors import SteeringVector, load_vector, save_vector
