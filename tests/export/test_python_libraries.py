@@ -1,4 +1,4 @@
-"""Files for steering-vectors and lm-eval, read as their definitions say; see also test_real_libraries.
+"""Files for steering-vectors and lm-eval, read as the definitions of these libraries say.
 
 No library is needed here: their hooks are made by hand.
 """

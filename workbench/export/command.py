@@ -82,7 +82,7 @@ def export_vectors(
     format: Format,
     *,
     out: str,
-    source: Annotated[Source, Parameter(name="*")] = Source(),  # noqa: B008 - frozen
+    source: Annotated[Source, Parameter(name="*")] = Source(),
     private: bool = False,
 ) -> None:
     """Write steering vectors for another program, or push them to the Hugging Face Hub.
