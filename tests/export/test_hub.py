@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import huggingface_hub
+import huggingface_hub.constants
 import pandas as pd
 import pytest
 import torch
@@ -59,7 +59,8 @@ def test_vectors_and_their_card_go_up_in_one_commit_and_come_back(hub, strengths
         REPO, strengths, numbers=numbers(), private=True, token="hf_made_up", endpoint=hub.url
     )
     assert url == f"{hub.url}/{REPO}/commit/{SHA}"
-    assert (hub.created[0]["name"], hub.created[0]["private"]) == ("vectors", True)
+    assert hub.created[0]["name"] == "vectors"
+    assert hub.is_private(0)
     assert [path for _, path in hub.asked].count(f"/api/models/{REPO}/commit/main") == 1
     assert "Bearer hf_made_up" in hub.tokens
     files = hub.repos[REPO]

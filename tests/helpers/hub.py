@@ -61,6 +61,11 @@ class Hub:
         ).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
+    def is_private(self, number: int) -> bool:
+        """Tell whether a repository was made private, in the words of older and newer clients."""
+        made = self.created[number]
+        return made.get("private") is True or made.get("visibility") == "private"
+
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()

@@ -107,12 +107,13 @@ def _vector_table(files: Mapping[str, Strength]) -> str:
 
 
 def _use(files: Mapping[str, Strength], repo_id: str, model: ModelInfo) -> str:
+    loaded = model.name if _HUB_NAME.match(model.name) else "FOLDER OF THE MODEL NAMED ABOVE"
     pairs = ", ".join(f'"{_code(name)}": {s.multiplier:.6g}' for name, s in files.items())
     return (
         "```python\n"
         "import workbench as wb\n"
         "from workbench.export import pull_vectors\n\n"
-        f'model = wb.load_model("{_code(model.name)}")\n'
+        f'model = wb.load_model("{loaded}")\n'
         f'vectors = pull_vectors("{_code(repo_id)}")\n'
         f"strengths = {{{pairs}}}\n"
         "change = [wb.add_vector(vectors[name], m) for name, m in strengths.items()]\n"

@@ -171,8 +171,8 @@ def _in_one_line(repo_id: str) -> Iterator[None]:
         raise ValueError(f"the hub refused {repo_id!r} (status {status}): {what}.") from error
     except (ConnectionError, OSError) as error:
         raise _unreachable(repo_id, error) from error
-    except Exception as error:  # httpx has its own family of connection errors
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
+    except Exception as error:  # the client below has its own family of connection errors
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
         raise _unreachable(repo_id, error) from error
 

@@ -13,9 +13,14 @@ every prompt and answer is steered.
 
 import base64
 import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+Step = Callable[[Tensor], Tensor]
 
 MODEL: dict = {}
 """What the vectors were measured on: name, dtype and number of blocks."""
@@ -25,7 +30,7 @@ PLACES: list = []
 
 
 @contextmanager
-def steering(model, strength=1.0):
+def steering(model: nn.Module, strength: float = 1.0) -> Iterator[nn.Module]:
     """Steer a model inside the block; ``strength`` multiplies what is added, 0 adds nothing."""
     handles = add_hooks(model, strength)
     try:
@@ -35,7 +40,7 @@ def steering(model, strength=1.0):
             handle.remove()
 
 
-def add_hooks(model, strength=1.0):
+def add_hooks(model: nn.Module, strength: float = 1.0) -> list[Any]:
     """Set the hooks on a transformers model and return their handles, each with ``remove()``."""
     modules, handles = dict(model.named_modules()), []
     missing = [place["module"] for place in PLACES if place["module"] not in modules]
@@ -51,8 +56,8 @@ def add_hooks(model, strength=1.0):
     return handles
 
 
-def _after(steps):
-    def hook(_module, _inputs, output):
+def _after(steps: list[Step]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return (_changed(output[0], steps), *output[1:])
         return _changed(output, steps)
@@ -60,8 +65,8 @@ def _after(steps):
     return hook
 
 
-def _before(steps):
-    def hook(_module, inputs, keywords):
+def _before(steps: list[Step]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> Any:
         if inputs:
             return (_changed(inputs[0], steps), *inputs[1:]), keywords
         return inputs, {**keywords, "hidden_states": _changed(keywords["hidden_states"], steps)}
@@ -69,7 +74,7 @@ def _before(steps):
     return hook
 
 
-def _changed(activation, steps):
+def _changed(activation: Tensor, steps: list[Step]) -> Tensor:
     """Make the steps one after the other, each in float32 and rounded once."""
     for step in steps:
         wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
@@ -77,22 +82,22 @@ def _changed(activation, steps):
     return activation
 
 
-def _step(values, strength):
+def _step(values: dict[str, Any], strength: float) -> Step:
     """Make one change of an activation of what the file says about it."""
     data = base64.b64decode(values["vector"])
     numbers = torch.tensor(struct.unpack(f"<{len(data) // 4}f", data))
 
-    def add(wide):
+    def add(wide: Tensor) -> Tensor:
         return wide + strength * numbers.to(wide.device)
 
-    def add_and_keep_norm(wide):
+    def add_and_keep_norm(wide: Tensor) -> Tensor:
         if strength == 0:
             return wide
         moved = add(wide)
         norm = moved.norm(dim=-1, keepdim=True)
         return torch.where(norm > 0, moved * (wide.norm(dim=-1, keepdim=True) / norm), 0.0)
 
-    def to_target(wide):
+    def to_target(wide: Tensor) -> Tensor:
         unit = numbers.to(wide.device)
         missing = values["target"] - wide @ unit
         if values["step"] == "raise":
