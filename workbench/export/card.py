@@ -152,12 +152,14 @@ def _measured(numbers: RunNumbers) -> list[str]:
 
 
 def _interval(row: Mapping[Any, Any], value: str, low: str, high: str) -> str:
-    numbers = [row.get(key) for key in (value, low, high)]
-    if numbers[0] is None or math.isnan(numbers[0]):
+    found, lowest, highest = (
+        math.nan if row.get(key) is None else float(row[key]) for key in (value, low, high)
+    )
+    if math.isnan(found):
         return ""
-    if any(n is None or math.isnan(n) for n in numbers[1:]):
-        return f"{numbers[0]:.3g}"
-    return "{:.3g} [{:.3g}, {:.3g}]".format(*numbers)
+    if math.isnan(lowest) or math.isnan(highest):
+        return f"{found:.3g}"
+    return f"{found:.3g} [{lowest:.3g}, {highest:.3g}]"
 
 
 def _whole(value: Any) -> str:
