@@ -78,6 +78,8 @@ def test_a_run_goes_to_a_hub_and_comes_back(finished, tmp_path, capsys, monkeypa
 
     hub = Hub()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    addresses = hub.url + "/{repo_id}/resolve/{revision}/{filename}"  # both follow HF_ENDPOINT
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", addresses)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", "hf_made_up")
     arguments = ["--run", str(finished), "--category", "fraud", "--out", "somebody/vectors"]
