@@ -15,7 +15,7 @@ READY_TL3 := .venv-tl3/.ready
 # One process per core, four at most for they take up to 4 GB, with one thread each.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness lint types contract bench \
+.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness test-travel lint types contract bench \
 	bench-peers architectures models pictures notebooks clean
 
 setup: $(READY)
@@ -64,6 +64,18 @@ test-harness:
 	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt --editable '.[dev,harness]'
 	.venv-harness/bin/python -m pytest tests/integrations
 
+# The libraries that vectors travel to. They are installed without what they ask for: repeng asks
+# for a NumPy of before 2.0. vllm-lens needs Python 3.12, and its test is left out without it.
+test-travel:
+	$(PYTHON) -m venv .venv-travel
+	.venv-travel/bin/python -m pip install -qq --constraint constraints.txt torch
+	.venv-travel/bin/python -m pip install -qq --constraint constraints.txt --editable '.[dev,harness]'
+	.venv-travel/bin/python -m pip install -qq cffi cloudpickle zstandard
+	.venv-travel/bin/python -m pip install -qq --no-deps repeng==0.4.0 steering-vectors==0.12.2 \
+		xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548
+	-.venv-travel/bin/python -m pip install -qq --no-deps vllm-lens==1.3.0
+	.venv-travel/bin/python -m pytest tests/export
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -106,5 +118,5 @@ notebooks: setup
 	PLOTLY_RENDERER=png $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-tl3 .venv-harness .venv-bench-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .venv-tl3 .venv-harness .venv-travel .venv-bench-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache

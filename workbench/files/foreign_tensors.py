@@ -27,10 +27,12 @@ class ForeignTensors(NamedTuple):
     Attributes:
         format: "gguf", "safetensors", "json", "npy" or "npz".
         rows: Arrays of float32 by their name in the file; "" is the name in one that has none.
+        location: Where in a block they belong, in the file's own word; "" where it does not say.
     """
 
     format: str
     rows: dict[str, Float[np.ndarray, "..."]]
+    location: str = ""
 
 
 def file_format(path: PathLike) -> str:
@@ -110,7 +112,7 @@ def read_foreign(path: PathLike) -> ForeignTensors:
         raise ValueError(f"{path} cannot be read as {kind} ({cause[:200]}).") from error
     if not rows:
         raise ValueError(f"{path} holds no vectors.")
-    return ForeignTensors(kind, rows)
+    return ForeignTensors(kind, rows, _location(path) if kind == "json" else "")
 
 
 PICKLED = (
@@ -152,6 +154,12 @@ def _from_json(path: Path) -> dict[str, Float[np.ndarray, "..."]]:
         for name, row in content.items()
         if isinstance(row, list)
     }
+
+
+def _location(path: Path) -> str:
+    """Read where in a block the vectors of an .svec file of steerability belong."""
+    meta = json.loads(path.read_text(encoding="utf-8")).get("meta")
+    return str(meta.get("location") or "") if isinstance(meta, dict) else ""
 
 
 def _from_numpy(path: Path) -> dict[str, Float[np.ndarray, "..."]]:

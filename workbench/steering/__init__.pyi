@@ -1,3 +1,4 @@
+from .algebra import cosine_table
 from .apply import GateState, Steering, intervene
 from .combine import own_part, pooled, summed, without
 from .edits import AblateDirection, AddVector, ClampNeurons, RaiseTo, ScaleNeurons
@@ -76,6 +77,7 @@ __all__ = [
     "calibrate_over_answers",
     "choose_layer_gate",
     "clamp_neurons",
+    "cosine_table",
     "decayed",
     "edit_spectrum",
     "fit_gate",

@@ -53,7 +53,8 @@ def import_vectors(
 
     GGUF control vectors (repeng, llama.cpp, EasySteer: ``direction.N`` is added to what block N
     puts out, counted from 0), safetensors with a key per layer ("layer_12",
-    "blocks.12.hook_resid_post"), NumPy's npy and npz, and JSON (.svec of activation-steering). An
+    "blocks.12.hook_resid_post"), NumPy's npy and npz, and JSON (.svec of AISteer360, steerability
+    and activation-steering; its "location" says whether inputs of blocks are meant). An
     array of two axes with a row per block has the blocks in order. Pickles (.pt) are never read.
 
     Args:
@@ -84,7 +85,8 @@ def import_vectors(
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"give the file first, then the model; got a {type(path).__name__}.")
     info = model if isinstance(model, ModelInfo) else model_info(model)
-    file_kind, arrays = read_foreign(path)
+    file_kind, arrays, location = read_foreign(path)
+    kind = _kind_there(location, kind, path)
     rows = _rows_by_site(arrays, info, site, kind, first_layer, path)
     if site is not None and site not in rows:
         raise ValueError(
@@ -95,6 +97,30 @@ def import_vectors(
         at: _imported(turned * _checked(rows[at], info, at, path), at, info, file_kind, residual)
         for at in ([site] if site is not None else sorted(rows))
     }
+
+
+LOCATIONS = {"layer_output": "resid_post", "layer_input": "resid_pre"}
+"""Where the vectors of an .svec file of steerability belong, in its words."""
+
+
+def _kind_there(location: str, kind: str | None, path: PathLike) -> str | None:
+    """Give the kind of site that a file names, or the one that was asked for.
+
+    Raises:
+        ValueError: If the file names an unknown one, or another one.
+    """
+    if not location:
+        return kind
+    if location not in LOCATIONS:
+        raise ValueError(
+            f"{path} is of the location {location!r}; those that can be read: "
+            f"{', '.join(LOCATIONS)}."
+        )
+    if kind is not None and kind != LOCATIONS[location]:
+        raise ValueError(
+            f"{path} is of {LOCATIONS[location]!r} ({location}), got kind={kind!r}; leave kind out."
+        )
+    return LOCATIONS[location]
 
 
 def _imported(

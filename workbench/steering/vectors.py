@@ -95,6 +95,32 @@ class SteeringVector:
             f"model={self.model.name!r})"
         )
 
+    __array_ufunc__ = None  # so that a NumPy number leaves ``number * vector`` to the vector
+
+    def __mul__(self, factor: float) -> SteeringVector:
+        """Multiply the vector by a number, see ``algebra.multiplied``."""
+        from workbench.steering.algebra import is_number, multiplied
+
+        return multiplied(self, float(factor)) if is_number(factor) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SteeringVector:
+        """Turn the vector: it points from safe to unsafe then."""
+        return self * -1.0
+
+    def __add__(self, other: SteeringVector) -> SteeringVector:
+        """Add a vector of the same site and model, see ``algebra.added``."""
+        from workbench.steering.algebra import added
+
+        return added(self, other) if isinstance(other, SteeringVector) else NotImplemented
+
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
+        """Subtract a vector of the same site and model, see ``algebra.added``."""
+        from workbench.steering.algebra import added
+
+        return added(self, other, -1.0) if isinstance(other, SteeringVector) else NotImplemented
+
     @property
     def norm(self) -> float:
         """L2 norm of the vector, residual-stream units."""

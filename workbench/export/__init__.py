@@ -1,0 +1,5 @@
+"""Export: vectors leave for other programs, and come in from a hub."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
