@@ -72,6 +72,7 @@ class Steering:
             other. While it is set, passes hold one generated token of each row.
         edits: What is done at each site now.
         watched: Gates that read now.
+        hooked_gates: Gates that may read: they are hooked.
     """
 
     fired: dict[Site, int] = field(default_factory=dict)
@@ -86,6 +87,7 @@ class Steering:
     ends: Int[Tensor, " batch"] | None = None
     edits: dict[Site, Callable[[Tensor, Steering], Tensor]] = field(default_factory=dict)
     watched: frozenset[Gate] = frozenset()
+    hooked_gates: frozenset[Gate] = frozenset()
 
     def change(self, interventions: Sequence[Intervention]) -> None:
         """Carry out these interventions from now on, at sites and gates that are hooked.
@@ -326,6 +328,7 @@ def _hooked(
     model: HookedModel, steering: Steering, gates: Sequence[Gate], *, fixed: bool
 ) -> Iterator[None]:
     """Set the hooks of sites and gates, and those that tell ``steering`` of each pass."""
+    steering.hooked_gates = frozenset(gates)
     hooks = _hooks(steering, gates)
     with ExitStack() as stack:
         stack.enter_context(model_lock(model))
