@@ -14,6 +14,7 @@ PACKAGE = ROOT / "workbench"
 FOLDERS = {
     "files", "stats", "figures", "prompts", "models", "steering", "judges", "generation",
     "neurons", "evaluation", "safesteer", "report", "integrations",
+    "serve",
 }  # fmt: skip
 SOURCES = sorted(
     path

@@ -21,6 +21,7 @@ from cyclopts import App, Parameter
 
 from workbench import __version__
 from workbench.safesteer.config import AnswerSettings, RunConfig, config_from
+from workbench.serve.command import serve
 
 if TYPE_CHECKING:
     from workbench.generation.answers import Completion
@@ -42,6 +43,7 @@ judge = App(
     help="Validate a judge on labelled answers, train one, or correct a run for its errors.",
 )
 app.command(judge)
+app.command(serve)
 app.register_install_completion_command(help="Install completion for your shell (bash, zsh, fish).")
 
 

@@ -125,7 +125,7 @@ class Preparer:
         """
         decoding = self._decoding(request, request.max_tokens)
         if len(request.prompts) * request.n > self.limits.max_answers:
-            raise self._too_many(request)
+            raise self._too_many()
         try:
             encoded = [
                 encode_as_it_is(self.model, given, max_new_tokens=decoding.max_new_tokens)
@@ -204,7 +204,7 @@ class Preparer:
                 code="context_length_exceeded",
             )
         if len(encoded) * request.n > self.limits.max_answers:
-            raise self._too_many(request)
+            raise self._too_many()
         try:
             choice = self.choice(request.model, request.steering)
             interventions = self.catalogue.interventions(choice)
@@ -217,7 +217,7 @@ class Preparer:
             for sample in range(request.n)
         ]
 
-    def _too_many(self, request: Settings) -> RequestError:
+    def _too_many(self) -> RequestError:
         most = self.limits.max_answers
         return RequestError(
             400,
