@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, local_path
 from workbench.models.load import ModelInfo
 from workbench.safesteer.run_folder import read_run
-from workbench.safesteer.saved_run import chosen_settings, gate_from, steering_from
+from workbench.safesteer.saved_run import chosen_settings, gate_from, steering_of
 from workbench.steering.edits import AddVector
 from workbench.steering.interventions import Intervention, check_interventions, gated
 from workbench.steering.spectral import Fitted, load_fitted, steer_by
@@ -110,8 +110,9 @@ class Catalogue:
         chosen: dict[str, dict[str, tuple[Intervention, ...]]] = {}
         for name, setting in settings.items():
             strengths = setting["target" if setting.get("form") == "target" else "multiplier"]
-            choice: Any = {"construction": name, "calibrated": calibrated}
-            chosen[name] = {c: tuple(steering_from(folder, c, **choice)) for c in strengths}
+            chosen[name] = {
+                c: tuple(steering_of(folder, name, setting, c, notes)) for c in strengths
+            }
         suffix = ".safetensors"
         paths = sorted((local_path(folder) / "vectors").glob(f"*{suffix}"))
         files = {path.name.removesuffix(suffix): load_fitted(path) for path in paths}
