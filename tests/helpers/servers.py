@@ -44,7 +44,7 @@ def client_of(url: str, key: str = KEY) -> Any:
     """Give OpenAI's own client of a server."""
     import openai
 
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=600)
 
 
 def send(

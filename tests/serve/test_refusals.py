@@ -120,6 +120,7 @@ def test_a_body_over_the_limit_is_refused_however_it_is_sent(served) -> None:
         connection.sendall(head.encode())
         for _ in range(8):
             connection.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
         assert b" 413 " in connection.recv(200)
     assert is_well(served)
 
@@ -146,6 +147,7 @@ def test_settings_that_change_nothing_are_let_through(served) -> None:
         "metadata": {"a": "b"},
         "tools": None,
         "response_format": {"type": "text"},
+        "messages": [{**MESSAGES[0], "type": "text", "tool_calls": None}],
     }
     assert send(f"{served}/v1/chat/completions", CHAT | more)[0] == 200
 

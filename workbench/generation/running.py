@@ -303,36 +303,46 @@ class RunningBatch:
         return "length" if len(row.tokens) == row.asked.decoding.max_new_tokens else None
 
     def _put_beside(self, state: _State, new: _State) -> None:
-        """Put new rows into the places of rows that have ended, and the rest behind the others."""
+        """Put new rows into the places of rows that have ended, and the rest behind the others.
+
+        Nothing of the rows that are written is changed before all of it is there.
+        """
         going = [i for i, row in enumerate(new.rows) if not row.has_ended]
         _keep(new, torch.tensor(going, device=self.device))
         width = max(state.mask.shape[1], new.mask.shape[1])
-        _widen(state, width)
-        _widen(new, width)
+        more, more_new = width - state.mask.shape[1], width - new.mask.shape[1]
         free = [i for i, row in enumerate(state.rows) if row.has_ended][: len(new.rows)]
-        places = torch.tensor(free, dtype=torch.long, device=self.device)
-        for gate in (*state.gates, *new.gates):
-            for one in (state, new):
-                if gate not in one.gates:
-                    one.gates[gate] = _closed(gate, len(one.rows), self.device)
-        n, n_before = len(free), len(state.rows)
+
+        def placed(rows: Tensor, other: Tensor) -> Tensor:
+            return _placed(rows, other, torch.tensor(free, device=rows.device, dtype=torch.long))
+
+        layers = [
+            [
+                placed(
+                    _widened(getattr(layer, name), more), _widened(getattr(other, name), more_new)
+                )
+                for name in ("keys", "values")
+            ]
+            for layer, other in zip(state.cache.layers, new.cache.layers, strict=True)
+        ]
+        gates = {}
+        for gate in {**state.gates, **new.gates}:
+            one, other = (_known(gate, part, self.device) for part in (state, new))
+            gates[gate] = GateState(
+                placed(one.scores, other.scores), placed(one.opening, other.opening)
+            )
+        mask = placed(
+            torch.nn.functional.pad(state.mask, (more, 0)),
+            torch.nn.functional.pad(new.mask, (more_new, 0)),
+        )
+        state.mask, state.gates = mask, gates
+        state.ends = placed(state.ends + more, new.ends + more_new)
+        state.last = placed(state.last, new.last)
+        for layer, (keys, values) in zip(state.cache.layers, layers, strict=True):
+            layer.keys, layer.values = keys, values
         for i, place in enumerate(free):
             state.rows[place] = new.rows[i]
-        state.rows += new.rows[n:]
-        state.last = _placed(state.last, new.last, places, n_before)
-        state.mask = _placed(state.mask, new.mask, places, n_before)
-        state.ends = _placed(state.ends, new.ends, places, n_before)
-        for gate, known in state.gates.items():
-            scores, opening = new.gates[gate].scores, new.gates[gate].opening
-            where = places.to(scores.device)
-            state.gates[gate] = GateState(
-                _placed(known.scores, scores, where, n_before),
-                _placed(known.opening, opening, where, n_before),
-            )
-        for layer, other in zip(state.cache.layers, new.cache.layers, strict=True):
-            where = places.to(layer.keys.device)
-            layer.keys = _placed(layer.keys, other.keys, where, n_before)
-            layer.values = _placed(layer.values, other.values, where, n_before)
+        state.rows += new.rows[len(free) :]
 
     def _drop_ended(self, state: _State) -> None:
         """Go on without rows that have ended, where a smaller batch pays for copying its cache."""
@@ -392,9 +402,11 @@ def _log_probs(logits: Float[Tensor, " d_vocab"], token: int, n: int) -> dict[st
     return {"log_prob": float(values[token]), "likely": likely}
 
 
-def _closed(gate: Any, n_rows: int, device: torch.device) -> GateState:
-    """Make the state of a gate for rows that it says nothing of."""
-    shape = (n_rows, len(gate.categories))
+def _known(gate: Any, state: _State, device: torch.device) -> GateState:
+    """Give what a gate has read of some rows: that it is closed, where it read none of them."""
+    if gate in state.gates:
+        return state.gates[gate]
+    shape = (len(state.rows), len(gate.categories))
     scores = torch.full(shape, float("-inf"), device=device)
     return GateState(scores, torch.zeros(shape, device=device))
 
@@ -409,24 +421,19 @@ def _keep(state: _State, rows: Int[Tensor, " kept"]) -> None:
     keep_rows(state.cache, rows)
 
 
-def _widen(state: _State, width: int) -> None:
-    """Put padding in front of all rows, up to a number of columns."""
-    more = width - state.mask.shape[1]
-    if not more:
-        return
-    state.mask = torch.nn.functional.pad(state.mask, (more, 0))
-    state.ends = state.ends + more
-    for layer in state.cache.layers:
-        layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, more, 0))
-        layer.values = torch.nn.functional.pad(layer.values, (0, 0, more, 0))
+def _widened(
+    columns: Float[Tensor, "row head column d"], more: int
+) -> Float[Tensor, "row head column_and_more d"]:
+    """Put columns in front of those that a layer keeps."""
+    return torch.nn.functional.pad(columns, (0, 0, more, 0)) if more else columns
 
 
-def _placed(rows: Tensor, new: Tensor, places: Int[Tensor, " place"], n_rows: int) -> Tensor:
+def _placed(rows: Tensor, new: Tensor, places: Int[Tensor, " place"]) -> Tensor:
     """Write the first new rows into places among the others, and put the rest behind them.
 
-    What is written into places is written into the rows themselves.
+    Nothing is lost of what is written over: the rows there have ended.
     """
     n = len(places)
     if n:
         rows[places] = new[:n].to(rows)
-    return torch.cat([rows[:n_rows], new[n:].to(rows)]) if n < len(new) else rows
+    return torch.cat([rows, new[n:].to(rows)]) if n < len(new) else rows

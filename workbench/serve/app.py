@@ -49,6 +49,10 @@ PATHS = (
 )
 """Paths that are counted by name."""
 
+DISCARDED = 2**24
+"""Bytes over the limit that are still received and thrown away: who is answered while it sends may
+see a broken connection in place of the answer."""
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -103,7 +107,7 @@ class Endpoint:
             await asyncio.to_thread(self.desk.close)
             self._one_thread.shutdown(wait=False)
 
-    def _check_client(self, request: Request) -> None:
+    async def _check_client(self, request: Request) -> None:
         """Let in who knows the key; without one, who asks for this machine by name.
 
         A web page can make a browser send requests to a loopback address, but under its own name.
@@ -189,20 +193,23 @@ class Endpoint:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise RequestError(415, "send JSON: Content-Type: application/json.")
-        limits = self.preparer.limits
+        limits, body, size = self.preparer.limits, bytearray(), 0
         too_large = RequestError(413, f"a body has at most {limits.max_body} bytes here.")
         announced = request.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced[:20]) > limits.max_body:
+        if announced.isdecimal() and int(announced[:20]) > limits.max_body + DISCARDED:
             raise too_large
-        body = bytearray()
         try:
             async with asyncio.timeout(limits.body_timeout_s):
                 async for part in request.stream():
-                    body += part
-                    if len(body) > limits.max_body:
+                    size += len(part)
+                    if size > limits.max_body + DISCARDED:
                         raise too_large
+                    if size <= limits.max_body:
+                        body += part
         except TimeoutError as error:
             raise RequestError(408, "the body did not arrive in time.") from error
+        if size > limits.max_body:
+            raise too_large
         return bytes(body)
 
     async def _prepared(self, prepare: Callable[[Any], list[Asked]], given: Any) -> list[Asked]:

@@ -83,8 +83,10 @@ class Desk:
         """Put answers into the line.
 
         Raises:
-            RequestError: If too many are in flight already.
+            RequestError: If too many are in flight already, or the model's thread has ended.
         """
+        if not self.engine.is_alive:
+            raise RequestError(503, "the model's thread has ended; start the server again.")
         if len(self._waiting) + len(asked) > self.max_in_flight:
             raise RequestError(
                 429,

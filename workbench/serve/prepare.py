@@ -210,6 +210,13 @@ class Preparer:
             interventions = self.catalogue.interventions(choice)
         except ValueError as error:
             raise RequestError(400, str(error), param="steering") from error
+        if not all(one.reaches(decoding.max_new_tokens - 1) for one in interventions):
+            raise RequestError(
+                400,
+                "this steering means generated tokens alone and would reach none of "
+                f"{decoding.max_new_tokens}; ask for more tokens.",
+                param="max_tokens",
+            )
         endings = Endings(self.model, decoding.stop, thoughts)
         return [
             Asked(one, interventions, decoding, endings, sample, n_likely)

@@ -106,6 +106,7 @@ class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    type: Literal["text"] = "text"  # some clients write it beside the role
 
     @property
     def words(self) -> str:
@@ -184,7 +185,9 @@ def _read(body: bytes, kind: type[Any]) -> Any:
         raise RequestError(400, f"the body is no JSON: {error!s:.200}.") from error
     if not isinstance(given, dict):
         raise RequestError(400, "the body must be a JSON object.")
-    fields = {name: value for name, value in given.items() if value is not None}
+    fields = _without_null(given)
+    if isinstance(fields.get("messages"), list):  # clients send back messages as they came
+        fields["messages"] = [_without_null(message) for message in fields["messages"]]
     for name in ABOUT_ACCOUNTS:
         fields.pop(name, None)
     for name in NEUTRAL.keys() & fields.keys():
@@ -197,6 +200,13 @@ def _read(body: bytes, kind: type[Any]) -> Any:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _explained(error) from error
+
+
+def _without_null(value: Any) -> Any:
+    """Leave out the fields of an object that say nothing."""
+    if not isinstance(value, dict):
+        return value
+    return {name: inner for name, inner in value.items() if inner is not None}
 
 
 def _explained(error: ValidationError) -> RequestError:
