@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from helpers.servers import client_of, live_server
+from helpers.servers import KEY, client_of, live_server, send
 from helpers.tiny_models import sentences
 
 from workbench.generation.answers import generate
@@ -51,8 +52,13 @@ def test_openais_client_streams_a_steered_answer(client, finished, tiny) -> None
     assert len(chunks) > 3
 
 
+def counted(served, name):
+    page = send(f"{served}/metrics")[1]
+    return float(re.search(rf"^workbench_{name}_total (\S+)", page, re.MULTILINE)[1])
+
+
 def test_200_requests_with_8_vectors_at_once_equal_their_single_answers(
-    client, finished, tiny
+    served, client, finished, tiny
 ) -> None:
     catalogue = Catalogue.read(finished)
     files = [name for name in catalogue.names if name.count(".") > 1][:6]
@@ -60,12 +66,15 @@ def test_200_requests_with_8_vectors_at_once_equal_their_single_answers(
     ways += [{"category": "malware", "scale": 2.0}, {"rho": 0}]
     assert len(ways) == 8
     lengths = [4 + i % 9 for i in range(200)]
+    before = [counted(served, name) for name in ("completion_tokens", "passes")]
     with ThreadPoolExecutor(200) as pool:
         jobs = [
             pool.submit(chat, client, text, ways[i % 8], max_tokens=lengths[i])
             for i, text in enumerate(TEXTS)
         ]
         together = [words(job.result()) for job in jobs]
+    after = [counted(served, name) for name in ("completion_tokens", "passes")]
+    assert after[0] - before[0] > 3 * (after[1] - before[1])  # they shared passes
     for i in range(0, 200, 13):  # over the wire, one at a time
         assert words(chat(client, TEXTS[i], ways[i % 8], max_tokens=lengths[i])) == together[i]
     for way in range(8):  # and all of them by the run's own functions, in its own batches
@@ -168,8 +177,6 @@ def test_texts_are_gone_on_from_as_they_are(client, tiny) -> None:
 def test_reloaded_vectors_steer_from_then_on(finished, tiny, tmp_path) -> None:
     pytest.importorskip("fastapi")
     import shutil
-
-    from helpers.servers import KEY, send
 
     from workbench.steering.vectors import load_vector, save_vector
 

@@ -139,6 +139,7 @@ class Desk:
 
     def _hand_out(self, tokens: Sequence[Any]) -> None:
         self.metrics.tokens.inc(len(tokens))
+        self.metrics.passes.inc()
         for token in tokens:
             answer, pending = self._waiting.get(id(token.asked), (None, None))
             if answer is None or pending is None or answer.has_ended:

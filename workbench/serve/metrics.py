@@ -27,6 +27,7 @@ class Metrics:
         )
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts read.", **where)
         self.tokens = Counter("completion_tokens", "Tokens written.", **where)
+        self.passes = Counter("passes", "Passes of the model that wrote these tokens.", **where)
         self.answers = Counter(
             "answers", "Answers by how they ended and were steered.", ["finish", "steered"], **where
         )
