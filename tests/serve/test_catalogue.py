@@ -44,7 +44,9 @@ def test_strength_is_a_multiple_of_the_chosen_one_or_given(catalogue) -> None:
     rho = catalogue.interventions(Choice(category="fraud", rho=-0.2))
     weaker = catalogue.interventions(Choice(category="fraud", rho=-0.1))
     assert multipliers(rho) == pytest.approx([2 * value for value in multipliers(weaker)])
-    assert all(one * other < 0 for one, other in zip(multipliers(rho), multipliers(chosen)))
+    assert all(
+        one * other < 0 for one, other in zip(multipliers(rho), multipliers(chosen), strict=True)
+    )
     for nothing in (Choice(rho=0.0), Choice(scale=0.0, category="fraud"), Choice(off=True)):
         assert catalogue.interventions(nothing) == ()
 
@@ -74,7 +76,7 @@ def test_equal_choices_get_one_tuple_so_that_they_are_steered_together(catalogue
     ],
 )
 def test_what_the_run_does_not_have_is_refused_in_a_line(catalogue, choice) -> None:
-    with pytest.raises(ValueError, match="in this run; it has|has to be named") as refused:
+    with pytest.raises(ValueError, match=r"in this run; it has|has to be named") as refused:
         catalogue.interventions(Choice(**choice))
     assert len(str(refused.value)) < 1000
 
