@@ -102,3 +102,15 @@ def test_vectors_of_another_model_are_refused(catalogue, tiny, family_model) -> 
     catalogue.check(tiny)
     with pytest.raises(ValueError, match="was fitted on"):
         catalogue.check(family_model("qwen2"))
+
+
+def test_a_file_that_is_written_over_changes_nothing_that_was_read(finished, tmp_path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    catalogue = Catalogue.read(run)
+    choices = [Choice(), *(Choice(vector=name, category=None) for name in catalogue.names[-3:])]
+    choices += [Choice(category="fraud")]
+    before = [described(catalogue.interventions(choice)) for choice in choices]
+    for path in [*(run / "vectors").iterdir(), run / "gate.safetensors"]:
+        path.write_bytes(b"\x7f" * path.stat().st_size)
+    fresh = [Choice(**{**vars(choice), "scale": 1.0}) for choice in choices]
+    assert [described(catalogue.interventions(choice)) for choice in fresh] == before

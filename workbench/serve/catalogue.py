@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, local_path
@@ -110,14 +112,15 @@ class Catalogue:
         chosen: dict[str, dict[str, tuple[Intervention, ...]]] = {}
         for name, setting in settings.items():
             strengths = setting["target" if setting.get("form") == "target" else "multiplier"]
-            chosen[name] = {
-                c: tuple(steering_of(folder, name, setting, c, notes)) for c in strengths
-            }
+            for category in strengths:
+                made = steering_of(folder, name, setting, category, notes)
+                own = tuple(replace(one, edit=_in_memory(one.edit)) for one in made)
+                chosen.setdefault(name, {})[category] = own
         suffix = ".safetensors"
         paths = sorted((local_path(folder) / "vectors").glob(f"*{suffix}"))
-        files = {path.name.removesuffix(suffix): load_fitted(path) for path in paths}
+        files = {path.name.removesuffix(suffix): _in_memory(load_fitted(path)) for path in paths}
         try:
-            gate = gate_from(folder)
+            gate = _in_memory(gate_from(folder))
         except (ValueError, FileNotFoundError):
             gate = None
         main = notes.get("main") or (notes.get("gate") or {}).get("construction")
@@ -213,6 +216,18 @@ class Catalogue:
                 raise ValueError(f"no rho is known of {name!r}; give scale instead.")
             factor = choice.rho / rho
         return {c: tuple(_scaled(one, factor, name) for one in of_one[c]) for c in wanted}
+
+
+def _in_memory(held: Any) -> Any:
+    """Copy the tensors of a vector, an edit or a gate.
+
+    As they are loaded they lie in the file itself, and would change with it under the server.
+    """
+    if not is_dataclass(held) or isinstance(held, type):
+        return held
+    values = {one.name: getattr(held, one.name) for one in fields(held)}
+    copies = {k: v.clone() for k, v in values.items() if isinstance(v, torch.Tensor)}
+    return replace(held, **copies)
 
 
 def _scaled(intervention: Intervention, factor: float, name: str) -> Intervention:
