@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench.serve.engine import Engine
@@ -21,7 +21,7 @@ class Metrics:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         self.registry = CollectorRegistry()
-        where = {"registry": self.registry, "namespace": "workbench"}
+        where: dict[str, Any] = {"registry": self.registry, "namespace": "workbench"}
         self.requests = Counter(
             "requests", "Requests by path and status.", ["path", "status"], **where
         )
