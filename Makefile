@@ -15,8 +15,8 @@ READY_TL3 := .venv-tl3/.ready
 # One process per core, four at most for they take up to 4 GB, with one thread each.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness test-travel lint types contract bench \
-	bench-peers architectures models pictures notebooks clean
+.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness test-travel test-serve lint \
+	types contract bench bench-peers architectures models pictures notebooks clean
 
 setup: $(READY)
 
@@ -75,6 +75,12 @@ test-travel:
 		xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548
 	-.venv-travel/bin/python -m pip install -qq --no-deps vllm-lens==1.3.0
 	.venv-travel/bin/python -m pytest tests/export
+# In an environment of its own: FastAPI and uvicorn come with the extra alone.
+test-serve:
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python -m pip install -qq --constraint constraints.txt torch
+	.venv-serve/bin/python -m pip install -qq --constraint constraints.txt --editable '.[dev,serve]'
+	OMP_NUM_THREADS=1 .venv-serve/bin/python -m pytest tests/serve tests/generation/test_running.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -118,5 +124,5 @@ notebooks: setup
 	PLOTLY_RENDERER=png $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-tl3 .venv-harness .venv-travel .venv-bench-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .venv-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache

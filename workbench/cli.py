@@ -22,6 +22,7 @@ from cyclopts import App, Parameter
 from workbench import __version__
 from workbench.export.command import export_vectors, import_vectors_from
 from workbench.safesteer.config import AnswerSettings, RunConfig, config_from
+from workbench.serve.command import serve
 
 if TYPE_CHECKING:
     from workbench.generation.answers import Completion
@@ -45,6 +46,7 @@ judge = App(
 app.command(judge)
 app.command(export_vectors, name="export")
 app.command(import_vectors_from, name="import")
+app.command(serve)
 app.register_install_completion_command(help="Install completion for your shell (bash, zsh, fish).")
 
 

@@ -12,7 +12,8 @@ from helpers.thinking import OPENED, SWITCH, thinking_model
 from helpers.tiny_models import sentences
 
 from workbench.files.store import read_jsonl
-from workbench.generation._decode_loop import DecodeLoop, _first, _most_likely
+from workbench.generation._choice import _first, _most_likely
+from workbench.generation._decode_loop import DecodeLoop
 from workbench.generation._endings import Endings
 from workbench.generation.answers import generate, sweep
 from workbench.generation.decoding import Decoding

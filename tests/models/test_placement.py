@@ -25,7 +25,8 @@ from workbench.models.sites import Site
 from workbench.prompts.prompt import Prompt
 from workbench.safesteer.config import RunConfig, config_from
 from workbench.safesteer.inputs import load_run_model
-from workbench.steering.apply import GateState, Steering, _compile
+from workbench.steering._site_edits import compiled
+from workbench.steering.apply import GateState, Steering
 from workbench.steering.interventions import (
     AblateDirection,
     AddVector,
@@ -251,7 +252,7 @@ def test_edits_masks_and_gates_follow_the_activation_to_its_device(
     if gated:
         category = through.categories[0]
         one, two = (replace(i, gate=through, gate_category=category) for i in (one, two))
-    apply = _compile([one, two])
+    apply = compiled([one, two])
     mask = torch.ones(n_rows, n, dtype=torch.bool)
     mask[0, 0] = False
     steering = Steering(prompt_length=4, new=n, mask=mask, content=mask)

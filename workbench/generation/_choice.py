@@ -1,4 +1,4 @@
-"""Choose the likeliest token of each row, and say how likely tokens are, reading logits once.
+"""Choose the next token of each row, and say how likely tokens are, reading logits once.
 
 A step of 96 rows has up to 15 million logits: to read them takes as long as some layers of a small
 model.
@@ -6,6 +6,7 @@ model.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ import torch
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
+
+    from workbench.generation.decoding import Decoding
 
 
 WIDTH = 64
@@ -61,3 +64,45 @@ def log_probs_of(
         chosen = above.gather(1, tokens[some, None])[:, 0]
         parts.append(chosen - above.exp_().sum(dim=-1).log())
     return torch.cat(parts)
+
+
+def random_numbers(decoding: Decoding, prompt_id: str, sample: int) -> Float[Tensor, " step"]:
+    """Draw a number for each token of an answer, from seed, prompt and sample alone.
+
+    They are the same in any batch and under every condition.
+    """
+    name = f"|sample {sample}" if sample else ""
+    digest = hashlib.sha256(f"{decoding.seed}|{prompt_id}{name}".encode())
+    generator = torch.Generator().manual_seed(int(digest.hexdigest()[:15], 16))
+    return torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def drawn(
+    logits: Float[Tensor, "row d_vocab"], numbers: Float[Tensor, " row"], decoding: Decoding
+) -> Int[Tensor, " row"]:
+    """Choose the token that each row's random number falls on."""
+    probabilities = torch.softmax(logits.double() / decoding.temperature, dim=-1)
+    if decoding.top_k is not None:
+        probabilities = _first(probabilities, decoding.top_k)
+    if decoding.top_p < 1:
+        probabilities = _most_likely(probabilities, decoding.top_p)
+    cumulative = probabilities.cumsum(dim=-1)
+    tokens = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:])[:, 0]
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+def _first(
+    probabilities: Float[Tensor, "batch d_vocab"], top_k: int
+) -> Float[Tensor, "batch d_vocab"]:
+    """Keep the probabilities of the ``top_k`` likeliest tokens, made to sum to 1; 0 elsewhere."""
+    kept, places = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+    return torch.zeros_like(probabilities).scatter(-1, places, kept / kept.sum(-1, keepdim=True))
+
+
+def _most_likely(
+    probabilities: Float[Tensor, "batch d_vocab"], top_p: float
+) -> Float[Tensor, "batch d_vocab"]:
+    """Keep the probabilities of the fewest tokens that together reach ``top_p``; 0 elsewhere."""
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))

@@ -7,7 +7,6 @@ decodes two runs on one text side by side (``neurons.patching``).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from workbench.generation._beginnings import parts_by_beginning
-from workbench.generation._choice import likeliest, log_probs_of
+from workbench.generation._choice import drawn, likeliest, log_probs_of, random_numbers
 from workbench.generation._memory import (
     RowBytes,
     bytes_per_row,
@@ -351,26 +350,13 @@ class DecodeLoop:
         """Choose each row's next token: the likeliest, or the one its random number falls on."""
         if draws is None:
             return likeliest_tokens
-        probabilities = torch.softmax(logits.double() / self.decoding.temperature, dim=-1)
-        if self.decoding.top_k is not None:
-            probabilities = _first(probabilities, self.decoding.top_k)
-        if self.decoding.top_p < 1:
-            probabilities = _most_likely(probabilities, self.decoding.top_p)
-        cumulative = probabilities.cumsum(dim=-1)
-        tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:])[:, 0]
-        return tokens.clamp(max=logits.shape[-1] - 1)
+        return drawn(logits, draws, self.decoding)
 
     def _draws(self, rows: Sequence[Row]) -> Float[Tensor, "batch step"] | None:
         """Draw numbers from seed, prompt and sample alone: the same in any batch and condition."""
         if self.decoding.temperature == 0:
             return None
-        draws = []
-        for row in rows:
-            sample = f"|sample {row.sample}" if row.sample else ""
-            what = f"{self.decoding.seed}|{row.encoded.prompt.id}{sample}"
-            digest = hashlib.sha256(what.encode())
-            generator = torch.Generator().manual_seed(int(digest.hexdigest()[:15], 16))
-            draws.append(torch.rand(self.max_new_tokens, generator=generator, dtype=torch.float64))
+        draws = [random_numbers(self.decoding, row.encoded.prompt.id, row.sample) for row in rows]
         return torch.stack(draws).to(self.device)
 
     def _worth_dropping(self, ended: Tensor) -> bool:
@@ -385,23 +371,6 @@ class DecodeLoop:
             if token in stops:
                 return ids[:place], "eos"
         return ids, "length"
-
-
-def _first(
-    probabilities: Float[Tensor, "batch d_vocab"], top_k: int
-) -> Float[Tensor, "batch d_vocab"]:
-    """Keep the probabilities of the ``top_k`` likeliest tokens, made to sum to 1; 0 elsewhere."""
-    kept, places = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
-    return torch.zeros_like(probabilities).scatter(-1, places, kept / kept.sum(-1, keepdim=True))
-
-
-def _most_likely(
-    probabilities: Float[Tensor, "batch d_vocab"], top_p: float
-) -> Float[Tensor, "batch d_vocab"]:
-    """Keep the probabilities of the fewest tokens that together reach ``top_p``; 0 elsewhere."""
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    outside = ordered.cumsum(dim=-1) - ordered >= top_p
-    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))
 
 
 def check_gates(model: HookedModel, interventions: Iterable[Intervention]) -> None:

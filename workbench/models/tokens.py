@@ -21,13 +21,14 @@ from workbench.models.templates import (
 )
 from workbench.models.thoughts import ThoughtReader
 from workbench.prompts.forms import as_prompts
+from workbench.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.models.hooked_model import HookedModel
     from workbench.prompts.forms import PromptsLike
-    from workbench.prompts.prompt import Message, Prompt
+    from workbench.prompts.prompt import Message
 
 
 Span = Literal["content", "response", "last", "all"]
@@ -152,6 +153,39 @@ def encode(
         _check_fits(prompt, len(ids), max_new_tokens, limit)
         encoded.append(Encoded(prompt, tuple(ids), content, (n, len(ids))))
     return encoded
+
+
+def encode_as_it_is(
+    model: HookedModel, given: str | Sequence[int], *, max_new_tokens: int = 0
+) -> Encoded:
+    """Turn a text into token ids with no template around it, behind BOS where there is one.
+
+    All of it counts as the user's words.
+
+    Args:
+        model: A hooked model with its tokenizer.
+        given: A text, or token ids that are taken as they are.
+        max_new_tokens: Tokens that must still fit into the context behind it.
+
+    Raises:
+        ValueError: If there is no token, or an id is none of the vocabulary.
+        DoesNotFit: If the context cannot hold it.
+    """
+    if isinstance(given, str):
+        before = (model.tokenizer.bos_token_id,) if _adds_bos(model.tokenizer) else ()
+        ids = (*before, *token_ids(model, given))
+        prompt = Prompt(text=given)
+    else:
+        before, ids, n = (), tuple(given), vocabulary_size(model)
+        if outside := [i for i in ids if not 0 <= i < n]:
+            raise ValueError(f"token ids are 0 to {n - 1}, got {outside[0]}.")
+        words = decode(model, ids)
+        prompt = Prompt(text=words if words.strip() else repr(ids))
+    if len(ids) == len(before):
+        raise ValueError("there is no token to go on from; give a text that is not empty.")
+    limit = int(getattr(model.cfg, "n_ctx", 0) or 0)
+    _check_fits(prompt, len(ids), max_new_tokens, limit)
+    return Encoded(prompt, ids, (len(before), len(ids)), (len(ids), len(ids)))
 
 
 def encode_what_fits(

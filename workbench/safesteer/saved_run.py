@@ -29,6 +29,8 @@ from workbench.steering.spectral import load_fitted, steer_by
 from workbench.steering.vectors import load_vector
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jaxtyping import Float
     from torch import Tensor
 
@@ -150,7 +152,28 @@ def steering_from(
             f"no construction {name!r} in {str(folder)!r}; constructions: {', '.join(settings)}."
             f"{did_you_mean(name, settings)}"
         )
-    setting = settings[name]
+    return steering_of(folder, name, settings[name], category, read_run(folder).notes)
+
+
+def steering_of(
+    folder: PathLike,
+    construction: str,
+    setting: Mapping[str, Any],
+    category: str,
+    notes: Mapping[str, Any],
+) -> list[Intervention]:
+    """Make the interventions of one category under one of a run's settings, always on.
+
+    Args:
+        folder: Folder of a run, where its vectors are.
+        construction: Which vectors.
+        setting: What ``chosen_settings`` says of them.
+        category: One of its categories.
+        notes: Notes of the run.
+
+    Raises:
+        ValueError: If the setting has no such category.
+    """
     is_target = setting.get("form", "add") == "target"
     strengths = setting["target" if is_target else "multiplier"]
     if category not in strengths:
@@ -172,10 +195,9 @@ def steering_from(
     load: Any = load_vector if is_target else load_fitted
     vectors = local_path(folder) / "vectors"
     interventions = [
-        apply(load(vectors / vector_file(name, Site.parse(site), category)), value, **how)
+        apply(load(vectors / vector_file(construction, Site.parse(site), category)), value, **how)
         for site, value in strengths[category].items()
     ]
-    notes = read_run(folder).notes
     if "vectors_from" not in notes:
         return interventions
     # The run has checked that vectors of another model fit its own: they are for this one alone.

@@ -2,8 +2,8 @@
 
 ``intervene`` hooks a model for the length of a ``with`` block. From the lengths of each forward
 pass, ``Steering`` knows which columns are prompt and which are generated; from what a steering gate
-reads, ``GateState`` knows how far it is open for each row. The functions below ``intervene`` turn
-the interventions of one site into one function of the activation there.
+reads, ``GateState`` knows how far it is open for each row. ``_site_edits`` turns the interventions
+of one site into one function of the activation there.
 """
 
 from __future__ import annotations
@@ -19,22 +19,20 @@ import torch
 from workbench.models.hooked_model import model_lock
 from workbench.models.hooked_transformer import is_hooked_transformer, watch_passes
 from workbench.models.sites import check_per_token
-from workbench.steering.edits import AddVector, at_least_float32, moved
-from workbench.steering.gates import Gate, combined
+from workbench.steering._site_edits import Share, compiled
+from workbench.steering.edits import at_least_float32
+from workbench.steering.gates import Gate
 from workbench.steering.interventions import Intervention, check_interventions, decayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
     from workbench.models.hooked_model import HookedModel
     from workbench.models.sites import Site
-
-    Share = Float[Tensor, "1 pos 1"] | None
-    """Share of its strength that an intervention has at each column; None for all of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +68,11 @@ class Steering:
         new: Columns of this pass.
         mask: False at this pass's padding; None where there is none, or one column only.
         last: Tokens of the last pass without a cache, to see that the next one continues them.
+        ends: Column at which each row's prompt ended, in a batch that rows join one after the
+            other. While it is set, passes hold one generated token of each row.
+        edits: What is done at each site now.
+        watched: Gates that read now.
+        hooked_gates: Gates that may read: they are hooked.
     """
 
     fired: dict[Site, int] = field(default_factory=dict)
@@ -81,6 +84,25 @@ class Steering:
     new: int = 0
     mask: Bool[Tensor, "batch pos"] | None = None
     last: Tensor | None = None
+    ends: Int[Tensor, " batch"] | None = None
+    edits: dict[Site, Callable[[Tensor, Steering], Tensor]] = field(default_factory=dict)
+    watched: frozenset[Gate] = frozenset()
+    hooked_gates: frozenset[Gate] = frozenset()
+
+    def change(self, interventions: Sequence[Intervention]) -> None:
+        """Carry out these interventions from now on, at sites and gates that are hooked.
+
+        Raises:
+            ValueError: If a site is not hooked.
+        """
+        by_site: dict[Site, list[Intervention]] = {}
+        for intervention in interventions:
+            by_site.setdefault(intervention.site, []).append(intervention)
+        for site in by_site:
+            if site not in self.fired:
+                raise ValueError(f"{site} is not hooked; name it when the hooks are set.")
+        self.edits = {site: compiled(here) for site, here in by_site.items()}
+        self.watched = frozenset(one.gate for one in interventions if one.gate is not None)
 
     def see(
         self, tokens: Tensor, past: int, mask: Bool[Tensor, "batch pos"] | None, *, fixed: bool
@@ -107,6 +129,8 @@ class Steering:
     @property
     def n_prompt(self) -> int:
         """Columns of this pass that are prompt, the first ones."""
+        if self.ends is not None:
+            return 0
         end = self.past + self.new if self.prompt_length is None else self.prompt_length
         return min(max(end - self.past, 0), self.new)
 
@@ -133,6 +157,10 @@ class Steering:
                 f"an activation has {activation.shape[1]} positions where the model was given "
                 f"{self.new}."
             )
+        if self.ends is not None:
+            if positions == "prompt":
+                return False
+            return True if until is None else (self.past - self.ends < until)[:, None]
         # No column: this pass has none of the kind, or all come after the end.
         if (positions == "generated" and n_prompt == self.new) or (
             positions == "prompt" and n_prompt == 0
@@ -163,6 +191,9 @@ class Steering:
         """Compute an intervention's share of its strength at this pass's columns; None for all."""
         if intervention.decay == "none":
             return None
+        if self.ends is not None:
+            steps = (self.past - self.ends).to(device, torch.float32)
+            return decayed(intervention.decay, intervention.until, steps)[:, None, None]
         end = self.past + self.new if self.prompt_length is None else self.prompt_length
         places = torch.arange(self.new, device=device, dtype=torch.float32)
         steps = (places + (self.past - end)).clamp(min=0)
@@ -248,18 +279,64 @@ def intervene(
     """
     interventions = list(interventions)
     check_interventions(model, interventions, transfer=transfer)
-    sites = dict.fromkeys((intervention.site for intervention in interventions), 0)
-    steering = Steering(sites, prompt_length, gates=dict(gates or {}), content=content)
+    steering = Steering(
+        _sites_of(interventions), prompt_length, gates=dict(gates or {}), content=content
+    )
+    steering.change(interventions)
     fixed = prompt_length is not None
-    hooks = _hooks(interventions, steering)
+    with _hooked(model, steering, _gates_of(interventions), fixed=fixed):
+        yield steering
+    _check_reached(interventions, steering, fixed)
+
+
+@contextmanager
+def hooked(model: HookedModel, interventions: Iterable[Intervention]) -> Iterator[Steering]:
+    """Set hooks for interventions of a batch that rows join and leave.
+
+    To set hooks takes as long as to write a token, so they stay while rows change. Inside the
+    block, ``Steering.change`` says what is done now, and the caller sets what ``Steering`` says of
+    the rows: ``prompt_length`` and ``content`` before a pass of prompts, ``ends`` before a pass of
+    generated tokens, ``gates`` before both. At first nothing is done.
+
+    Args:
+        model: A hooked model.
+        interventions: Those whose sites and gates are hooked.
+
+    Yields:
+        A ``Steering``.
+
+    Raises:
+        ValueError: If an intervention does not fit the model.
+    """
+    interventions = list(interventions)
+    check_interventions(model, interventions)
+    steering = Steering(_sites_of(interventions))
+    with _hooked(model, steering, _gates_of(interventions), fixed=True):
+        yield steering
+
+
+def _sites_of(interventions: Iterable[Intervention]) -> dict[Site, int]:
+    return dict.fromkeys((one.site for one in interventions), 0)
+
+
+def _gates_of(interventions: Iterable[Intervention]) -> list[Gate]:
+    return list(dict.fromkeys(one.gate for one in interventions if one.gate is not None))
+
+
+@contextmanager
+def _hooked(
+    model: HookedModel, steering: Steering, gates: Sequence[Gate], *, fixed: bool
+) -> Iterator[None]:
+    """Set the hooks of sites and gates, and those that tell ``steering`` of each pass."""
+    steering.hooked_gates = frozenset(gates)
+    hooks = _hooks(steering, gates)
     with ExitStack() as stack:
         stack.enter_context(model_lock(model))
         if hooks:
             for handle in _watch(model, steering, fixed):
                 stack.callback(handle.remove)
             stack.enter_context(model.hooks(fwd_hooks=hooks))
-        yield steering
-    _check_reached(interventions, steering, fixed)
+        yield
 
 
 def _watch(model: HookedModel, steering: Steering, fixed: bool) -> Iterator[RemovableHandle]:
@@ -279,30 +356,30 @@ def _watch(model: HookedModel, steering: Steering, fixed: bool) -> Iterator[Remo
     yield runner.register_forward_pre_hook(before_forward, with_kwargs=True)
 
 
-def _hooks(interventions: Sequence[Intervention], steering: Steering) -> list[Any]:
+def _hooks(steering: Steering, gates: Sequence[Gate]) -> list[Any]:
     """Make the hooks of a block, by hook name: gates read first, then sites are edited."""
 
     def gate_hook_of(gate: Gate) -> Callable[..., None]:
         def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - passed by its name
             check_per_token(activation, gate.site.hook_name)
-            _read(gate, activation, steering)
+            if gate in steering.watched:
+                _read(gate, activation, steering)
 
         return hook
 
-    def hook_of(site: Site, apply: Callable[[Tensor, Steering], Tensor]) -> Callable[..., Tensor]:
+    def hook_of(site: Site) -> Callable[..., Tensor]:
         def hook(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 - passed by its name
             check_per_token(activation, site.hook_name)
             steering.fired[site] += 1
-            return apply(activation.flatten(2), steering).view_as(activation)
+            edit = steering.edits.get(site)
+            if edit is None:
+                return activation
+            return edit(activation.flatten(2), steering).view_as(activation)
 
         return hook
 
-    by_site: dict[Site, list[Intervention]] = {}
-    for intervention in interventions:
-        by_site.setdefault(intervention.site, []).append(intervention)
-    watched = dict.fromkeys(one.gate for one in interventions if one.gate is not None)
-    hooks: list[Any] = [(gate.site.hook_name, gate_hook_of(gate)) for gate in watched]
-    hooks += [(site.hook_name, hook_of(site, _compile(here))) for site, here in by_site.items()]
+    hooks: list[Any] = [(gate.site.hook_name, gate_hook_of(gate)) for gate in gates]
+    hooks += [(site.hook_name, hook_of(site)) for site in steering.fired]
     return hooks
 
 
@@ -337,195 +414,3 @@ def _read(gate: Gate, activation: Float[Tensor, "batch pos d"], steering: Steeri
         before = steering.gates[gate]
         scores = gate.memory * before.scores + (1 - gate.memory) * gate.scores(activation[:, -1])
         steering.gates[gate] = GateState(scores, gate.opening(scores, before.opening))
-
-
-def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steering], Tensor]:
-    """Make one function of all interventions at a site, in their order.
-
-    Additions that come to the same together become one addition of a row-wise matrix.
-    """
-    groups: list[list[Intervention]] = []
-    for intervention in interventions:
-        group = _group_to_join(groups, intervention)
-        if group is None:
-            groups.append([intervention])
-        else:
-            group.append(intervention)
-    appliers = [(group[0], _applier(group)) for group in groups]
-
-    def apply(activation: Tensor, steering: Steering) -> Tensor:
-        for first, edit in appliers:
-            columns = steering.selected(first.positions, activation, first.until)
-            if columns is False:
-                continue
-            steering.reached.add((first.site, first.positions))
-            if first.gate is not None and (behind := steering.behind_template()) is not None:
-                behind = behind.to(activation.device)
-                columns = behind if columns is True else columns & behind
-            edited = edit(activation, steering, steering.share(first, activation.device))
-            activation = (
-                edited if columns is True else torch.where(columns[..., None], edited, activation)
-            )
-        return activation
-
-    return apply
-
-
-def _group_to_join(
-    groups: Sequence[list[Intervention]], one: Intervention
-) -> list[Intervention] | None:
-    """Find the group of additions that another one may become a part of; None for a new group.
-
-    Vectors that are added one after the other are a sum, so neighbors become one. Where the norm
-    is kept after each addition they are none: such an addition joins one of other rows, or of
-    another category behind the same gate, which adds up what it lets through.
-    """
-    if not isinstance(one.edit, AddVector):
-        return None
-    if not one.edit.keep_norm:
-        return groups[-1] if groups and _are_alike(groups[-1][0], one) else None
-    joined = None
-    for group in reversed(groups):
-        apart = [_have_other_rows(other, one) for other in group]
-        may_join = _are_alike(group[0], one) and all(
-            is_apart or (one.gate is not None and other.gate_category != one.gate_category)
-            for is_apart, other in zip(apart, group, strict=True)
-        )
-        joined = group if may_join else joined
-        if not all(apart):
-            break
-    return joined
-
-
-def _are_alike(one: Intervention, other: Intervention) -> bool:
-    """Tell whether two interventions add vectors in one way, at the same positions, together."""
-    if not isinstance(one.edit, AddVector) or not isinstance(other.edit, AddVector):
-        return False
-    ways = [(x.positions, x.until, x.decay, x.gate) for x in (one, other)]
-    return ways[0] == ways[1] and one.edit.keep_norm == other.edit.keep_norm
-
-
-def _have_other_rows(one: Intervention, other: Intervention) -> bool:
-    """Tell whether two interventions share no row of the batch."""
-    if one.rows is None or other.rows is None:
-        return False
-    return set(one.rows).isdisjoint(other.rows)
-
-
-def _applier(group: Sequence[Intervention]) -> Callable[[Tensor, Steering, Share], Tensor]:
-    """Make what a group of interventions does to an activation, behind its gate if it has one."""
-    gate, adds = group[0].gate, isinstance(group[0].edit, AddVector)
-    if gate is not None:
-        return _gated_adder(group, gate) if adds else _gated_editor(group[0], gate)
-    plain = _adder(group) if adds else _editor(group[0])
-    return lambda activation, _, share: plain(activation, share)
-
-
-def _adder(group: Sequence[Intervention]) -> Callable[[Tensor, Share], Tensor]:
-    """Add the group's vectors, row by row; summed once per batch size, device and dtype.
-
-    Vectors stay float32 until they have been added, so that 16 bit round once.
-    """
-    sums: dict[tuple[Any, ...], Tensor] = {}
-    everyone = all(intervention.rows is None for intervention in group)
-    keep_norm = _keeps_norm(group)
-
-    def add(activation: Tensor, share: Share) -> Tensor:
-        n_rows, wide = activation.shape[0], at_least_float32(activation)
-        key = (1 if everyone else n_rows, wide.device, wide.dtype)
-        if key not in sums:
-            total = torch.zeros(key[0], wide.shape[-1], dtype=torch.float32)
-            for intervention in group:
-                total[_places(intervention, n_rows)] += _scaled_vector(intervention)
-            sums[key] = total[:, None].to(wide)
-        addition = sums[key] if share is None else share * sums[key]
-        return moved(activation, addition, keep_norm=keep_norm)
-
-    return add
-
-
-def _gated_adder(
-    group: Sequence[Intervention], gate: Gate
-) -> Callable[[Tensor, Steering, Share], Tensor]:
-    """Add each row's open categories' vectors; a closed row stays bit for bit what it was."""
-    by_category: dict[tuple[Any, ...], Tensor] = {}
-    keep_norm = _keeps_norm(group)
-
-    def add(activation: Tensor, steering: Steering, share: Share) -> Tensor:
-        n_rows = activation.shape[0]
-        key = (n_rows, activation.device)
-        if key not in by_category:
-            vectors = torch.zeros(n_rows, len(gate.categories), activation.shape[-1])
-            for intervention in group:
-                category = gate.index(intervention.gate_category)
-                vectors[_places(intervention, n_rows), category] += _scaled_vector(intervention)
-            by_category[key] = vectors.to(activation.device)
-        opening = steering.gates[gate].opening.to(activation.device)
-        total = combined(opening, by_category[key], gate.several)[:, None]
-        addition = total if share is None else share * total
-        edited = moved(activation, addition, keep_norm=keep_norm)
-        return torch.where((opening > 0).any(dim=1)[:, None, None], edited, activation)
-
-    return add
-
-
-def _editor(intervention: Intervention) -> Callable[[Tensor, Share], Tensor]:
-    """Make an edit that checks its result's shape and keeps to the intervention's rows.
-
-    Where it has a share of its strength it goes that share of its way.
-    """
-
-    def edit(activation: Tensor, share: Share) -> Tensor:
-        edited = intervention.edit(activation)
-        if edited.shape != activation.shape:
-            raise RuntimeError(
-                f"the edit at {intervention.site} returned shape {tuple(edited.shape)} for "
-                f"{tuple(activation.shape)}."
-            )
-        if share is not None:
-            wide = at_least_float32(activation)
-            edited = wide + share * (edited - wide)
-        edited = edited.to(activation.dtype)
-        if intervention.rows is None:
-            return edited
-        member = torch.zeros(activation.shape[0], dtype=torch.bool, device=activation.device)
-        member[_places(intervention, activation.shape[0])] = True
-        return torch.where(member[:, None, None], edited, activation)
-
-    return edit
-
-
-def _gated_editor(
-    intervention: Intervention, gate: Gate
-) -> Callable[[Tensor, Steering, Share], Tensor]:
-    """Make an edit that goes as far as the gate is open; a closed row stays bit for bit."""
-    edit, category = _editor(intervention), gate.index(intervention.gate_category)
-
-    def apply(activation: Tensor, steering: Steering, share: Share) -> Tensor:
-        wide = at_least_float32(activation)
-        opening = steering.gates[gate].opening[:, category][:, None, None].to(wide)
-        edited = (wide + opening * (edit(activation, share) - wide)).to(activation)
-        return torch.where(opening > 0, edited, activation)
-
-    return apply
-
-
-def _keeps_norm(group: Sequence[Intervention]) -> bool:
-    return any(isinstance(one.edit, AddVector) and one.edit.keep_norm for one in group)
-
-
-def _scaled_vector(intervention: Intervention) -> Float[Tensor, " d"]:
-    edit = intervention.edit
-    return edit.multiplier * edit.vector.float().cpu()  # type: ignore[union-attr]
-
-
-def _places(intervention: Intervention, n_rows: int) -> slice | list[int]:
-    """Index the rows of the batch that an intervention applies to."""
-    if intervention.rows is None:
-        return slice(None)
-    outside = [row for row in intervention.rows if not 0 <= row < n_rows]
-    if outside:
-        raise ValueError(
-            f"an intervention names row {outside[0]} of a batch of {n_rows} rows (0-{n_rows - 1})."
-        )
-    return list(intervention.rows)
