@@ -1,5 +1,6 @@
 from . import (
     evaluation,
+    features,
     figures,
     files,
     generation,
@@ -111,6 +112,7 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluation",
+    "features",
     "figures",
     "files",
     "fit_gate",
