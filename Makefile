@@ -7,15 +7,18 @@
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
 # make test-tl3  installs TransformerLens 3.x into .venv-tl3 and tests the hooked models there
+# make test-harness  installs Inspect and the LM Evaluation Harness into .venv-harness, tests them
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 BIN_TL3 := .venv-tl3/bin
 READY_TL3 := .venv-tl3/.ready
+BIN_HARNESS := .venv-harness/bin
+READY_HARNESS := .venv-harness/.ready
 # One process per core, four at most for they take up to 4 GB, with one thread each.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness lint types contract bench \
+.PHONY: setup setup-tl3 setup-harness demo test test-tl3 test-models test-harness lint types contract bench \
 	bench-peers architectures models pictures notebooks clean
 
 setup: $(READY)
@@ -57,12 +60,20 @@ test-tl3: setup-tl3
 		tests/models tests/steering tests/generation tests/neurons
 	$(BIN_TL3)/python -m pytest -m slow tests/models/test_hooked_transformer.py
 
-# In an environment of its own: the two harnesses bring 52 packages and 266 MB.
-test-harness:
+# In an environment of its own: the two harnesses bring 52 packages and 266 MB, and one of them
+# needs an older python-dateutil.
+setup-harness: $(READY_HARNESS)
+
+$(READY_HARNESS): pyproject.toml constraints-harness.txt
 	$(PYTHON) -m venv .venv-harness
-	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt torch
-	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt --editable '.[dev,harness]'
-	.venv-harness/bin/python -m pytest tests/integrations
+	$(BIN_HARNESS)/python -m pip install -qq --upgrade pip
+	$(BIN_HARNESS)/python -m pip install -qq --constraint constraints-harness.txt torch
+	$(BIN_HARNESS)/python -m pip install -qq --constraint constraints-harness.txt \
+		--editable '.[dev,harness]'
+	@touch $(READY_HARNESS)
+
+test-harness: setup-harness
+	OMP_NUM_THREADS=1 $(BIN_HARNESS)/python -m pytest tests/integrations
 
 lint: setup
 	$(BIN)/ruff check .
