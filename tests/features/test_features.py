@@ -88,9 +88,7 @@ def test_features_are_computed_at_each_token_and_then_pooled(tiny, tmp_path) -> 
         encoded, activations = token_activations(tiny, prompt, SITE)
         first, end = encoded.content
         features = sae.encode(activations[first:end])
-        torch.testing.assert_close(
-            measured.values[row], features.mean(dim=0), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(measured.values[row], features.mean(dim=0), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(sae.encode(activations[first:end].mean(dim=0)), features.mean(0))
     same = cache_activations(tiny, prompts, SITE)[SITE]
     torch.testing.assert_close(measured.stream.values, same.values, rtol=1e-4, atol=1e-5)

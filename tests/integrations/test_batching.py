@@ -166,9 +166,7 @@ def test_a_conversation_is_answered_behind_its_earlier_turns(in_inspect, tiny) -
     config = GenerateConfig(max_tokens=8)
     output = asyncio.run(in_inspect.generate(messages, [], "none", config))
     said = [("user", "What is it?"), ("assistant", "A dog.")]
-    prompt = Prompt(
-        "q", "Where is it?\n\nTell me.", history=tuple(Message(*turn) for turn in said)
-    )
+    prompt = Prompt("q", "Where is it?\n\nTell me.", history=tuple(Message(*turn) for turn in said))
     decoding = Decoding(max_new_tokens=8, system_prompt="Be kind.")
     assert output.completion == generate(tiny, [prompt], decoding=decoding)[0].text
     without = Prompt("q", "Where is it?\n\nTell me.")

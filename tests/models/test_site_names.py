@@ -46,9 +46,7 @@ def test_activations_by_name_are_those_by_site(tiny) -> None:
     assert all((by_name[site].values == by_site[site].values).all() for site in POSTS)
     moments = class_moments(tiny, ["Hello there", "And you"], POSTS[0].hook_name)
     assert list(moments) == POSTS[:1]
-    one, other = (
-        token_activations(tiny, "Hi", at)[1] for at in (POSTS[0], POSTS[0].hook_name)
-    )
+    one, other = (token_activations(tiny, "Hi", at)[1] for at in (POSTS[0], POSTS[0].hook_name))
     assert (one == other).all()
 
 

@@ -183,7 +183,8 @@ def _contributions(
         "contribution_share": contribution / (absolute or 1.0),
     }
     features = float(contribution.sum())
-    return columns, dict(total=whole, features=features, missed=missed, absolute=absolute)
+    parts = {"total": whole, "features": features, "missed": missed, "absolute": absolute}
+    return columns, parts
 
 
 def _class_columns(

@@ -83,7 +83,9 @@ class SparseAutoencoder:
     @property
     def written(self) -> Float[Tensor, "feature d"]:
         """What one unit of each feature writes, in units of the site."""
-        return self.decoder / self.decoder.norm(dim=1, keepdim=True) if self.by_norm else self.decoder
+        return (
+            self.decoder / self.decoder.norm(dim=1, keepdim=True) if self.by_norm else self.decoder
+        )
 
     def encode(
         self, activation: Float[Tensor, "... d"], features: Sequence[int] | None = None
@@ -222,7 +224,9 @@ def _place(path: Path, site: Site | None, hook_name: Any) -> Site:
         kinds = ", ".join(HOOK_NAMES.values())
         raise ValueError(f"{path}: no site is read at {hook_name!r}; sites: {kinds}.")
     if site not in (None, said[0]):
-        raise ValueError(f"{path} says that the SAE reads {said[0]}, got site={site}; leave it out.")
+        raise ValueError(
+            f"{path} says that the SAE reads {said[0]}, got site={site}; leave it out."
+        )
     return said[0]
 
 

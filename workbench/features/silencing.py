@@ -212,7 +212,7 @@ def feature_effect(
     check_fits(model, sae)
     if vector.site.layer < sae.site.layer or not vector.norm > 0:
         raise ValueError(
-            f"{vector!r} must not be zero and must not lie below {sae.site}, where the features are."
+            f"{vector!r} must not be zero and not lie below {sae.site}, where the features are."
         )
     ids = {prompt.id for prompt in measured.prompts}
     seen = [prompt.id for prompt in prompts if prompt.id in ids]

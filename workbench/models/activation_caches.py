@@ -111,7 +111,7 @@ def as_activation_cache(activations: Mapping[Site, ActivationSet], model: Hooked
     for one in sets:
         if (one.prompts, one.span) != (sets[0].prompts, sets[0].span):
             raise ValueError(
-                f"a cache has the same prompts and tokens at all sites, got {one!r} and {sets[0]!r}."
+                f"a cache has the same prompts and span at all sites, got {one!r} and {sets[0]!r}."
             )
         if one.model.fingerprint != fingerprint:
             raise ValueError(f"{one!r} is not of this model; give the one that ran.")
@@ -125,9 +125,7 @@ def as_activation_cache(activations: Mapping[Site, ActivationSet], model: Hooked
     return activation_cache(values, model)
 
 
-def _rows(
-    held: Any, site: Site, cache: Any, n_prompts: int
-) -> Float[Tensor, "prompt pos ..."]:
+def _rows(held: Any, site: Site, cache: Any, n_prompts: int) -> Float[Tensor, "prompt pos ..."]:
     """Check what a cache holds of a site, and give it its batch dimension back."""
     if not isinstance(held, torch.Tensor):
         raise CannotBeDone(f"the cache holds no tensor at {site.hook_name}.")

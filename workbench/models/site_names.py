@@ -50,8 +50,8 @@ def _site(model: HookedModel, given: Site | str) -> Site:
         return given
     if not isinstance(given, str):
         raise TypeError(
-            "sites are given as wb.Site(layer, kind), by the names of hook points, or as a function "
-            f"of such a name, got {given!r:.60}."
+            "sites are given as wb.Site(layer, kind), as names of hook points, or as a function of "
+            f"such a name, got {given!r:.60}."
         )
     if "hook_" not in given:
         return Site.parse(given)
