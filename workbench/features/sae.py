@@ -5,7 +5,7 @@ A feature stands in for a neuron: a number per token, mostly zero, that writes a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +85,17 @@ class SparseAutoencoder:
         """What one unit of each feature writes, in units of the site."""
         return (
             self.decoder / self.decoder.norm(dim=1, keepdim=True) if self.by_norm else self.decoder
+        )
+
+    def to(self, device: torch.device | str) -> SparseAutoencoder:
+        """Move the weights to a device: that of the model, where features change at every token."""
+        moved = {name: tensor.to(device) for name, tensor in self.vectors.items()}
+        return replace(
+            self,
+            encoder=self.encoder.to(device),
+            decoder=self.decoder.to(device),
+            decoder_bias=self.decoder_bias.to(device),
+            vectors=moved,
         )
 
     def encode(

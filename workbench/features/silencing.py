@@ -70,7 +70,7 @@ class FeatureEdit:
         written = self.sae.written[list(self.features)].to(wide)
         moved = (wide + change.to(wide) @ written).to(activation)
         is_moved = (change != 0).any(dim=-1, keepdim=True)
-        where = is_moved if self.where is None else self.where & is_moved
+        where = is_moved if self.where is None else self.where.to(is_moved.device) & is_moved
         return torch.where(where, moved, activation)
 
     @property
