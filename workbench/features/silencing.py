@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 import torch
 
 from workbench.features.activations import FeatureSet, check_fits
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
     from workbench.models.tokens import Encoded
     from workbench.prompts.forms import PromptsLike
+    from workbench.prompts.prompt import Prompt
 
 
 Method = Literal["zero", "clamp"]
@@ -200,15 +202,41 @@ def feature_effect(
         seed: Seed of the bootstrap.
 
     Returns:
-        One effect per target, as for neurons (``wb.neurons.effects_table`` tabulates them): the
-        shift is the mean change of the projection by the vector's norm, so that 1 is the way from
-        unsafe to safe.
+        One effect per target, as for neurons (``wb.neurons.effects_table``): mean change of the
+        projection by the vector's norm, so that 1 is the way from unsafe to safe.
 
     Raises:
-        ValueError: If a feature does not exist, the vector lies below the SAE, or a prompt was part
-            of the measurement.
+        ValueError: If a feature, the vector or a prompt does not fit.
     """
     sae, prompts = measured.sae, as_prompts(prompts)
+    _check_effect(model, prompts, measured, vector)
+    way = asked_by(measured.stream.asked_as)
+    encoded = encode(model, prompts, with_response=vector.span == "response", **way)
+    before = _projections(model, encoded, vector, [], batch_size)
+
+    def shift(features: Sequence[int]) -> Float[Tensor, " prompt"]:
+        changed = feature_interventions(
+            sae, features, method, safe=safe, model=measured.stream.model
+        )
+        after = _projections(model, encoded, vector, changed, batch_size)
+        return (after - before) / vector.norm
+
+    effects = []
+    for name, target in targets.items():
+        values, sets = shift(target), controls[name].sets if controls and name in controls else ()
+        others = tuple(float(shift([f for _, f in of_set]).mean()) for of_set in sets)
+        estimate = mean(values.numpy(), seed=seed)
+        p = permutation_p(estimate.value, np.array(others)) if others else math.nan
+        outcome, each = f"shift at {vector.site}", tuple(values.tolist())
+        effects.append(NeuronEffect(name, outcome, method, len(target), estimate, others, p, each))
+    return effects
+
+
+def _check_effect(
+    model: HookedModel, prompts: Sequence[Prompt], measured: FeatureSet, vector: SteeringVector
+) -> None:
+    """Raise where an effect cannot be measured, before anything runs."""
+    sae = measured.sae
     check_fits(model, sae)
     if vector.site.layer < sae.site.layer or not vector.norm > 0:
         raise ValueError(
@@ -221,30 +249,6 @@ def feature_effect(
             f"give held-out prompts; {len(seen)} of {len(prompts)} were part of the measurement"
             + (f", {seen[0]!r} among them." if seen else ".")
         )
-    way = asked_by(measured.stream.asked_as)
-    encoded = encode(model, prompts, with_response=vector.span == "response", **way)
-
-    def shift(features: Sequence[int]) -> Float[Tensor, " prompt"]:
-        changed = feature_interventions(
-            sae, features, method, safe=safe, model=measured.stream.model
-        )
-        after = _projections(model, encoded, vector, changed, batch_size)
-        return (after - before) / vector.norm
-
-    before = _projections(model, encoded, vector, [], batch_size)
-    effects = []
-    for name, target in targets.items():
-        values, sets = shift(target), controls[name].sets if controls and name in controls else ()
-        others = tuple(float(shift([f for _, f in of_set]).mean()) for of_set in sets)
-        estimate = mean(values.numpy(), seed=seed)
-        p = permutation_p(estimate.value, torch.tensor(others).numpy()) if others else math.nan
-        outcome = f"shift at {vector.site}"
-        effects.append(
-            NeuronEffect(
-                name, outcome, method, len(target), estimate, others, p, tuple(values.tolist())
-            )
-        )
-    return effects
 
 
 def feature_vector(

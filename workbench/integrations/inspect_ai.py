@@ -183,7 +183,7 @@ class SteeredModel(ModelAPI):
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> tuple[str | None, list[Message]]:
-    """Split Inspect's messages into the system prompt, if there is one, and the turns behind it.
+    """Split Inspect's messages into the system prompt (or None) and the turns behind it.
 
     Thoughts in earlier answers are left out, and so are answers without words.
 

@@ -38,7 +38,7 @@ def activations_from_cache(
     system_prompt: str | None = None,
     template_keywords: Keywords = None,
 ) -> dict[Site, ActivationSet]:
-    """Pool an ``ActivationCache`` of TransformerLens, ready for whatever takes activations here.
+    """Pool an ``ActivationCache`` of TransformerLens, for whatever takes activations here.
 
     Args:
         cache: What ``run_with_cache`` gave, one row per prompt; a single prompt may have lost its
@@ -52,9 +52,6 @@ def activations_from_cache(
         sites: Which, by any name; by default all that the cache holds.
         system_prompt: Words of the system turn in ``tokens``.
         template_keywords: What else the chat template read.
-
-    Returns:
-        One ``ActivationSet`` per site, as ``cache_activations`` gives them.
 
     Raises:
         ValueError: If rows, tokens or mask do not fit the prompts, or a site is not in the cache.

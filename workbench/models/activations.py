@@ -225,8 +225,7 @@ def cache_activations(
         model: A hooked model.
         prompts: What to run, as ``as_prompts`` reads it. With span "response" each prompt's
             response is run behind it, teacher-forced.
-        sites: One site or several, also by the names of hook points or as a function of such a
-            name, as TransformerLens's ``names_filter`` takes them; see ``as_sites``.
+        sites: One or several, also as TransformerLens's ``names_filter``, see ``as_sites``.
         span: "content" (the user's words), "response", "last" (the token before the answer), or
             "all" (BOS and template too: the first token's massive activation dominates many means).
         system_prompt: Words for the system turn.
@@ -404,15 +403,8 @@ def pooled_batches(
 
     What comes after a row's span is not run: no earlier token sees it.
 
-    Args:
-        model: A hooked model.
-        encoded: The rows.
-        sites: Where they are read.
-        span: Which tokens are pooled.
-        batch_size: Largest number of rows per batch.
-        max_tokens: Largest number of tokens per batch.
-        seen_as: What is made of each token's activation before the mean is taken: a function of
-            (row, position, width) in float32, of any width; nothing by default.
+    ``seen_as`` makes something else of each token's activation, (row, position, width) in float32,
+    before the mean is taken.
 
     Raises:
         ValueError: If an activation is infinite or undefined.
