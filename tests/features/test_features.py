@@ -130,7 +130,7 @@ def test_parts_add_up_to_the_projected_difference(folds) -> None:
     assert parts["features"] + parts["missed"] == pytest.approx(total, rel=1e-5)
     assert parts["features"] == pytest.approx(table["contribution"].sum(), rel=1e-6)
     differences = table["mean_unsafe"] - table["mean_reference"]
-    written = (fit.sae.written.double() @ (u / u.norm()))[table["feature"].to_numpy()]
+    written = (fit.sae.written.double() @ (u / u.norm()))[table["feature"].tolist()]
     np.testing.assert_allclose(table["contribution"], differences * written.numpy(), atol=1e-6)
 
 
