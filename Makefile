@@ -7,16 +7,19 @@
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
 # make test-tl3  installs TransformerLens 3.x into .venv-tl3 and tests the hooked models there
+# make test-harness  installs Inspect and the LM Evaluation Harness into .venv-harness, tests them
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 BIN_TL3 := .venv-tl3/bin
 READY_TL3 := .venv-tl3/.ready
+BIN_HARNESS := .venv-harness/bin
+READY_HARNESS := .venv-harness/.ready
 # One process per core, four at most for they take up to 4 GB, with one thread each.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness test-travel test-serve lint \
-	types contract bench bench-peers architectures models pictures notebooks clean
+.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness test-travel test-serve \
+	setup-harness lint types contract bench bench-peers architectures models pictures notebooks clean
 
 setup: $(READY)
 
@@ -57,12 +60,20 @@ test-tl3: setup-tl3
 		tests/models tests/steering tests/generation tests/neurons
 	$(BIN_TL3)/python -m pytest -m slow tests/models/test_hooked_transformer.py
 
-# In an environment of its own: the two harnesses bring 52 packages and 266 MB.
-test-harness:
+# In an environment of its own: the two harnesses bring 52 packages and 266 MB, and one of them
+# needs an older python-dateutil.
+setup-harness: $(READY_HARNESS)
+
+$(READY_HARNESS): pyproject.toml constraints-harness.txt
 	$(PYTHON) -m venv .venv-harness
-	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt torch
-	.venv-harness/bin/python -m pip install -qq --constraint constraints.txt --editable '.[dev,harness]'
-	.venv-harness/bin/python -m pytest tests/integrations
+	$(BIN_HARNESS)/python -m pip install -qq --upgrade pip
+	$(BIN_HARNESS)/python -m pip install -qq --constraint constraints-harness.txt torch
+	$(BIN_HARNESS)/python -m pip install -qq --constraint constraints-harness.txt \
+		--editable '.[dev,harness]'
+	@touch $(READY_HARNESS)
+
+test-harness: setup-harness
+	OMP_NUM_THREADS=1 $(BIN_HARNESS)/python -m pytest tests/integrations
 
 # The libraries that vectors travel to. They are installed without what they ask for: repeng asks
 # for a NumPy of before 2.0. vllm-lens needs Python 3.12, and its test is left out without it.
@@ -75,6 +86,7 @@ test-travel:
 		xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548
 	-.venv-travel/bin/python -m pip install -qq --no-deps vllm-lens==1.3.0
 	.venv-travel/bin/python -m pytest tests/export
+
 # In an environment of its own: FastAPI and uvicorn come with the extra alone.
 test-serve:
 	$(PYTHON) -m venv .venv-serve

@@ -1,6 +1,7 @@
 from . import (
     evaluation,
     export,
+    features,
     figures,
     files,
     generation,
@@ -113,6 +114,7 @@ __all__ = [
     "evaluate",
     "evaluation",
     "export",
+    "features",
     "figures",
     "files",
     "fit_gate",

@@ -4,7 +4,8 @@ In Python it is ``get_model("workbench/RUN_FOLDER")``, on the command line
 
     inspect eval my_task.py --model workbench/runs/mine -M steering=gated
 
-Needs ``pip install inspect_ai``. Installing workbench makes the name known (by an entry point of
+Samples that Inspect sends at the same time are answered in one batch. Needs
+``pip install inspect_ai``. Installing workbench makes the name known (by an entry point of
 inspect_ai), and so does importing this module. The module is named like the library it imports;
 absolute imports keep the two apart.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,21 +37,27 @@ except ModuleNotFoundError as error:
         "inspect_ai is not installed; install it with pip install 'workbench[harness]'."
     ) from error
 
-from workbench.generation.answers import Completion, generate
 from workbench.generation.decoding import GREEDY, Decoding
-from workbench.models.tokens import encode
-from workbench.prompts.prompt import HARMLESS, Prompt, text_key
+from workbench.integrations._batching import AnswerBatches
+from workbench.prompts.prompt import HARMLESS, Message, Prompt, text_key
 from workbench.safesteer.config import config_from
 from workbench.safesteer.inputs import load_run_model
 from workbench.safesteer.run_folder import read_run
 from workbench.safesteer.saved_run import decoding_from, gated_steering_from, steering_from
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from inspect_ai.tool import ToolChoice, ToolInfo
+
+    from workbench.generation.answers import Completion
 
 
 MAX_NEW_TOKENS = 128
 """Longest answer where neither task nor command line says how long one may be."""
+
+MAX_CONNECTIONS = 32
+"""Requests that Inspect sends at a time where nobody says how many: so many share a batch."""
 
 _COUNTED = (
     "max_tokens",
@@ -87,9 +93,10 @@ _NOT_ABOUT_ANSWERS = (
 class SteeredModel(ModelAPI):
     """A run's model with its steering.
 
-    It answers one user turn per sample, and greedily unless a temperature is asked for. Where no
-    seed is given, each call at a temperature draws anew, so that epochs differ. System prompt and
-    template keywords are the run's where a task gives none.
+    It answers greedily unless a temperature is asked for. Where no seed is given, each call at a
+    temperature draws anew, so that epochs differ. System prompt and template keywords are the run's
+    where a task gives none. Requests of the same settings that come together are answered in one
+    batch; in 16 bit that can round an answer otherwise than alone.
 
     Args:
         model_name: Folder of a run.
@@ -130,7 +137,7 @@ class SteeredModel(ModelAPI):
         self.steering = steering
         is_run = (Path(model_name) / "run.json").is_file()
         self.decoding = decoding_from(model_name) if is_run else GREEDY
-        self._one_at_a_time = threading.Lock()
+        self._batches = AnswerBatches(self.hooked, self.interventions)
 
     async def generate(
         self,
@@ -139,49 +146,70 @@ class SteeredModel(ModelAPI):
         tool_choice: ToolChoice,  # noqa: ARG002 - inspect_ai passes it
         config: GenerateConfig,
     ) -> ModelOutput:
-        """Answer the user's turn; several user messages are joined, and so are system messages.
+        """Answer the user's last turn, behind the turns before it.
+
+        Messages of one role in a row are joined, and so are all system messages.
 
         Raises:
-            ValueError: If there is no user turn, tools are asked for, assistant turns are given, or
+            ValueError: If the last turn is not the user's, tools are asked for or were called, or
                 a setting is one that the model does not follow.
         """
         if tools:
             raise ValueError(
                 f"the steered model calls no tools, got {len(tools)}; use a task without them."
             )
-        if any(isinstance(message, ChatMessageAssistant) for message in input):
-            raise ValueError(
-                "the steered model answers single turns, got assistant turns in the input; "
-                "use a task without them."
-            )
-        questions = [message.text for message in input if isinstance(message, ChatMessageUser)]
-        system = "\n\n".join(
-            message.text for message in input if isinstance(message, ChatMessageSystem)
-        )
-        if not questions:
-            raise ValueError(
-                f"the steered model answers a user turn, got none in {len(input)} messages."
-            )
-        text = "\n\n".join(questions)
-        prompt = Prompt(f"sample-{text_key(text)}", text, None, HARMLESS, "neutral", "inspect")
-        decoding = decoding_for(config, self.decoding, system or None)
-
-        def answer() -> list[Completion]:
-            with self._one_at_a_time:
-                return generate(self.hooked, [prompt], self.interventions, decoding)
-
-        completions = await asyncio.to_thread(answer)
-        (asked,) = encode(self.hooked, [prompt], **decoding.asked_by)
-        n_in, n_out = len(asked.ids), sum(len(one.tokens) for one in completions)
+        system, turns = turns_of(input)
+        decoding = decoding_for(config, self.decoding, system)
+        text, history = turns[-1].content, tuple(turns[:-1])
+        key = f"sample-{text_key(text, history)}"
+        if decoding.temperature and config.seed is None:
+            key += f"-{secrets.token_hex(8)}"  # random numbers follow the id
+        prompt = Prompt(key, text, None, HARMLESS, "neutral", "inspect", history=history)
+        answers = await asyncio.wrap_future(self._batches.ask(prompt, decoding))
+        n_out = sum(len(one.tokens) for one in answers.completions)
         return ModelOutput(
             model=self.model_name,
-            choices=[_choice(one, self.model_name) for one in completions],
-            usage=ModelUsage(input_tokens=n_in, output_tokens=n_out, total_tokens=n_in + n_out),
+            choices=[_choice(one, self.model_name) for one in answers.completions],
+            usage=ModelUsage(
+                input_tokens=answers.n_prompt_tokens,
+                output_tokens=n_out,
+                total_tokens=answers.n_prompt_tokens + n_out,
+            ),
         )
 
     def max_connections(self) -> int:
-        """Allow one answer at a time, since the model is one object."""
-        return 1
+        """Say how many requests come at a time: as many as share a batch."""
+        return MAX_CONNECTIONS
+
+
+def turns_of(messages: Sequence[ChatMessage]) -> tuple[str | None, list[Message]]:
+    """Split Inspect's messages into the system prompt (or None) and the turns behind it.
+
+    Thoughts in earlier answers are left out, and so are answers without words.
+
+    Raises:
+        ValueError: If a message is of a tool, or the last one is not the user's.
+    """
+    system: list[str] = []
+    turns: list[Message] = []
+    for message in messages:
+        if isinstance(message, ChatMessageSystem):
+            system.append(message.text)
+        elif not isinstance(message, ChatMessageUser | ChatMessageAssistant):
+            raise ValueError(
+                f"the steered model calls no tools, got a message of role {message.role!r}; use a "
+                "task without them."
+            )
+        elif turns and turns[-1].role == message.role:
+            turns[-1] = Message(message.role, f"{turns[-1].content}\n\n{message.text}")
+        elif message.text.strip() or message.role == "user":
+            turns.append(Message(message.role, message.text))
+    if not turns or turns[-1].role != "user":
+        raise ValueError(
+            "the steered model answers a user turn; the last message must be the user's, got "
+            f"{turns[-1].role if turns else 'none'} in {len(messages)} messages."
+        )
+    return "\n\n".join(filter(str.strip, system)) or None, turns
 
 
 def decoding_for(config: GenerateConfig, run: Decoding, system_prompt: str | None) -> Decoding:
@@ -212,7 +240,7 @@ def decoding_for(config: GenerateConfig, run: Decoding, system_prompt: str | Non
         temperature=temperature,
         top_p=given.get("top_p", 1.0),
         top_k=given.get("top_k"),
-        seed=given.get("seed", secrets.randbelow(2**31) if temperature else 0),
+        seed=given.get("seed", 0),
         n_samples=given.get("num_choices", 1),
         stop=tuple(given.get("stop_seqs", ())),
         system_prompt=run.system_prompt if system_prompt is None else system_prompt,

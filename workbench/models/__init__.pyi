@@ -1,3 +1,4 @@
+from .activation_caches import activations_from_cache, as_activation_cache
 from .activations import (
     ActivationSet,
     ClassMoments,
@@ -12,6 +13,7 @@ from .hooked_model import HookedModel
 from .load import LoadNotes, ModelInfo, hooked, load_model, load_notes, model_info
 from .packaged import is_installed
 from .packing import Packing, is_packed, pack_linears, unpacked
+from .site_names import as_sites
 from .sites import Site, check_sites, present_sites, sites_of_kind
 from .templates import asked_as, asked_by
 from .thoughts import ThoughtReader, answer_of
@@ -41,8 +43,11 @@ __all__ = [
     "Packing",
     "Site",
     "ThoughtReader",
+    "activations_from_cache",
     "answer_ids",
     "answer_of",
+    "as_activation_cache",
+    "as_sites",
     "asked_as",
     "asked_by",
     "cache_activations",

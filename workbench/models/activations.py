@@ -25,6 +25,7 @@ from workbench.models.forward import forward, reading
 from workbench.models.hooked_model import input_device
 from workbench.models.load import ModelInfo, model_info
 from workbench.models.progress import progress_bar
+from workbench.models.site_names import SitesLike, as_sites
 from workbench.models.sites import Site, check_sites
 from workbench.models.stored_rows import ShardFolder, StoredRows
 from workbench.models.templates import Keywords, asked_as, asked_by
@@ -205,7 +206,7 @@ class ClassMoments:
 def cache_activations(
     model: HookedModel,
     prompts: PromptsLike,
-    sites: Sequence[Site] | Site,
+    sites: SitesLike,
     *,
     span: str = "content",
     system_prompt: str | None = None,
@@ -224,7 +225,7 @@ def cache_activations(
         model: A hooked model.
         prompts: What to run, as ``as_prompts`` reads it. With span "response" each prompt's
             response is run behind it, teacher-forced.
-        sites: One site or several.
+        sites: One or several, also as TransformerLens's ``names_filter``, see ``as_sites``.
         span: "content" (the user's words), "response", "last" (the token before the answer), or
             "all" (BOS and template too: the first token's massive activation dominates many means).
         system_prompt: Words for the system turn.
@@ -241,7 +242,7 @@ def cache_activations(
     Raises:
         ValueError: If a site, span or prompt does not fit the model.
     """
-    prompts, sites = as_prompts(prompts), _as_tuple(sites)
+    prompts, sites = as_prompts(prompts), as_sites(model, sites)
     asked = asked_as(system_prompt, template_keywords)
     encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
@@ -267,7 +268,7 @@ def cache_activations(
 def class_moments(
     model: HookedModel,
     prompts: PromptsLike,
-    sites: Sequence[Site] | Site,
+    sites: SitesLike,
     *,
     span: str = "content",
     system_prompt: str | None = None,
@@ -285,7 +286,7 @@ def class_moments(
     Returns:
         One ``ClassMoments`` per site.
     """
-    prompts, sites = as_prompts(prompts), _as_tuple(sites)
+    prompts, sites = as_prompts(prompts), as_sites(model, sites)
     asked = asked_as(system_prompt, template_keywords)
     encoded, info = _prepare(model, prompts, sites, span, asked)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
@@ -354,17 +355,19 @@ def computed_sites(model: HookedModel, sites: Sequence[Site], prompt: Prompt) ->
 def token_activations(
     model: HookedModel,
     prompt: PromptsLike,
-    site: Site,
+    site: Site | str,
     *,
     system_prompt: str | None = None,
     template_keywords: Keywords = None,
 ) -> tuple[Encoded, Float[Tensor, "pos d"]]:
     """Read the activations of one prompt, or of one text, token by token, for views.
 
+    The site may be given by the name of its hook point.
+
     Returns:
         The tokens (with the response, if the prompt has one) and one row per token.
     """
-    check_sites(model, [site])
+    (site,) = as_sites(model, [site])
     prompts = as_prompts(prompt)
     if len(prompts) != 1:
         raise ValueError(f"one prompt is shown at a time, got {len(prompts)}.")
@@ -394,10 +397,14 @@ def pooled_batches(
     span: str,
     batch_size: int,
     max_tokens: int,
+    seen_as: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[Encoded], dict[Site, Float[Tensor, "batch d"]]]]:
     """Run rows in their order, and give batch by batch the span means at every site.
 
     What comes after a row's span is not run: no earlier token sees it.
+
+    ``seen_as`` makes something else of each token's activation, (row, position, width) in float32,
+    before the mean is taken.
 
     Raises:
         ValueError: If an activation is infinite or undefined.
@@ -417,6 +424,7 @@ def pooled_batches(
     def reader(site: Site) -> Callable[[Tensor], None]:
         def read(activation: Tensor) -> None:
             inside = activation.flatten(2)[:, columns].float()
+            inside = inside if seen_as is None else seen_as(inside)
             pooled[site] = torch.bmm(weights[:, None].to(inside.device), inside)[:, 0]
 
         return read
@@ -442,14 +450,6 @@ def pooled_batches(
     # Outside ``reading``, which ends every pass at its last site.
     row = int((~finite.all(dim=0)).nonzero()[0])
     raise not_finite(model, rows[row].prompt.id, batch.tokens, batch.mask, row)
-
-
-def _as_tuple(sites: Sequence[Site] | Site) -> tuple[Site, ...]:
-    several = (sites,) if isinstance(sites, str | Site) else tuple(dict.fromkeys(sites))
-    wrong = next((site for site in several if not isinstance(site, Site)), None)
-    if wrong is not None:
-        raise TypeError(f"sites are given as wb.Site(layer, kind), got {wrong!r:.60}.")
-    return several
 
 
 def _measurement(

@@ -251,6 +251,13 @@ def hooked(
     return model
 
 
+def activation_cache(values: dict[str, torch.Tensor], model: HookedModel) -> Any:
+    """Make an ``ActivationCache`` of TransformerLens: activations by the names of hook points."""
+    from transformer_lens import ActivationCache
+
+    return ActivationCache(values, model)
+
+
 def load_notes(model: HookedModel) -> LoadNotes | None:
     """Say what was chosen while a model was loaded; None for one that was not loaded here."""
     return _LOADED.get(model)

@@ -32,6 +32,7 @@ from .layer_gates import (
     open_conditions,
     save_layer_gate,
 )
+from .readout import LogitReadout, logit_readout
 from .separability import layer_separability
 from .spectral import (
     EditSpectrum,
@@ -66,6 +67,7 @@ __all__ = [
     "GateState",
     "Intervention",
     "LayerGate",
+    "LogitReadout",
     "RaiseTo",
     "ScaleNeurons",
     "SpectralEdit",
@@ -94,6 +96,7 @@ __all__ = [
     "load_layer_gate",
     "load_spectral_edit",
     "load_vector",
+    "logit_readout",
     "mean_difference",
     "open_conditions",
     "own_part",

@@ -1,0 +1,5 @@
+"""Features of sparse autoencoders (SAEs) in place of neurons: read, attribute, change, steer."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
