@@ -20,6 +20,7 @@ import cyclopts.config
 from cyclopts import App, Parameter
 
 from workbench import __version__
+from workbench.engines.command import plan
 from workbench.safesteer.config import AnswerSettings, RunConfig, config_from
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ judge = App(
     help="Validate a judge on labelled answers, train one, or correct a run for its errors.",
 )
 app.command(judge)
+app.command(plan)
 app.register_install_completion_command(help="Install completion for your shell (bash, zsh, fish).")
 
 
