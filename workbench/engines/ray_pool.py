@@ -12,6 +12,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from workbench.files.hints import one_line
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -75,17 +77,27 @@ def connect(pool: RayPool) -> Any:
 
     Raises:
         ImportError: If Ray is not installed.
+        RuntimeError: If it does not start, or no cluster is at the address.
         ValueError: If this machine has too few processors or GPUs for the pool.
     """
     ray = import_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A worker imports torch first, which takes a minute where files are far or processors busy.
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
     if not ray.is_initialized():
-        ray.init(
-            address=pool.address,
-            log_to_driver=False,
-            logging_level="error",
-            include_dashboard=False if pool.address is None else None,
-        )
+        try:
+            ray.init(
+                address=pool.address,
+                log_to_driver=False,
+                logging_level="error",
+                include_dashboard=False if pool.address is None else None,
+            )
+        except Exception as error:  # Ray raises whatever it comes upon, Exception itself too
+            where = f"at {pool.address!r}" if pool.address else "on this machine"
+            raise RuntimeError(
+                f"Ray does not start {where} ({one_line(error)}); give the address of a cluster "
+                "that runs, or wait until this machine is less busy."
+            ) from error
     if pool.address is None:
         _check_fits(pool, ray.cluster_resources())
     context = ray.data.DataContext.get_current()
