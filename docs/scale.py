@@ -80,7 +80,7 @@ def _machines(model: str, names: Sequence[str]) -> str:
 def _numbers(plan: Plan) -> tuple[str, ...]:
     weights = plan.model.parameters * plan.work.weight_bytes / 1e9
     caching, answers, judging = plan.costs
-    hours = (f"{cost.seconds / 3600:.2g}" for cost in (caching, answers, judging))
+    hours = (_rounded(cost.seconds / 3600) for cost in (caching, answers, judging))
     return (
         f"{weights:.3g}",
         f"{plan.fit.devices}",
@@ -89,8 +89,13 @@ def _numbers(plan: Plan) -> tuple[str, ...]:
         f"{sum(cost.disk for cost in plan.costs) / 1e9:.0f}",
         f"{sum(cost.network for cost in plan.costs) / 1e9:,.0f}",
         f"{plan.machines}",
-        f"{float(f'{plan.pays_from:.2g}'):,.0f}",
+        _rounded(plan.pays_from),
     )
+
+
+def _rounded(n: float) -> str:
+    """Write two digits that count, and no power of ten."""
+    return f"{float(f'{n:.2g}'):,.7g}"
 
 
 def _billions(n: float) -> str:

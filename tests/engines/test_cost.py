@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
+from importlib.util import spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,3 +262,11 @@ def test_a_plan_says_why_one_machine_is_not_enough() -> None:
 def test_what_cannot_be_planned_is_said(call: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_the_tables_of_the_page_are_those_that_its_command_writes() -> None:
+    source = Path(__file__).resolve().parents[2] / "docs" / "scale.py"
+    script = importlib.util.module_from_spec(spec_from_file_location("scale", source))
+    script.__spec__.loader.exec_module(script)
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert script.with_tables(page) == page

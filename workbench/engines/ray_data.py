@@ -26,7 +26,7 @@ from workbench.engines.ray_worker import (
 )
 from workbench.files.store import append_jsonl, key_of, local_path, read_jsonl, read_tensors
 from workbench.generation.answers import Completion, LogProbs, check_conditions
-from workbench.generation.decoding import GREEDY
+from workbench.generation.decoding import GREEDY, Decoding
 from workbench.judges.base import Verdict, check_pairs
 from workbench.judges.opening import JudgeSettings, check_judge
 from workbench.models.activations import ActivationSet, ClassMoments
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from workbench.engines.base import Engine
     from workbench.files.store import PathLike
     from workbench.generation.answers import Condition
-    from workbench.generation.decoding import Decoding
     from workbench.models.hooked_model import HookedModel
     from workbench.models.shard_plan import ShardPlan
     from workbench.models.sites import Site
@@ -211,6 +210,8 @@ class RayEngine:
         rounding, another one may be written. What ``sweep`` refuses because a condition reached
         nothing in all answers is refused here where it reached nothing in the answers of a job.
         """
+        if not isinstance(decoding, Decoding):
+            raise TypeError(f"decoding must be a wb.Decoding, got {decoding!r:.60}.")
         prompts = check_conditions(prompts, conditions)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].text))
         size = self.pool.prompts_per_job

@@ -144,13 +144,12 @@ def run_jobs(
     ray = connect(pool)
     import pyarrow as pa
 
-    rows = pa.table({"number": [n for n, _ in jobs], "job": [job for _, job in jobs]})
-    several = [rows.slice(place, 1) for place in range(len(jobs))]  # a block a job: done alone
+    blocks = [pa.table({"number": [number], "job": [job]}) for number, job in jobs]
     variables = {"OMP_NUM_THREADS": str(max(1, int(pool.cpus)))} | dict(pool.environment)
     with warnings.catch_warnings():
         # Ray 2.64 will know no limit of restarts any more; the extra asks for an earlier one.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.* is deprecated")
-        data = ray.data.from_arrow(several).map_batches(
+        data = ray.data.from_arrow(blocks).map_batches(
             _Actor,
             fn_constructor_args=(worker, dict(settings)),
             batch_size=1,
@@ -191,14 +190,15 @@ def _blocks(ray: Any, data: Any) -> Iterator[Any]:
     """Give tables of results as they come; a worker's own error is raised in place of Ray's."""
     try:
         yield from data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    except ray.exceptions.RayError as error:
+    except Exception as error:  # Ray Data's own errors are of several kinds
+        if not (isinstance(error, ray.exceptions.RayError) or _is_of_ray(error)):
+            raise
         cause = _cause(error)
         if cause is not None:
             raise cause from error
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RuntimeError(
-            f"a worker of Ray could not go on ({first[:300]}); what was done is kept: start the "
-            "call again, with fewer workers on a machine if memory ran out."
+            f"a worker of Ray could not go on ({one_line(error)}); what was done is kept: start "
+            "the call again, with fewer workers on a machine if memory ran out."
         ) from error
 
 
@@ -209,10 +209,13 @@ def _cause(error: BaseException) -> BaseException | None:
     found = None
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        if isinstance(current, ValueError | TypeError | RuntimeError | OSError) and not (
-            type(current).__module__.startswith("ray.")
-        ):
+        is_known = isinstance(current, ValueError | TypeError | RuntimeError | OSError)
+        if is_known and not _is_of_ray(current):
             found = current
         inner = getattr(current, "cause", None)
         current = inner if isinstance(inner, BaseException) else current.__cause__
     return found
+
+
+def _is_of_ray(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] == "ray"
