@@ -48,13 +48,13 @@ class MergedMoments:
             if site not in self.mean:
                 self.mean[site] = torch.zeros(len(self.classes), mean.shape[1], dtype=mean.dtype)
                 self.squares[site] = torch.zeros_like(self.mean[site])
-            before = self.n[site][rows]
+            before, added = self.n[site][rows].double(), added.double()  # for exact shares
             total = before + added
             delta = mean - self.mean[site][rows]
             self.squares[site][rows] += variance * (added - 1).clamp(min=0)[:, None]
             self.squares[site][rows] += delta**2 * (before * added / total)[:, None]
             self.mean[site][rows] += delta * (added / total)[:, None]
-            self.n[site][rows] = total
+            self.n[site][rows] = total.long()
 
     def result(self, span: str, model: ModelInfo) -> dict[Site, ClassMoments]:
         """Give the moments of all parts together."""
