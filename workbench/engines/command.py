@@ -48,21 +48,11 @@ def plan(
 
     from workbench.engines.plan import in_words, make_plan
 
+    measured = {"product": product, "bandwidth": bandwidth, "memory": memory, "devices": devices}
     made = make_plan(
-        model,
-        hardware,
-        measured={
-            "product": product, "bandwidth": bandwidth, "memory": memory, "devices": devices
-        },
-        judge=judge,
-        n_sites=sites,
-        hours=hours,
-        prompts=prompts,
-        prompt_tokens=prompt_tokens,
-        prefix_tokens=prefix_tokens,
-        new_tokens=new_tokens,
-        conditions=conditions,
-        weight_bytes=weight_bytes,
+        model, hardware, measured=measured, judge=judge, n_sites=sites, hours=hours,
+        prompts=prompts, prompt_tokens=prompt_tokens, prefix_tokens=prefix_tokens,
+        new_tokens=new_tokens, conditions=conditions, weight_bytes=weight_bytes,
     )  # fmt: skip
     text = dumps(made.to_dict(), indent=1) if json else in_words(made)
     sys.stdout.write(text + "\n")
