@@ -144,7 +144,7 @@ def measured_machine(model: Any, counted: Architecture, *, packed: bool) -> Mach
     reading = best(multiply(weights, one, packed=False))
     last = wb.Site(counted.n_layers - 1, "resid_post").hook_name
     token = torch.tensor([[5]])
-    with torch.no_grad(), forward_reading(model, [(last, lambda activation: None)]) as run:
+    with torch.no_grad(), forward_reading(model, [(last, lambda _: None)]) as run:
         one_token = best(lambda: run(token, torch.ones_like(token, dtype=torch.bool)))
     bandwidth = 4 * n_weights / reading
     read = 4 * counted.weights_read(1, with_head=False) / bandwidth
