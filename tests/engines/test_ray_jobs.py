@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from workbench.engines import ray_data
 from workbench.engines.base import LocalEngine
 from workbench.engines.moments import MergedMoments, moments_to_tensors
-from workbench.engines.ray_data import RayEngine, RayJudge
+from workbench.engines.ray_data import RayEngine, RayJudge, open_ray
 from workbench.engines.ray_pool import RayPool
 from workbench.engines.ray_worker import for_prompts
 from workbench.generation.decoding import Decoding
@@ -110,6 +110,15 @@ def test_answers_come_in_the_order_of_the_local_engine(
     output.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # cut by a kill
     assert engine.sweep(PROMPTS, conditions, decoding, output=output) == here
     assert sorted(output.read_text().splitlines()) == sorted(lines)
+
+
+def test_the_engine_of_a_run_takes_its_pool_from_settings(tiny_path, local) -> None:
+    engine = open_ray(tiny_path, local.model, workers=3, prompts_per_job=4, device="cpu")
+    assert engine.pool == RayPool(workers=3, prompts_per_job=4)
+    assert engine.model is local.model
+    conditions = {"unsteered": ()}
+    here = local.sweep(PROMPTS, conditions, Decoding(3))
+    assert engine.sweep(PROMPTS, conditions, Decoding(3)) == here
 
 
 def test_a_judge_keeps_what_each_job_says(tmp_path) -> None:

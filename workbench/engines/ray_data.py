@@ -39,6 +39,7 @@ from workbench.prompts.forms import as_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -51,6 +52,28 @@ if TYPE_CHECKING:
     from workbench.models.templates import Keywords
     from workbench.prompts.forms import PromptsLike
     from workbench.prompts.prompt import Prompt
+
+
+def open_ray(
+    name_or_path: str | Path,
+    model: HookedModel,
+    *,
+    revision: str | None = None,
+    device: str | None = None,
+    **settings: Any,
+) -> RayEngine:
+    """Make the engine of a run, whose model is in memory: workers must load the same weights.
+
+    Args:
+        name_or_path: What the model was loaded from.
+        model: The model of the run; its data type is that of the workers.
+        revision: Branch, tag or commit of a hub repository.
+        device: Where a worker runs it; a GPU if it has one, else the processor.
+        settings: Fields of ``RayPool``, such as workers, cpus, gpus and address.
+    """
+    load = {"dtype": model_info(model).dtype, "revision": revision, "device": device}
+    given = {name: value for name, value in load.items() if value is not None}
+    return RayEngine(str(name_or_path), RayPool(**settings), load=given, loaded=model)
 
 
 class RayEngine:
