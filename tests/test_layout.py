@@ -14,6 +14,7 @@ PACKAGE = ROOT / "workbench"
 FOLDERS = {
     "files", "stats", "figures", "prompts", "models", "steering", "judges", "generation",
     "neurons", "evaluation", "features", "safesteer", "report", "integrations", "export", "serve",
+    "engines",
 }  # fmt: skip
 SOURCES = sorted(
     path

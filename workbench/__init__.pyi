@@ -1,4 +1,5 @@
 from . import (
+    engines,
     evaluation,
     export,
     features,
@@ -111,6 +112,7 @@ __all__ = [
     "categories_of",
     "clamp_neurons",
     "compare",
+    "engines",
     "evaluate",
     "evaluation",
     "export",

@@ -21,6 +21,7 @@ from cyclopts import App, Parameter
 
 from workbench import __version__
 from workbench.export.command import export_vectors, import_vectors_from
+from workbench.engines.command import plan
 from workbench.safesteer.config import AnswerSettings, RunConfig, config_from
 from workbench.serve.command import serve
 
@@ -47,6 +48,7 @@ app.command(judge)
 app.command(export_vectors, name="export")
 app.command(import_vectors_from, name="import")
 app.command(serve)
+app.command(plan)
 app.register_install_completion_command(help="Install completion for your shell (bash, zsh, fish).")
 
 

@@ -233,6 +233,20 @@ def _checked_prompts(given: PromptsLike, conditions: Mapping[str, Condition]) ->
     return prompts
 
 
+def check_conditions(given: PromptsLike, conditions: Mapping[str, Condition]) -> list[Prompt]:
+    """Check of prompts and conditions what needs no model, as ``sweep`` does; return the prompts.
+
+    Raises:
+        ValueError: If there is nothing to answer, or a condition names no prompt.
+    """
+    prompts = _checked_prompts(given, conditions)
+    known_owners = {prompt.id for prompt in prompts}
+    known_owners |= {name for prompt in prompts for name in prompt.categories}
+    for name, condition in conditions.items():
+        _lists_by_owner(name, condition, known_owners)
+    return prompts
+
+
 def _answer_missing(
     loop: DecodeLoop,
     rows: Sequence[Row],
