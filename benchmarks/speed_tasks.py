@@ -23,9 +23,9 @@ from workbench.models.tokens import encode, pad_id, token_ids
 from workbench.stats.selectivity import Threshold
 
 RHO = 0.1
+"""Strength of the steering: what is added does not change what adding costs."""
 NATS_WITHIN = 3e-4
 """Largest difference of log-probabilities that is taken for rounding."""
-"""Strength of the steering: what is added does not change what adding costs."""
 
 
 RAW = "raw Hugging Face hooks"

@@ -20,8 +20,8 @@ import cyclopts.config
 from cyclopts import App, Parameter
 
 from workbench import __version__
-from workbench.export.command import export_vectors, import_vectors_from
 from workbench.engines.command import plan
+from workbench.export.command import export_vectors, import_vectors_from
 from workbench.safesteer.config import AnswerSettings, RunConfig, config_from
 from workbench.serve.command import serve
 
