@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "workbench"
 FOLDERS = {
     "files", "stats", "figures", "prompts", "models", "steering", "judges", "generation",
-    "neurons", "evaluation", "safesteer", "report", "integrations",
+    "engines", "neurons", "evaluation", "safesteer", "report", "integrations",
 }  # fmt: skip
 SOURCES = sorted(
     path

@@ -1,4 +1,5 @@
 from . import (
+    engines,
     evaluation,
     figures,
     files,
@@ -109,6 +110,7 @@ __all__ = [
     "categories_of",
     "clamp_neurons",
     "compare",
+    "engines",
     "evaluate",
     "evaluation",
     "figures",

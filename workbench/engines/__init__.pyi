@@ -1,0 +1,7 @@
+from .base import Engine, EngineCannot, LocalEngine
+
+__all__ = [
+    "Engine",
+    "EngineCannot",
+    "LocalEngine",
+]
