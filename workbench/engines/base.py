@@ -13,7 +13,7 @@ from workbench.generation.decoding import GREEDY
 from workbench.models.activations import cache_activations, class_moments
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from workbench.files.store import PathLike
     from workbench.generation.answers import Completion, Condition
@@ -106,6 +106,20 @@ class Engine(Protocol):
             EngineCannot: If an intervention or a way of decoding is not known to this engine.
         """
 
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Raise where the engine cannot read or steer at a site.
+
+        Raises:
+            EngineCannot: If it cannot.
+        """
+
+    def check_conditions(self, conditions: Iterable[Condition], decoding: Decoding) -> None:
+        """Raise where the engine cannot answer under a condition, or decode in this way.
+
+        Raises:
+            EngineCannot: If it cannot.
+        """
+
     def close(self) -> None:
         """End what the engine started; it answers no further calls."""
 
@@ -192,6 +206,12 @@ class LocalEngine:
             transfer=transfer,
             continue_response=continue_response,
         )
+
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Do nothing: every site that the model has can be read and steered."""
+
+    def check_conditions(self, conditions: Iterable[Condition], decoding: Decoding) -> None:
+        """Do nothing: every intervention can be carried out."""
 
     def close(self) -> None:
         """Do nothing: the model was given, and belongs to whoever loaded it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,6 +20,7 @@ from workbench.models.batches import (
     share_prefix,
     span_mask,
 )
+from workbench.models.elsewhere import carrier_of
 from workbench.models.finite import check_finite, not_finite
 from workbench.models.forward import forward, reading
 from workbench.models.hooked_model import input_device
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
     from workbench.prompts.forms import PromptsLike
 
+    PooledBatches = Callable[
+        [Sequence[Encoded], Sequence["Site"], str, int, int],
+        Iterator[tuple[Sequence[Encoded], dict["Site", Float[Tensor, "batch d"]]]],
+    ]
+
 
 SHARD = 256
 """Largest number of prompts per shard on disk: what an interruption can lose."""
@@ -54,6 +60,26 @@ but a batch at least."""
 
 PIECE = 256
 """Rows that are brought into memory at a time where a set is read in pieces."""
+
+
+class Reader(Protocol):
+    """Run prompts elsewhere and pool their activations: what an engine gives to the functions here.
+
+    Attributes:
+        name: Of the engine; a measurement on disk is told by it.
+    """
+
+    name: str
+
+    def pooled(
+        self,
+        encoded: Sequence[Encoded],
+        sites: Sequence[Site],
+        span: str,
+        batch_size: int,
+        max_tokens: int,
+    ) -> Iterator[tuple[Sequence[Encoded], dict[Site, Float[Tensor, "batch d"]]]]:
+        """Give rows in their order with the span means at every site, as ``pooled_batches``."""
 
 
 class _Values:
@@ -214,6 +240,7 @@ def cache_activations(
     max_tokens: int = 4096,
     store: PathLike | None = None,
     progress: bool = False,
+    reader: Reader | None = None,
 ) -> dict[Site, ActivationSet]:
     """Run prompts once and keep their pooled activations at all sites.
 
@@ -234,6 +261,7 @@ def cache_activations(
         store: Folder for shards on disk, where values stay until they are asked for. The same call
             finds them again; an interrupted one goes on; a damaged shard is redone.
         progress: Show a progress bar.
+        reader: What runs the prompts, where that is another engine than this process.
 
     Returns:
         One ``ActivationSet`` per site, rows in the order of ``prompts``.
@@ -243,17 +271,28 @@ def cache_activations(
     """
     prompts, sites = as_prompts(prompts), _as_tuple(sites)
     asked = asked_as(system_prompt, template_keywords)
+    if reader is None and (engine := carrier_of(model)) is not None:
+        how: dict[str, Any] = {
+            "span": span,
+            "progress": progress,
+            "store": store,
+            **asked_by(asked),
+        }
+        how |= {"batch_size": batch_size, "max_tokens": max_tokens}
+        return dict(engine.cache_activations(prompts, sites, **how))
     encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
     size, shards, held = _rows_per_shard(model, sites), None, _Gathered(len(order), sites)
+    pooled = partial(pooled_batches, model) if reader is None else reader.pooled
     if store is not None:
         what = _measurement(model, encoded, sites, span, asked)
+        what |= {} if reader is None else {"engine": reader.name}
         shards = ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
     bar = progress_bar(len(prompts), "activations", "prompt", show=progress)
     for number, start in enumerate(range(0, len(order), size)):
         places = order[start : start + size]
         rows = [encoded[i] for i in places]
-        pool = partial(_pool, model, rows, sites, span, batch_size, max_tokens, bar)
+        pool = partial(_pool, pooled, rows, sites, span, batch_size, max_tokens, bar)
         if shards is None:
             held.put(places, pool())
         else:
@@ -275,6 +314,7 @@ def class_moments(
     batch_size: int = 32,
     max_tokens: int = 4096,
     progress: bool = False,
+    reader: Reader | None = None,
 ) -> dict[Site, ClassMoments]:
     """Run prompts once and keep only mean and variance of each (category, label).
 
@@ -287,6 +327,10 @@ def class_moments(
     """
     prompts, sites = as_prompts(prompts), _as_tuple(sites)
     asked = asked_as(system_prompt, template_keywords)
+    if reader is None and (engine := carrier_of(model)) is not None:
+        how: dict[str, Any] = {"span": span, "progress": progress, **asked_by(asked)}
+        how |= {"batch_size": batch_size, "max_tokens": max_tokens}
+        return dict(engine.class_moments(prompts, sites, **how))
     encoded, info = _prepare(model, prompts, sites, span, asked)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
     classes = tuple(sorted({(name, p.label) for p in prompts for name in p.categories}))
@@ -294,7 +338,8 @@ def class_moments(
     mean: dict[Site, Tensor] = {}
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
     bar = progress_bar(len(prompts), "moments", "prompt", show=progress)
-    for rows, pooled in pooled_batches(model, encoded, sites, span, batch_size, max_tokens):
+    batches = partial(pooled_batches, model) if reader is None else reader.pooled
+    for rows, pooled in batches(encoded, sites, span, batch_size, max_tokens):
         row_of, class_of_row = _members([row.prompt for row in rows], classes)
         member = torch.nn.functional.one_hot(class_of_row, len(classes)).double()
         added = member.sum(dim=0)
@@ -493,7 +538,7 @@ class _Gathered:
 
 
 def _pool(
-    model: HookedModel,
+    pooled_of: PooledBatches,
     rows: Sequence[Encoded],
     sites: Sequence[Site],
     span: str,
@@ -503,7 +548,7 @@ def _pool(
 ) -> dict[str, Float[Tensor, "row d"]]:
     """Pool rows at every site, in their order, on the CPU; the sites as they print."""
     gathered, start = _Gathered(len(rows), sites), 0
-    for batch, pooled in pooled_batches(model, rows, sites, span, batch_size, max_tokens):
+    for batch, pooled in pooled_of(rows, sites, span, batch_size, max_tokens):
         places = range(start, start + len(batch))
         gathered.put(places, {str(site): pooled[site].cpu() for site in sites})
         start += len(batch)

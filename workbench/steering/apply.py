@@ -302,7 +302,7 @@ def _hooks(interventions: Sequence[Intervention], steering: Steering) -> list[An
         by_site.setdefault(intervention.site, []).append(intervention)
     watched = dict.fromkeys(one.gate for one in interventions if one.gate is not None)
     hooks: list[Any] = [(gate.site.hook_name, gate_hook_of(gate)) for gate in watched]
-    hooks += [(site.hook_name, hook_of(site, _compile(here))) for site, here in by_site.items()]
+    hooks += [(site.hook_name, hook_of(site, compiled(here))) for site, here in by_site.items()]
     return hooks
 
 
@@ -339,7 +339,7 @@ def _read(gate: Gate, activation: Float[Tensor, "batch pos d"], steering: Steeri
         steering.gates[gate] = GateState(scores, gate.opening(scores, before.opening))
 
 
-def _compile(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steering], Tensor]:
+def compiled(interventions: Sequence[Intervention]) -> Callable[[Tensor, Steering], Tensor]:
     """Make one function of all interventions at a site, in their order.
 
     Additions that come to the same together become one addition of a row-wise matrix.
