@@ -19,7 +19,7 @@ from workbench.generation._endings import Endings, Finish
 from workbench.generation._memory import rows_that_fit, weight_bytes
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.batches import batches_by_length, widths_to_keep_apart
-from workbench.models.elsewhere import carrier_of
+from workbench.models.elsewhere import carried
 from workbench.models.load import model_info
 from workbench.models.progress import progress_bar, say
 from workbench.models.templates import asked_as
@@ -137,6 +137,7 @@ def generate(
     )
 
 
+@carried
 def sweep(
     model: HookedModel,
     prompts: PromptsLike,
@@ -177,10 +178,6 @@ def sweep(
     """
     if not isinstance(decoding, Decoding):
         raise TypeError(f"decoding must be a wb.Decoding, got {decoding!r:.60}.")
-    how: dict[str, Any] = {"output": output, "progress": progress, "transfer": transfer}
-    how["continue_response"] = continue_response
-    if writer is None and (engine := carrier_of(model)) is not None:
-        return list(engine.sweep(prompts, conditions, decoding, **how))
     prompts = _checked_prompts(prompts, conditions)
     room: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, **decoding.asked_by}
     encoded = encode(model, prompts, with_response=continue_response, **room)

@@ -20,7 +20,7 @@ from workbench.models.batches import (
     share_prefix,
     span_mask,
 )
-from workbench.models.elsewhere import carrier_of
+from workbench.models.elsewhere import carried
 from workbench.models.finite import check_finite, not_finite
 from workbench.models.forward import forward, reading
 from workbench.models.hooked_model import input_device
@@ -228,6 +228,7 @@ class ClassMoments:
     model: ModelInfo
 
 
+@carried
 def cache_activations(
     model: HookedModel,
     prompts: PromptsLike,
@@ -271,38 +272,26 @@ def cache_activations(
     """
     prompts, sites = as_prompts(prompts), _as_tuple(sites)
     asked = asked_as(system_prompt, template_keywords)
-    if reader is None and (engine := carrier_of(model)) is not None:
-        how: dict[str, Any] = {
-            "span": span,
-            "progress": progress,
-            "store": store,
-            **asked_by(asked),
-        }
-        how |= {"batch_size": batch_size, "max_tokens": max_tokens}
-        return dict(engine.cache_activations(prompts, sites, **how))
     encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
     size, shards, held = _rows_per_shard(model, sites), None, _Gathered(len(order), sites)
-    pooled = partial(pooled_batches, model) if reader is None else reader.pooled
+    pooled = _pooled_by(model, reader)
     if store is not None:
-        what = _measurement(model, encoded, sites, span, asked)
-        what |= {} if reader is None else {"engine": reader.name}
-        shards = ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
+        what = _measurement(model, encoded, sites, span, asked, reader)
+        shards = ShardFolder.open(local_path(store), what, [p.id for p in prompts])
     bar = progress_bar(len(prompts), "activations", "prompt", show=progress)
     for number, start in enumerate(range(0, len(order), size)):
         places = order[start : start + size]
         rows = [encoded[i] for i in places]
         pool = partial(_pool, pooled, rows, sites, span, batch_size, max_tokens, bar)
-        if shards is None:
-            held.put(places, pool())
-        else:
-            shards.ensure(number, pool)
+        held.put(places, pool()) if shards is None else shards.ensure(number, pool)
         bar.update(start + len(rows) - bar.n)  # counts those that are on disk already too
     bar.close()
     values: Any = held.values if shards is None else shards.rows(sites, order)
     return {s: ActivationSet(s, values[s], tuple(prompts), span, info, asked) for s in sites}
 
 
+@carried
 def class_moments(
     model: HookedModel,
     prompts: PromptsLike,
@@ -327,10 +316,6 @@ def class_moments(
     """
     prompts, sites = as_prompts(prompts), _as_tuple(sites)
     asked = asked_as(system_prompt, template_keywords)
-    if reader is None and (engine := carrier_of(model)) is not None:
-        how: dict[str, Any] = {"span": span, "progress": progress, **asked_by(asked)}
-        how |= {"batch_size": batch_size, "max_tokens": max_tokens}
-        return dict(engine.class_moments(prompts, sites, **how))
     encoded, info = _prepare(model, prompts, sites, span, asked)
     encoded = [encoded[i] for i in order_by_length([len(row.ids) for row in encoded])]
     classes = tuple(sorted({(name, p.label) for p in prompts for name in p.categories}))
@@ -338,7 +323,7 @@ def class_moments(
     mean: dict[Site, Tensor] = {}
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
     bar = progress_bar(len(prompts), "moments", "prompt", show=progress)
-    batches = partial(pooled_batches, model) if reader is None else reader.pooled
+    batches = _pooled_by(model, reader)
     for rows, pooled in batches(encoded, sites, span, batch_size, max_tokens):
         row_of, class_of_row = _members([row.prompt for row in rows], classes)
         member = torch.nn.functional.one_hot(class_of_row, len(classes)).double()
@@ -489,6 +474,11 @@ def pooled_batches(
     raise not_finite(model, rows[row].prompt.id, batch.tokens, batch.mask, row)
 
 
+def _pooled_by(model: HookedModel, reader: Reader | None) -> PooledBatches:
+    """Say what runs rows and pools them: the model in this process, unless there is a reader."""
+    return partial(pooled_batches, model) if reader is None else reader.pooled
+
+
 def _as_tuple(sites: Sequence[Site] | Site) -> tuple[Site, ...]:
     several = (sites,) if isinstance(sites, str | Site) else tuple(dict.fromkeys(sites))
     wrong = next((site for site in several if not isinstance(site, Site)), None)
@@ -498,7 +488,12 @@ def _as_tuple(sites: Sequence[Site] | Site) -> tuple[Site, ...]:
 
 
 def _measurement(
-    model: HookedModel, encoded: Sequence[Encoded], sites: Sequence[Site], span: str, asked: str
+    model: HookedModel,
+    encoded: Sequence[Encoded],
+    sites: Sequence[Site],
+    span: str,
+    asked: str,
+    reader: Reader | None,
 ) -> dict[str, Any]:
     """Describe a measurement by all that its values depend on."""
     return {
@@ -510,6 +505,7 @@ def _measurement(
         "span": span,
         "sites": [str(site) for site in sites],
         "shard": _rows_per_shard(model, sites),
+        **({} if reader is None else {"engine": reader.name}),
     }
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from workbench.models.hooked_model import HookedModel
+
+
+F = TypeVar("F", bound="Callable[..., Any]")
 
 
 _CARRIER: ContextVar[Any] = ContextVar("carrier", default=None)
@@ -32,6 +36,23 @@ def carried_out_by(engine: Any) -> Iterator[None]:
         yield
     finally:
         _CARRIER.reset(token)
+
+
+def carried(function: F) -> F:
+    """Hand the calls of a function to the engine of its model, where there is one.
+
+    An engine's own call names its ``reader`` or ``writer``, and is not handed over again.
+    """
+
+    @wraps(function)
+    def call(model: HookedModel, prompts: Any, *args: Any, **keywords: Any) -> Any:
+        is_an_engines = keywords.get("reader") is not None or keywords.get("writer") is not None
+        engine = None if is_an_engines else carrier_of(model)
+        if engine is None:
+            return function(model, prompts, *args, **keywords)
+        return getattr(engine, function.__name__)(prompts, *args, **keywords)
+
+    return cast("F", call)
 
 
 def carrier_of(model: HookedModel) -> Any:
