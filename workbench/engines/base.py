@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from workbench.engines.names import EngineCannot
 from workbench.generation.answers import sweep
 from workbench.generation.decoding import GREEDY
 from workbench.models.activations import cache_activations, class_moments
 
+__all__ = ["Engine", "EngineCannot", "LocalEngine"]
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from workbench.files.store import PathLike
     from workbench.generation.answers import Completion, Condition
@@ -23,16 +26,6 @@ if TYPE_CHECKING:
     from workbench.models.sites import Site
     from workbench.models.templates import Keywords
     from workbench.prompts.forms import PromptsLike
-
-
-class EngineCannot(ValueError):  # noqa: N818 - it says what it is where it is caught
-    """Say that an engine cannot do what was asked of it, and which engine can.
-
-    It is raised before anything starts.
-    """
-
-    def __init__(self, engine: str, what: str, instead: str = "local") -> None:
-        super().__init__(f"engine {engine!r} cannot {what}; engine {instead!r} can.")
 
 
 class Engine(Protocol):
@@ -104,20 +97,6 @@ class Engine(Protocol):
 
         Raises:
             EngineCannot: If an intervention or a way of decoding is not known to this engine.
-        """
-
-    def check_sites(self, sites: Sequence[Site]) -> None:
-        """Raise where the engine cannot read or steer at a site.
-
-        Raises:
-            EngineCannot: If it cannot.
-        """
-
-    def check_conditions(self, conditions: Iterable[Condition], decoding: Decoding) -> None:
-        """Raise where the engine cannot answer under a condition, or decode in this way.
-
-        Raises:
-            EngineCannot: If it cannot.
         """
 
     def close(self) -> None:
@@ -206,12 +185,6 @@ class LocalEngine:
             transfer=transfer,
             continue_response=continue_response,
         )
-
-    def check_sites(self, sites: Sequence[Site]) -> None:
-        """Do nothing: every site that the model has can be read and steered."""
-
-    def check_conditions(self, conditions: Iterable[Condition], decoding: Decoding) -> None:
-        """Do nothing: every intervention can be carried out."""
 
     def close(self) -> None:
         """Do nothing: the model was given, and belongs to whoever loaded it."""

@@ -6,22 +6,31 @@ while the model writes. The model of a run is in this process anyway, for perple
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from workbench.engines.base import EngineCannot, LocalEngine
+from workbench.engines.base import Engine, EngineCannot, LocalEngine
 from workbench.generation.decoding import GREEDY
 from workbench.models.elsewhere import carried_out_by
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from workbench.engines.base import Engine
     from workbench.generation.answers import Completion, Condition
     from workbench.generation.decoding import Decoding
     from workbench.models.activations import ActivationSet, ClassMoments
     from workbench.models.hooked_model import HookedModel
     from workbench.models.sites import Site
     from workbench.prompts.forms import PromptsLike
+
+
+class PartEngine(Engine, Protocol):
+    """An engine that says beforehand what it cannot do."""
+
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Raise ``EngineCannot`` where it cannot read or steer at a site."""
+
+    def check_conditions(self, conditions: Iterable[Condition], decoding: Decoding) -> None:
+        """Raise ``EngineCannot`` where it cannot answer under a condition, or decode so."""
 
 
 class Beside:
@@ -34,7 +43,7 @@ class Beside:
         done_here: What the engine refused, in its words.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: PartEngine) -> None:
         self.name, self.engine, self.local = engine.name, engine, LocalEngine(engine.model)
         self.done_here: dict[str, None] = {}
 

@@ -12,6 +12,7 @@ from .hooked_model import HookedModel
 from .load import LoadNotes, ModelInfo, hooked, load_model, load_notes, model_info
 from .packaged import is_installed
 from .packing import Packing, is_packed, pack_linears, unpacked
+from .shell import load_shell
 from .sites import Site, check_sites, present_sites, sites_of_kind
 from .templates import asked_as, asked_by
 from .thoughts import ThoughtReader, answer_of
@@ -58,6 +59,7 @@ __all__ = [
     "last_logits",
     "load_model",
     "load_notes",
+    "load_shell",
     "model_info",
     "pack_linears",
     "pad",
