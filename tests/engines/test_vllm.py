@@ -126,11 +126,11 @@ def test_sixteen_requests_with_sixteen_vectors_equal_their_single_request_answer
 
 
 def test_what_cannot_be_done_is_refused_before_a_request_is_made(engines) -> None:
-    vllm, local = engines
+    vllm, _ = engines
     neuron = [Intervention(Site(2, "mlp_post"), ScaleNeurons((1,), 0.0))]
     with pytest.raises(EngineCannot, match=r"cannot read or steer L2.mlp_post; engine 'local' can"):
         vllm.sweep(questions(1), {"neuron": neuron}, DECODING)
-    with pytest.raises(EngineCannot, match="read or steer L2.z"):
+    with pytest.raises(EngineCannot, match=r"read or steer L2\.z"):
         vllm.cache_activations(questions(1), Site(2, "z"))
     with pytest.raises(EngineCannot, match="sample"):
         vllm.sweep(questions(1), {"unsteered": ()}, Decoding(temperature=1.0))

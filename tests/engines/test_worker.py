@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_a_mean_is_the_same_however_a_prompt_is_cut_into_passes(
     tag = {"row": "7", "span": [first, 8], "sites": [str(site)]}
     worker.run((whole[:5], tag, 0, 9))  # preempted: it begins again
     edges = [0, *sorted(cuts), 9]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         worker.run((tokens(2, 2), None, 0, 2), (whole[start:end], tag, start, 9))
     torch.testing.assert_close(
         worker.pooled()["7"][str(site)], whole[first:8].mean(dim=0), atol=1e-5, rtol=1e-5

@@ -44,9 +44,7 @@ def test_two_checkpoints_of_one_shape_have_two_identities(tiny_path: Path, tmp_p
     assert model_info(load_shell(copy)).fingerprint != before
 
 
-def test_a_vector_of_a_shell_steers_the_loaded_model_by_transfer_only(
-    tiny_path: Path, tiny
-) -> None:
+def test_a_vector_of_a_shell_steers_the_loaded_model_by_transfer(tiny_path: Path, tiny) -> None:
     shell = load_shell(tiny_path, dtype="float32")
     edit = AddVector(torch.ones(tiny.cfg.d_model))
     steering = [Intervention(Site(1, "resid_post"), edit, model=model_info(shell))]
