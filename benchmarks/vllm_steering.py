@@ -2,9 +2,9 @@
 
     .venv-vllm/bin/python benchmarks/vllm_steering.py
     .venv-vllm/bin/python benchmarks/vllm_steering.py --model qwen2.5-coder-0.5b --requests 64
-    python benchmarks/vllm_steering.py --model meta-llama/Llama-3.1-70B-Instruct --shell \\
-        --dtype bfloat16 --tensor-parallel 4 --requests 512 --tokens 128      # on GPUs
+    python benchmarks/vllm_steering.py --model BIG --shell --dtype bfloat16 --tensor-parallel 4
 
+The last line is for a model on GPUs, of which no weights are loaded beside vLLM's.
 One engine answers the same prompts in every case, and every answer has the same number of tokens,
 so that nothing but the steering differs. Cases take turns, and the table gives the median of their
 rounds and the ratio to the plain requests of the same round, which name no vector.
