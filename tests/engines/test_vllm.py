@@ -16,6 +16,7 @@ from helpers.tiny_models import tiny_model
 from workbench.engines.base import EngineCannot, LocalEngine
 from workbench.engines.vllm import open_vllm
 from workbench.generation.decoding import Decoding
+from workbench.models.activations import cache_activations
 from workbench.models.load import load_model
 from workbench.models.packaged import is_installed
 from workbench.models.shell import load_shell
@@ -54,9 +55,16 @@ def direction(model: Any, seed: int) -> torch.Tensor:
     return unit / unit.norm()
 
 
-def pushed(model: Any, seed: int, strength: float = 8.0, **extent: Any) -> list[Intervention]:
-    site = Site(model.cfg.n_layers // 2, "resid_post")
-    return [Intervention(site, AddVector(direction(model, seed), strength), **extent)]
+_NORMS: dict[str, float] = {}
+
+
+def pushed(model: Any, seed: int, **extent: Any) -> list[Intervention]:
+    """Push in a random direction at half depth, by 0.4 of the norm there."""
+    site, name = Site(model.cfg.n_layers // 2, "resid_post"), model.cfg.model_name
+    if name not in _NORMS:
+        _NORMS[name] = cache_activations(model, questions(3), site)[site].mean_norm()
+    edit = AddVector(direction(model, seed), 0.4 * _NORMS[name])
+    return [Intervention(site, edit, **extent)]
 
 
 def texts(answers: Any) -> list[tuple[Any, ...]]:

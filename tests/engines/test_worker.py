@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -170,6 +170,7 @@ def test_a_request_is_steered_and_read_at_the_same_site() -> None:
     )
 
 
+@settings(deadline=None, max_examples=25)
 @given(cuts=st.lists(st.integers(1, 8), max_size=3, unique=True), first=st.integers(0, 7))
 def test_a_mean_is_the_same_however_a_prompt_is_cut_into_passes(
     cuts: list[int], first: int
