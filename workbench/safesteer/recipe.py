@@ -93,6 +93,8 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
 
+VERDICTS = "verdicts.jsonl"
+"""File of a run that keeps what judges said."""
 GATE_CONDITIONS = (GATED, ORACLE, AT_RANDOM, ALWAYS, REFUSING)
 
 
@@ -109,8 +111,8 @@ def run(
     Args:
         config: What to do.
         folder: Where to; it must be new, unless ``resume``.
-        resume: Go on with an interrupted run of the same configuration. What is there is checked
-            and reused, so the result is the same as without the interruption.
+        resume: Go on with an interrupted run of the same configuration: what is there is checked
+            and reused, and the result is the same.
         progress: Show on standard error how far the run is, and the time that is left.
         model: A loaded model, instead of loading ``config.model``.
 
@@ -123,8 +125,7 @@ def run(
     opened = RunFolder.open(folder, config, resume=resume, progress=progress)
     with opened as out, engine_of_a_run() as carry_out:
         with out.stage("load"):
-            verdicts = out.path / "verdicts.jsonl"
-            job = load_job(config, verdicts=verdicts, model=model, progress=progress)
+            job = load_job(config, verdicts=out.path / VERDICTS, model=model, progress=progress)
             carry_out(engine := engine_of(job))
             out.note(**job.facts())
             out.plan(planned_work(job))
