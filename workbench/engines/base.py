@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from workbench.engines.names import EngineCannot
 from workbench.generation.answers import sweep
 from workbench.generation.decoding import GREEDY
 from workbench.models.activations import cache_activations, class_moments
+
+__all__ = ["Engine", "EngineCannot", "LocalEngine"]
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,16 +26,6 @@ if TYPE_CHECKING:
     from workbench.models.sites import Site
     from workbench.models.templates import Keywords
     from workbench.prompts.forms import PromptsLike
-
-
-class EngineCannot(ValueError):  # noqa: N818 - it says what it is where it is caught
-    """Say that an engine cannot do what was asked of it, and which engine can.
-
-    It is raised before anything starts.
-    """
-
-    def __init__(self, engine: str, what: str, instead: str = "local") -> None:
-        super().__init__(f"engine {engine!r} cannot {what}; engine {instead!r} can.")
 
 
 class Engine(Protocol):

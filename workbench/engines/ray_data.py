@@ -32,7 +32,7 @@ from workbench.judges.opening import JudgeSettings, check_judge
 from workbench.models.activations import ActivationSet, ClassMoments
 from workbench.models.load import load_model, model_info
 from workbench.models.progress import progress_bar
-from workbench.models.shard_plan import as_sites, plan_shards
+from workbench.models.shard_plan import plan_shards, several_sites
 from workbench.models.stored_rows import ShardFolder, shard_path
 from workbench.models.templates import asked_as, asked_by
 from workbench.prompts.forms import as_prompts
@@ -136,7 +136,7 @@ class RayEngine:
 
         Without a store all values come into the memory of this process.
         """
-        prompts, sites = as_prompts(prompts), as_sites(sites)
+        prompts, sites = as_prompts(prompts), several_sites(sites)
         asked = asked_as(system_prompt, template_keywords)
         reads = _reads(sites, span, asked, batch_size, max_tokens)
         plan = self._plan(prompts, reads)
@@ -190,7 +190,7 @@ class RayEngine:
             store: Folder that keeps the moments of each shard, so that an interrupted call goes on.
             progress: Show a progress bar.
         """
-        prompts, sites = as_prompts(prompts), as_sites(sites)
+        prompts, sites = as_prompts(prompts), several_sites(sites)
         asked = asked_as(system_prompt, template_keywords)
         reads = _reads(sites, span, asked, batch_size, max_tokens)
         plan = self._plan(prompts, reads)

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,10 +14,12 @@ import torch
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, local_path, read_jsonl
 from workbench.generation._decode_loop import Decoded, DecodeLoop, Row
+from workbench.generation._elsewhere import Writer, answer_elsewhere
 from workbench.generation._endings import Endings, Finish
 from workbench.generation._memory import rows_that_fit, weight_bytes
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.models.batches import batches_by_length, widths_to_keep_apart
+from workbench.models.elsewhere import carried
 from workbench.models.load import model_info
 from workbench.models.progress import progress_bar, say
 from workbench.models.templates import asked_as
@@ -134,6 +137,7 @@ def generate(
     )
 
 
+@carried
 def sweep(
     model: HookedModel,
     prompts: PromptsLike,
@@ -144,6 +148,7 @@ def sweep(
     progress: bool = False,
     transfer: bool = False,
     continue_response: bool = False,
+    writer: Writer | None = None,
 ) -> list[Completion]:
     """Answer prompts under several conditions, as rows of common batches.
 
@@ -162,6 +167,7 @@ def sweep(
         transfer: Allow vectors of another model of the same architecture.
         continue_response: Take each prompt's ``response`` as the answer's beginning; the
             completion is what follows it.
+        writer: What writes the answers, where that is another engine than this process.
 
     Returns:
         Completions, condition by condition, prompts in order, sample by sample.
@@ -173,23 +179,22 @@ def sweep(
     if not isinstance(decoding, Decoding):
         raise TypeError(f"decoding must be a wb.Decoding, got {decoding!r:.60}.")
     prompts = _checked_prompts(prompts, conditions)
-    encoded = encode(
-        model,
-        prompts,
-        with_response=continue_response,
-        max_new_tokens=decoding.max_new_tokens,
-        **decoding.asked_by,
-    )
-    rows, groups = _rows(
-        model, encoded, conditions, decoding, transfer, with_keys=output is not None
-    )
-    answers = _read_output(output, {row.key for row in rows})
+    room: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, **decoding.asked_by}
+    encoded = encode(model, prompts, with_response=continue_response, **room)
+    keyed: dict[str, Any] = {"with_keys": output is not None, "engine": writer and writer.name}
+    rows, groups = _rows(model, encoded, conditions, decoding, transfer, **keyed)
     endings = Endings.of(model, decoding, continue_response=continue_response)
-    loop = DecodeLoop(model, groups, decoding, transfer, endings)
-    _answer_missing(loop, rows, answers, output, progress=progress)
+    answers = _read_output(output, {row.key for row in rows})
+    if writer is None:
+        loop = DecodeLoop(model, groups, decoding, transfer, endings)
+        _answer_missing(loop, rows, answers, output, progress=progress)
+    else:
+        make = partial(_answer, endings=endings), _give
+        asked = groups, _rows_alike(rows), answers, decoding
+        answer_elsewhere(writer, *asked, *make, output, progress=progress)
     _check_reached(rows, groups, answers)
-    asked = asked_key(model, decoding.asked_by)
-    completions = [_completion(row, answers[row.key], asked) for row in rows]
+    of = asked_key(model, decoding.asked_by)
+    completions = [_completion(row, answers[row.key], of) for row in rows]
     _warn_of_cut_thoughts(completions, decoding)
     return completions
 
@@ -409,13 +414,14 @@ def _rows(
     transfer: bool,
     *,
     with_keys: bool,
+    engine: str | None,
 ) -> tuple[list[Row], list[list[Intervention]]]:
     """Make a row per condition and prompt, and the lists of interventions the rows point to.
 
     A row's key says everything that decides its answer; without ``with_keys`` (no file keeps
     the answers) the interventions are left out of it.
     """
-    settings = _settings(model, decoding)
+    settings = _settings(model, decoding) | ({} if engine is None else {"engine": engine})
     known_owners = {row.prompt.id for row in encoded}
     known_owners |= {name for row in encoded for name in row.prompt.categories}
     groups: list[list[Intervention]] = [[]]  # group 0: nothing is done

@@ -13,6 +13,7 @@ from .hooked_model import HookedModel
 from .load import LoadNotes, ModelInfo, hooked, load_model, load_notes, model_info
 from .packaged import is_installed
 from .packing import Packing, is_packed, pack_linears, unpacked
+from .shell import load_shell
 from .site_names import as_sites
 from .sites import Site, check_sites, present_sites, sites_of_kind
 from .templates import asked_as, asked_by
@@ -63,6 +64,7 @@ __all__ = [
     "last_logits",
     "load_model",
     "load_notes",
+    "load_shell",
     "model_info",
     "pack_linears",
     "pad",

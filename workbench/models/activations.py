@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,6 +20,7 @@ from workbench.models.batches import (
     share_prefix,
     span_mask,
 )
+from workbench.models.elsewhere import carried
 from workbench.models.finite import check_finite, not_finite
 from workbench.models.forward import forward, reading
 from workbench.models.hooked_model import input_device
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
     from workbench.prompts.forms import PromptsLike
 
+    PooledBatches = Callable[
+        [Sequence[Encoded], Sequence["Site"], str, int, int],
+        Iterator[tuple[Sequence[Encoded], dict["Site", Float[Tensor, "batch d"]]]],
+    ]
+
 
 SHARD = 256
 """Largest number of prompts per shard on disk: what an interruption can lose."""
@@ -55,6 +61,26 @@ but a batch at least."""
 
 PIECE = 256
 """Rows that are brought into memory at a time where a set is read in pieces."""
+
+
+class Reader(Protocol):
+    """Run prompts elsewhere and pool their activations: what an engine gives to the functions here.
+
+    Attributes:
+        name: Of the engine; a measurement on disk is told by it.
+    """
+
+    name: str
+
+    def pooled(
+        self,
+        encoded: Sequence[Encoded],
+        sites: Sequence[Site],
+        span: str,
+        batch_size: int,
+        max_tokens: int,
+    ) -> Iterator[tuple[Sequence[Encoded], dict[Site, Float[Tensor, "batch d"]]]]:
+        """Give rows in their order with the span means at every site, as ``pooled_batches``."""
 
 
 class _Values:
@@ -203,6 +229,7 @@ class ClassMoments:
     model: ModelInfo
 
 
+@carried
 def cache_activations(
     model: HookedModel,
     prompts: PromptsLike,
@@ -215,6 +242,7 @@ def cache_activations(
     max_tokens: int = 4096,
     store: PathLike | None = None,
     progress: bool = False,
+    reader: Reader | None = None,
 ) -> dict[Site, ActivationSet]:
     """Run prompts once and keep their pooled activations at all sites.
 
@@ -235,6 +263,7 @@ def cache_activations(
         store: Folder for shards on disk, where values stay until they are asked for. The same call
             finds them again; an interrupted one goes on; a damaged shard is redone.
         progress: Show a progress bar.
+        reader: What runs the prompts, where that is another engine than this process.
 
     Returns:
         One ``ActivationSet`` per site, rows in the order of ``prompts``.
@@ -247,24 +276,23 @@ def cache_activations(
     encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
     size, shards, held = _rows_per_shard(model, sites), None, _Gathered(len(order), sites)
+    pooled = _pooled_by(model, reader)
     if store is not None:
-        what = _measurement(model, encoded, sites, span, asked)
-        shards = ShardFolder.open(local_path(store), what, [prompt.id for prompt in prompts])
+        what = _measurement(model, encoded, sites, span, asked, reader)
+        shards = ShardFolder.open(local_path(store), what, [p.id for p in prompts])
     bar = progress_bar(len(prompts), "activations", "prompt", show=progress)
     for number, start in enumerate(range(0, len(order), size)):
         places = order[start : start + size]
         rows = [encoded[i] for i in places]
-        pool = partial(_pool, model, rows, sites, span, batch_size, max_tokens, bar)
-        if shards is None:
-            held.put(places, pool())
-        else:
-            shards.ensure(number, pool)
+        pool = partial(_pool, pooled, rows, sites, span, batch_size, max_tokens, bar)
+        held.put(places, pool()) if shards is None else shards.ensure(number, pool)
         bar.update(start + len(rows) - bar.n)  # counts those that are on disk already too
     bar.close()
     values: Any = held.values if shards is None else shards.rows(sites, order)
     return {s: ActivationSet(s, values[s], tuple(prompts), span, info, asked) for s in sites}
 
 
+@carried
 def class_moments(
     model: HookedModel,
     prompts: PromptsLike,
@@ -276,6 +304,7 @@ def class_moments(
     batch_size: int = 32,
     max_tokens: int = 4096,
     progress: bool = False,
+    reader: Reader | None = None,
 ) -> dict[Site, ClassMoments]:
     """Run prompts once and keep only mean and variance of each (category, label).
 
@@ -295,7 +324,8 @@ def class_moments(
     mean: dict[Site, Tensor] = {}
     squares: dict[Site, Tensor] = {}  # sums of squared deviations from the mean
     bar = progress_bar(len(prompts), "moments", "prompt", show=progress)
-    for rows, pooled in pooled_batches(model, encoded, sites, span, batch_size, max_tokens):
+    batches = _pooled_by(model, reader)
+    for rows, pooled in batches(encoded, sites, span, batch_size, max_tokens):
         row_of, class_of_row = _members([row.prompt for row in rows], classes)
         member = torch.nn.functional.one_hot(class_of_row, len(classes)).double()
         added = member.sum(dim=0)
@@ -452,8 +482,18 @@ def pooled_batches(
     raise not_finite(model, rows[row].prompt.id, batch.tokens, batch.mask, row)
 
 
+def _pooled_by(model: HookedModel, reader: Reader | None) -> PooledBatches:
+    """Say what runs rows and pools them: the model in this process, unless there is a reader."""
+    return partial(pooled_batches, model) if reader is None else reader.pooled
+
+
 def _measurement(
-    model: HookedModel, encoded: Sequence[Encoded], sites: Sequence[Site], span: str, asked: str
+    model: HookedModel,
+    encoded: Sequence[Encoded],
+    sites: Sequence[Site],
+    span: str,
+    asked: str,
+    reader: Reader | None,
 ) -> dict[str, Any]:
     """Describe a measurement by all that its values depend on."""
     return {
@@ -465,6 +505,7 @@ def _measurement(
         "span": span,
         "sites": [str(site) for site in sites],
         "shard": _rows_per_shard(model, sites),
+        **({} if reader is None else {"engine": reader.name}),
     }
 
 
@@ -493,7 +534,7 @@ class _Gathered:
 
 
 def _pool(
-    model: HookedModel,
+    pooled_of: PooledBatches,
     rows: Sequence[Encoded],
     sites: Sequence[Site],
     span: str,
@@ -503,7 +544,7 @@ def _pool(
 ) -> dict[str, Float[Tensor, "row d"]]:
     """Pool rows at every site, in their order, on the CPU; the sites as they print."""
     gathered, start = _Gathered(len(rows), sites), 0
-    for batch, pooled in pooled_batches(model, rows, sites, span, batch_size, max_tokens):
+    for batch, pooled in pooled_of(rows, sites, span, batch_size, max_tokens):
         places = range(start, start + len(batch))
         gathered.put(places, {str(site): pooled[site].cpu() for site in sites})
         start += len(batch)

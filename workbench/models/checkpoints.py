@@ -239,6 +239,18 @@ def _safely(revision: str | None) -> dict[str, Any]:
     return {"revision": revision or "main", "trust_remote_code": False}
 
 
+def read_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a checkpoint with transformers.
+
+    Raises:
+        ValueError: If it cannot be read, in one line.
+    """
+    from transformers import AutoTokenizer
+
+    with _in_one_line(_shown(source)), quiet_transformers():
+        return AutoTokenizer.from_pretrained(source, **_safely(revision))
+
+
 def read_checkpoint(
     source: str | Path, config: Any, placement: Placement, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

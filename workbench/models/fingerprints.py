@@ -36,6 +36,10 @@ _KNOWN: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDiction
 """Fingerprint of each model, with the state of the weights that it was computed for."""
 
 
+_TAKEN: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+"""Fingerprints of models whose weights are elsewhere."""
+
+
 def fingerprint(model: HookedModel) -> str:
     """Hash every weight's bits and the chat template, to 16 hexadecimal digits.
 
@@ -48,7 +52,14 @@ def fingerprint(model: HookedModel) -> str:
         return _fingerprint(model)
 
 
+def take_fingerprint(model: HookedModel, digest: str) -> None:
+    """Let a model have a fingerprint that was computed elsewhere: its weights are not here."""
+    _TAKEN[model] = digest
+
+
 def _fingerprint(model: HookedModel) -> str:
+    if model in _TAKEN:
+        return _TAKEN[model]
     source: Any = hugging_face_model(model) or model
     weights = sorted(
         (path.replace("._original_component", ""), path, tensor)

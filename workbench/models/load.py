@@ -175,12 +175,10 @@ def load_model(
     if not isinstance(name_or_path, str | Path | None):
         raise TypeError(f"a model is given by its name or path, got {name_or_path!r:.60}.")
     placement = _parse_placement(device, dtype, quantize, device_map, max_memory)
-    if name_or_path is None:  # the packaged copy has no revisions: who asks for one wants the hub's
-        from_hub = revision is not None or on_hub_or_cached(DEFAULT_MODEL, None)
-        name_or_path = DEFAULT_MODEL if from_hub else EMBEDDED
+    name_or_path = default_name(revision) if name_or_path is None else name_or_path
     source, name = find_checkpoint(name_or_path, revision)
     config = read_config(source, revision)
-    _check_architecture(config, name)
+    check_architecture(config, name)
     precision = _precision(placement, config, name)
     placement = replace(placement, dtype=precision.dtype)
     hf_model, tokenizer = read_checkpoint(source, config, placement, revision)
@@ -192,6 +190,13 @@ def load_model(
     if not _is_placed(hf_model) and quantize is None and not notes.packing.packed:
         align_weights(hf_model)  # packed layers read their own copies
     return model
+
+
+def default_name(revision: str | None = None) -> str:
+    """Name the model that is loaded where none is named: the hub's, or the packaged copy."""
+    # The packaged copy has no revisions: who asks for one wants the hub's.
+    from_hub = revision is not None or on_hub_or_cached(DEFAULT_MODEL, None)
+    return DEFAULT_MODEL if from_hub else EMBEDDED
 
 
 def hooked(
@@ -273,7 +278,7 @@ def _precision(placement: Placement, config: Any, name: str) -> Precision:
     return precision
 
 
-def _check_architecture(config: Any, name: str) -> None:
+def check_architecture(config: Any, name: str) -> None:
     """Raise where TransformerLens has no adapter for an architecture, before weights are read."""
     try:
         from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES

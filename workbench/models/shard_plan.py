@@ -6,9 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from workbench.models.activations import _as_tuple, _measurement, _prepare
+from workbench.models.activations import _measurement, _prepare
 from workbench.models.batches import order_by_length
 from workbench.models.load import ModelInfo
+from workbench.models.site_names import as_sites
+from workbench.models.sites import Site
 from workbench.models.templates import Keywords, asked_as
 from workbench.prompts.forms import as_prompts
 
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.models.hooked_model import HookedModel
-    from workbench.models.sites import Site
     from workbench.prompts.forms import PromptsLike
 
 
@@ -66,18 +67,22 @@ def plan_shards(
     Arguments and errors are those of ``cache_activations``. A shard holds what that function gives
     for the shard's prompts alone, in the plan's order.
     """
-    prompts, sites = as_prompts(prompts), _as_tuple(sites)
+    prompts, sites = as_prompts(prompts), as_sites(model, sites)
     asked = asked_as(system_prompt, template_keywords)
     encoded, info = _prepare(model, prompts, sites, span, asked)
     order = order_by_length([len(row.ids) for row in encoded])
-    what = _measurement(model, encoded, sites, span, asked)
+    what = _measurement(model, encoded, sites, span, asked, None)
     return ShardPlan(what, tuple(order), what["shard"], info)
 
 
-def as_sites(sites: Sequence[Site] | Site) -> tuple[Site, ...]:
-    """Make a tuple of one or several sites, each once.
+def several_sites(sites: Sequence[Site] | Site) -> tuple[Site, ...]:
+    """Make a tuple of one or several sites, each once, where there is no model to ask for names.
 
     Raises:
         TypeError: If something else is given.
     """
-    return _as_tuple(sites)
+    several = (sites,) if isinstance(sites, str | Site) else tuple(dict.fromkeys(sites))
+    wrong = next((site for site in several if not isinstance(site, Site)), None)
+    if wrong is not None:
+        raise TypeError(f"sites are given as wb.Site(layer, kind), got {wrong!r:.60}.")
+    return several

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from workbench.engines.names import ENGINES, EngineCannot
 from workbench.files.hints import did_you_mean
 
 if TYPE_CHECKING:
@@ -126,6 +127,10 @@ class RunConfig(AnswerSettings):
         max_memory: with a device map, the largest share of each device, as 0=20GiB cpu=60GiB
         packing: linear layers packed for the processor's fast product: on, off, or auto, which
             packs where that was measured to be faster
+        engine: what caches activations and writes answers: local (the model in this process), vllm
+            (docs/vllm.md; the model in this process does what it cannot), or ray (docs/scale.md)
+        engine_settings: of the engine, as name=value: for vllm tensor_parallel_size=2,
+            max_model_len=4096 and other arguments of vllm.LLM, for ray workers=4, address=auto
         prompts: data sets: a jsonl file of prompts, "safebench:PATH", a hub set by name, or
             several with commas (default: the project's own)
         categories: risk categories (default: all that the prompts have)
@@ -192,6 +197,8 @@ class RunConfig(AnswerSettings):
     device_map: str | None = None
     max_memory: tuple[str, ...] | None = None
     packing: str = "auto"
+    engine: str = "local"
+    engine_settings: tuple[str, ...] | None = None
     prompts: str | None = None
     categories: tuple[str, ...] | None = None
     tune_prompts: int = 6
@@ -240,7 +247,8 @@ class RunConfig(AnswerSettings):
                 f"search must be one of {', '.join(SEARCHES)}, got {self.search!r}.{hint}"
             )
         _check_count("applied_tokens", self.applied_tokens)
-        for name in ("categories", "constructions", "max_memory", "judge", "applied"):
+        named = ("categories", "constructions", "max_memory", "judge", "applied", "engine_settings")
+        for name in named:
             _check_names(name, getattr(self, name))
         _check_loading(self)
         _check_judges(self)
@@ -276,13 +284,14 @@ def config_from(mapping: Mapping[str, Any]) -> RunConfig:
                 f"{did_you_mean(str(name), names)}"
             )
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items()}
-    if isinstance(values.get("max_memory"), Mapping):  # as YAML may have it
-        values["max_memory"] = tuple(f"{k}={v}" for k, v in values["max_memory"].items())
+    for name in ("max_memory", "engine_settings"):
+        if isinstance(values.get(name), Mapping):  # as YAML may have it
+            values[name] = tuple(f"{k}={v}" for k, v in values[name].items())
     values = {k: v for k, v in values.items() if v is not None or k not in ("stop", "template")}
     if isinstance(values.get("judge"), str):
         values["judge"] = (values["judge"],)
     lists = ("categories", "constructions", "rhos", "layers", "multipliers", "stop", "max_memory")
-    for name in (*lists, "judge", "applied"):
+    for name in (*lists, "judge", "applied", "engine_settings"):
         if values.get(name) is not None and not isinstance(values[name], tuple):
             raise ValueError(f"{name} must be a list, got {values[name]!r}.")
     texts = (
@@ -293,6 +302,7 @@ def config_from(mapping: Mapping[str, Any]) -> RunConfig:
         "search",
         "quantize",
         "device_map",
+        "engine",
         "system_prompt",
     )
     of_paper = ("preset", "vectors_from", *CHOICES)
@@ -308,6 +318,11 @@ def config_from(mapping: Mapping[str, Any]) -> RunConfig:
         if values.get(name) is not None and not isinstance(values[name], str):
             raise ValueError(f"{name} must be a text, got {values[name]!r}.")
     return RunConfig(**values)
+
+
+def settings_of_engine(config: RunConfig) -> dict[str, Any]:
+    """Read the settings of a run's engine from their entries name=value."""
+    return _keywords(config.engine_settings or (), "engine_settings", "tensor_parallel_size=2")
 
 
 def _fill_in(config: RunConfig) -> None:
@@ -419,12 +434,29 @@ def _check_loading(config: RunConfig) -> None:
         raise ValueError("give either device or device_map, not both.")
     if config.max_memory is not None and config.device_map is None:
         raise ValueError("max_memory needs device_map, such as auto.")
+    _check_engine(config)
     for share in config.max_memory or ():
         device, _, size = share.partition("=")
         if not device or not size:
             raise ValueError(
                 f"max_memory must be shares such as 0=20GiB or cpu=60GiB, got {share!r}."
             )
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Check the engine, and that it can run the model as it is asked for."""
+    if config.engine not in ENGINES:
+        hint = did_you_mean(str(config.engine), ENGINES)
+        known = ", ".join(ENGINES)
+        raise ValueError(f"engine must be one of {known}, got {config.engine!r}.{hint}")
+    if config.engine == "local" and config.engine_settings is not None:
+        raise ValueError("engine_settings are for another engine than local; give engine, too.")
+    settings_of_engine(config)
+    if config.engine == "vllm" and config.temperature > 0:
+        raise EngineCannot("vllm", "sample with the same random numbers for all conditions")
+    if config.engine != "local" and config.quantize is not None:
+        cannot = f"run weights that are quantised here ({config.quantize})"
+        raise EngineCannot(config.engine, cannot)
 
 
 def _check_judges(config: RunConfig) -> None:
@@ -455,14 +487,16 @@ def _entries(keywords: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(entries)
 
 
-def _keywords(entries: Sequence[str]) -> dict[str, Any]:
-    """Read template keywords from entries name=value."""
+def _keywords(
+    entries: Sequence[str], what: str = "template", example: str = "enable_thinking=true"
+) -> dict[str, Any]:
+    """Read keywords from entries name=value."""
     keywords: dict[str, Any] = {}
     for entry in entries:
         name, sign, value = entry.partition("=") if isinstance(entry, str) else ("", "", "")
         if not sign or not name.strip():
             raise ValueError(
-                f"template must be entries name=value, such as enable_thinking=true, got {entry!r}."
+                f"{what} must be entries name=value, such as {example}, got {entry!r}."
             )
         keywords[name.strip()] = _value(value)
     return keywords

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from workbench.engines.beside import Beside
+from workbench.engines.opening import open_engine
 from workbench.evaluation.metrics import HARD_SAFE
 from workbench.evaluation.result import Evaluation
 from workbench.evaluation.scoring import Perplexities, score_completions
@@ -16,7 +18,7 @@ from workbench.generation.answers import Completion
 from workbench.judges.cache import cached
 from workbench.judges.opening import JudgeSettings, check_judge, open_judge
 from workbench.judges.text_quality import RememberedTexts, load_encoder
-from workbench.models.load import load_model, load_notes, model_info
+from workbench.models.load import default_name, load_model, load_notes, model_info
 from workbench.models.packing import is_packed
 from workbench.models.tokens import encode, template_text
 from workbench.models.trusted_paths import untrusted_paths
@@ -34,12 +36,14 @@ from workbench.prompts.prompt import (
     text_key,
 )
 from workbench.safesteer.calibration import NEUTRAL_TOKENS, Limits
+from workbench.safesteer.config import settings_of_engine
 from workbench.safesteer.constructions import GUIDED_BOTH, OWN, reads_of, wanted_names
 from workbench.safesteer.own_answers import ALTERNATIVES, INSTRUCTION, instructed
 from workbench.safesteer.paper import check_contrast_of, places_of
 from workbench.safesteer.positive_control import refusals_of
 
 if TYPE_CHECKING:
+    from workbench.engines.base import Engine
     from workbench.files.store import PathLike
     from workbench.generation.decoding import Decoding
     from workbench.judges.base import Judge
@@ -327,6 +331,23 @@ def load_run_model(config: RunConfig) -> HookedModel:
         max_memory={int(k) if k.isdecimal() else k: v for k, v in shares.items()} or None,
         **how,
     )
+
+
+def engine_of(job: Job) -> Engine | None:
+    """Open the engine that carries out what a run asks of its model; None where the model does.
+
+    Raises:
+        ImportError: If what it needs is not installed.
+    """
+    name_or_path = default_name() if job.config.model is None else job.config.model
+    settings = settings_of_engine(job.config)
+    return open_engine(job.config.engine, name_or_path, job.model, settings)
+
+
+def engine_facts(name: str, engine: Engine | None) -> dict[str, Any]:
+    """Say for a run's notes which engine it used, and what the model itself had to do."""
+    done_here = list(engine.done_here) if isinstance(engine, Beside) else []
+    return {"name": name, "done_by_the_model_here": done_here}
 
 
 def load_source(config: RunConfig, model: HookedModel) -> HookedModel | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from workbench.engines.opening import engine_of_a_run
 from workbench.evaluation.comparisons import judge_agreement
 from workbench.evaluation.gating import (
     AT_RANDOM,
@@ -61,6 +62,8 @@ from workbench.safesteer.fit_answers import UNANSWERED, FitAnswers, answers_to_f
 from workbench.safesteer.inputs import (
     TUNE_NEUTRAL,
     Job,
+    engine_facts,
+    engine_of,
     limits_of,
     load_job,
     not_known_to,
@@ -90,6 +93,8 @@ if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
     from workbench.safesteer.config import RunConfig
 
+VERDICTS = "verdicts.jsonl"
+"""File of a run that keeps what judges said."""
 GATE_CONDITIONS = (GATED, ORACLE, AT_RANDOM, ALWAYS, REFUSING)
 
 
@@ -106,8 +111,8 @@ def run(
     Args:
         config: What to do.
         folder: Where to; it must be new, unless ``resume``.
-        resume: Go on with an interrupted run of the same configuration. What is there is checked
-            and reused, so the result is the same as without the interruption.
+        resume: Go on with an interrupted run of the same configuration: what is there is checked
+            and reused, and the result is the same.
         progress: Show on standard error how far the run is, and the time that is left.
         model: A loaded model, instead of loading ``config.model``.
 
@@ -117,10 +122,11 @@ def run(
     Raises:
         ValueError: If the folder holds another run, or the input does not allow the run.
     """
-    with RunFolder.open(folder, config, resume=resume, progress=progress) as out:
+    opened = RunFolder.open(folder, config, resume=resume, progress=progress)
+    with opened as out, engine_of_a_run() as carry_out:
         with out.stage("load"):
-            verdicts = out.path / "verdicts.jsonl"
-            job = load_job(config, verdicts=verdicts, model=model, progress=progress)
+            job = load_job(config, verdicts=out.path / VERDICTS, model=model, progress=progress)
+            carry_out(engine := engine_of(job))
             out.note(**job.facts())
             out.plan(planned_work(job))
         with out.stage("own answers"):
@@ -150,6 +156,7 @@ def run(
         if config.fitted_is_evaluated:
             with out.stage(FITTED, may_be_left_out=True):
                 evaluate_fitted(job, out, behind, vectors, tuned, main)
+        out.note(engine=engine_facts(config.engine, engine))
         return out.finish()
 
 
