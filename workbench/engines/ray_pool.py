@@ -6,6 +6,7 @@ and settings on their way between its own processes; nothing here reads a pickle
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
@@ -137,7 +138,7 @@ def run_jobs(
 
     Raises:
         RuntimeError: If a job has killed its worker too often, or Ray has ended.
-        Exception: What a worker raised, as it raised it.
+        ValueError: What a worker raised, in its words; TypeError, OSError and RuntimeError too.
     """
     if not jobs:
         return
@@ -165,7 +166,11 @@ def run_jobs(
         )
     seen: set[int] = set()
     for block in _blocks(ray, data):
-        for number, result in zip(block["number"], block["result"], strict=True):
+        for number, result, error in zip(
+            block["number"], block["result"], block["error"], strict=True
+        ):
+            if error.as_py():
+                raise _error(error.as_py())
             if number.as_py() not in seen:  # a job that was begun twice counts once
                 seen.add(number.as_py())
                 yield number.as_py(), result.as_py()
@@ -174,47 +179,62 @@ def run_jobs(
 
 
 class _Actor:
-    """Adapt a worker to Ray Data: a table of one job in, a table of one result out."""
+    """Adapt a worker to Ray Data: a table of one job in, a table of one result or error out.
+
+    Errors travel as words, for Ray drops what is under the errors that it wraps.
+    """
 
     def __init__(self, worker: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-        self.worker = worker(**settings)
+        self.worker, self.error = None, ""
+        try:
+            self.worker = worker(**settings)
+        except tuple(_KNOWN.values()) as error:
+            self.error = _in_words(error)
 
     def __call__(self, jobs: Any) -> Any:
         import pyarrow as pa
 
-        results = [self.worker.do(job.as_py()) for job in jobs["job"]]
-        return pa.table({"number": jobs["number"], "result": pa.array(results, pa.large_binary())})
+        done = [self._do(job.as_py()) for job in jobs["job"]]
+        results = pa.array([result for result, _ in done], pa.large_binary())
+        errors = pa.array([error for _, error in done], pa.large_string())
+        return pa.table({"number": jobs["number"], "result": results, "error": errors})
+
+    def _do(self, job: str) -> tuple[bytes, str]:
+        if self.worker is None:
+            return b"", self.error
+        try:
+            return self.worker.do(job), ""
+        except tuple(_KNOWN.values()) as error:
+            return b"", _in_words(error)
+
+
+_KNOWN = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, OSError)}
+"""Errors that a worker may raise about what it was asked."""
+
+
+def _in_words(error: BaseException) -> str:
+    """Write an error down, as the kind among those known that it is of."""
+    name = next(name for name, kind in _KNOWN.items() if isinstance(error, kind))
+    return json.dumps([name, str(error)])
+
+
+def _error(words: str) -> Exception:
+    """Make an error again of what ``_in_words`` wrote."""
+    name, text = json.loads(words)
+    return _KNOWN[name](text)
 
 
 def _blocks(ray: Any, data: Any) -> Iterator[Any]:
-    """Give tables of results as they come; a worker's own error is raised in place of Ray's."""
+    """Give tables of results as they come; Ray's own errors become one line."""
     try:
         yield from data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except Exception as error:  # Ray Data's own errors are of several kinds
         if not (isinstance(error, ray.exceptions.RayError) or _is_of_ray(error)):
             raise
-        cause = _cause(error)
-        if cause is not None:
-            raise cause from error
         raise RuntimeError(
             f"a worker of Ray could not go on ({one_line(error)}); what was done is kept: start "
             "the call again, with fewer workers on a machine if memory ran out."
         ) from error
-
-
-def _cause(error: BaseException) -> BaseException | None:
-    """Find what a worker raised, under the errors that Ray wraps around it."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    found = None
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        is_known = isinstance(current, ValueError | TypeError | RuntimeError | OSError)
-        if is_known and not _is_of_ray(current):
-            found = current
-        inner = getattr(current, "cause", None)
-        current = inner if isinstance(inner, BaseException) else current.__cause__
-    return found
 
 
 def _is_of_ray(error: BaseException) -> bool:
