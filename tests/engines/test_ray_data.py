@@ -173,7 +173,7 @@ def test_a_judge_on_workers_gives_the_judges_verdicts_and_keeps_them(tmp_path) -
 
 def test_what_a_worker_refuses_is_said_as_it_was_said_there(path, local) -> None:
     pool = RayPool(workers=1, cpus=0.5, environment=HERE)
-    with pytest.raises(ValueError, match="layer 9"):  # planned in a worker
+    with pytest.raises(ValueError, match="layer=9"):  # planned in a worker
         RayEngine(path, pool, load=LOAD).cache_activations(PROMPTS, Site(9, "resid_post"))
     other = RayEngine("no-such-model-here", pool, load=LOAD)
     with pytest.raises(ValueError, match="no-such-model-here"):
