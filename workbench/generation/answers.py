@@ -438,7 +438,8 @@ def _what_is_done(interventions: Sequence[Intervention]) -> Hashable:
     described: list[Hashable] = []
     for one in interventions:
         try:
-            described.append(key_of(description(one)))
+            # Two classes may have one name, and the same numbers in them.
+            described.append((type(one.edit), key_of(description(one))))
         except ValueError:  # an edit that nothing tells from another but itself
             described.append(id(one.edit))
             extent = (one.positions, one.until, one.decay)
