@@ -173,7 +173,10 @@ def one_for_all_rows(activation: torch.Tensor, hook: Any) -> torch.Tensor:
     ("kind", "edit"),
     [
         *((kind, in_place) for kind in KINDS),
-        *((kind, one_for_all_rows) for kind in ("attn_out", "mlp_out", "mlp_post", "z", "resid_mid")),
+        *(
+            (kind, one_for_all_rows)
+            for kind in ("attn_out", "mlp_out", "mlp_post", "z", "resid_mid")
+        ),
     ],
 )
 @torch.no_grad()

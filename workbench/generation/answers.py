@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -170,6 +170,51 @@ def sweep(
         ValueError: If there is nothing to answer, or an intervention does not fit.
         RuntimeError: If interventions reached no position (a closed gate is no error).
     """
+    return sweep_further(
+        model,
+        prompts,
+        conditions,
+        decoding,
+        settled=lambda _condition, _prompt_id: False,
+        output=output,
+        progress=progress,
+        transfer=transfer,
+        continue_response=continue_response,
+    )
+
+
+def sweep_further(
+    model: HookedModel,
+    prompts: PromptsLike,
+    conditions: Mapping[str, Condition],
+    decoding: Decoding,
+    *,
+    settled: Callable[[str, str], bool],
+    output: PathLike | None,
+    progress: bool = False,
+    transfer: bool = False,
+    continue_response: bool = False,
+) -> list[Completion]:
+    """Answer as ``sweep`` does what earlier calls with the same file left open.
+
+    An interrupted ``sweep`` writes whole batches again, so that rounding is as it was. What an
+    earlier call has settled is in no batch of this one.
+
+    Args:
+        model: A hooked model, like the arguments that follow as in ``sweep``.
+        prompts: What to answer.
+        conditions: Name to interventions.
+        decoding: Length, sampling, stops, batch size, system prompt and template keywords.
+        settled: Whether an earlier call answered a prompt, by its id, under a condition, by its
+            name. An answer that the file does not have is written nevertheless.
+        output: The jsonl file of all calls.
+        progress: Show a progress bar.
+        transfer: Allow vectors of another model of the same architecture.
+        continue_response: Go on from each prompt's ``response``.
+
+    Returns:
+        Completions of all prompts under all conditions, as ``sweep`` gives them.
+    """
     if not isinstance(decoding, Decoding):
         raise TypeError(f"decoding must be a wb.Decoding, got {decoding!r:.60}.")
     prompts = _checked_prompts(prompts, conditions)
@@ -186,7 +231,8 @@ def sweep(
     answers = _read_output(output, {row.key for row in rows})
     endings = Endings.of(model, decoding, continue_response=continue_response)
     loop = DecodeLoop(model, groups, decoding, transfer, endings)
-    _answer_missing(loop, rows, answers, output, progress=progress)
+    earlier = {row.key for row in rows if settled(row.condition, row.encoded.prompt.id)}
+    _answer_missing(loop, rows, answers, output, earlier & answers.keys(), progress=progress)
     _check_reached(rows, groups, answers)
     asked = asked_key(model, decoding.asked_by)
     completions = [_completion(row, answers[row.key], asked) for row in rows]
@@ -238,13 +284,14 @@ def _answer_missing(
     rows: Sequence[Row],
     answers: dict[str, dict[str, Any]],
     output: PathLike | None,
+    settled: Set[str],
     *,
     progress: bool,
 ) -> None:
     """Answer the rows that have no answer yet, batch by batch, and keep each batch at once.
 
     The batches are those of an uninterrupted run, so that a resumed run has the same rounding,
-    and so the same text.
+    and so the same text. Rows whose keys are ``settled`` were in batches of an earlier call.
     """
     alike = _rows_alike(rows)
     copies = []
@@ -253,6 +300,7 @@ def _answer_missing(
         copies += _give(known, members, answers) if known else []
     if output is not None and copies:
         append_jsonl(output, copies)
+    alike = [members for members in alike if settled.isdisjoint(row.key for row in members)]
     members_of = {members[0].key: members for members in alike}
     distinct = [members[0] for members in alike]
     parts = _parts(loop, distinct, answers)
