@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +88,38 @@ def test_samples_of_one_prompt_are_not_one_answer(half):
     decoding = Decoding(max_new_tokens=6, temperature=5.0, n_samples=3)
     answers = generate(half, questions()[:1], decoding=decoding)
     assert len({a.tokens for a in answers}) == 3
+
+
+def test_edits_of_two_classes_with_one_name_are_two(tiny) -> None:
+    def shift(factor: float) -> Any:
+        @dataclass(frozen=True)
+        class Shift:
+            by: float
+
+            def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+                return activation + factor * self.by * torch.linspace(-1, 1, activation.shape[-1])
+
+        return Shift(3.0)
+
+    def edit(factor: float) -> list[Intervention]:
+        return [Intervention(Site(1, "resid_post"), shift(factor))]
+
+    how = Decoding(max_new_tokens=6)
+    up, down = sweep(tiny, ["the dog"], {"up": edit(1.0), "down": edit(-1.0)}, how)
+    assert up.tokens != down.tokens
+    assert down.tokens == generate(tiny, ["the dog"], edit(-1.0), how)[0].tokens
+
+
+def test_an_edit_that_holds_tensors_in_a_list_is_told_from_others_by_itself(tiny, tmp_path) -> None:
+    @dataclass(frozen=True)
+    class Shifts:
+        by: tuple[torch.Tensor, ...]
+
+        def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+            return activation + sum(self.by)
+
+    edit = [Intervention(Site(1, "resid_post"), Shifts((torch.ones(tiny.cfg.d_model),)))]
+    how = Decoding(max_new_tokens=2)
+    assert len(generate(tiny, ["the dog"], edit, how)) == 1
+    with pytest.raises(ValueError, match="cannot be kept in a file"):
+        generate(tiny, ["the dog"], edit, how, output=tmp_path / "answers.jsonl")

@@ -161,6 +161,54 @@ def test_an_edit_that_divides_by_the_norm_leaves_real_tokens_real(tiny) -> None:
     assert (found - expected)[real].norm() < 1e-5 * expected[real].norm()
 
 
+def in_place(activation: torch.Tensor, hook: Any) -> None:
+    activation.mul_(1.5)
+
+
+def one_for_all_rows(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+    return torch.linspace(-1, 1, activation[0, 0].numel()).view(1, 1, *activation.shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit"),
+    [
+        *((kind, in_place) for kind in KINDS),
+        *(
+            (kind, one_for_all_rows)
+            for kind in ("attn_out", "mlp_out", "mlp_post", "z", "resid_mid")
+        ),
+    ],
+)
+@torch.no_grad()
+def test_what_a_hook_does_with_a_tensor_is_the_same_where_padding_is_left_out(
+    tiny, kind: str, edit: Any
+) -> None:
+    tokens, mask = padded([9, 2, 3, 9], "left")
+
+    def logits() -> torch.Tensor:
+        with tiny.hooks(fwd_hooks=[(Site(1, kind).hook_name, edit)]):
+            return last_logits(tiny, tokens, mask.bool(), 9)[0][mask.bool()]
+
+    found = logits()
+    with plain(tiny):
+        expected = logits()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_mask_that_stands_for_all_rows_is_no_list_of_places(tiny) -> None:
+    tokens, mask = padded([3, 3, 3], "left", width=9)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    keywords = {
+        "attention_mask": (causal & mask[0].bool())[None, None],
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+    }
+    with fast(tiny):
+        found = tiny.original_model(tokens, **keywords).logits[:, -3:]
+    expected = tiny.original_model(tokens, **keywords).logits[:, -3:]
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()

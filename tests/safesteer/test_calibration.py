@@ -20,6 +20,7 @@ from workbench.evaluation.metrics import HEADLINE
 from workbench.evaluation.result import Evaluation
 from workbench.evaluation.scoring import score_completions
 from workbench.files.store import read_jsonl
+from workbench.generation._decode_loop import DecodeLoop
 from workbench.generation.answers import UNSTEERED
 from workbench.generation.decoding import Decoding
 from workbench.generation.likelihood import answer_kl
@@ -163,8 +164,14 @@ def test_calibration_answers_in_rounds_keeps_constructions_and_goes_on_from_its_
 
 
 def test_the_economical_search_answers_and_reads_nothing_twice(tiny, tmp_path, monkeypatch):
-    read = []
-    read_rows = scoring.read_rows
+    read, written = [], []
+    read_rows, run = scoring.read_rows, DecodeLoop.run
+
+    def counted(loop, rows):
+        written.extend(row.key for row in rows)
+        return run(loop, rows)
+
+    monkeypatch.setattr(DecodeLoop, "run", counted)
 
     def spy(model, rows, **keywords):
         read.extend((row.ids, row.response) for row in rows)
@@ -182,6 +189,7 @@ def test_the_economical_search_answers_and_reads_nothing_twice(tiny, tmp_path, m
     assert set(result.chosen) == {"a", "b"}
     assert len(read) == len(set(read)), "an answer of an earlier round is not read again"
     rows = read_jsonl(tmp_path / "tune.jsonl")
+    assert sorted(written) == sorted(row["key"] for row in rows), "none is written again"
     answers = [row for row in rows if row["condition"] != "neutral"]
     keys = {(row["condition"], row["prompt_id"]) for row in answers}
     assert len(keys) == len(answers) <= half_of(settings_, 16)

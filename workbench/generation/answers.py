@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,7 @@ import torch
 
 from workbench.files.hints import did_you_mean
 from workbench.files.store import PathLike, append_jsonl, key_of, local_path, read_jsonl
+from workbench.generation._conditions import check_condition, check_gates, check_reached
 from workbench.generation._decode_loop import Decoded, DecodeLoop, Row
 from workbench.generation._elsewhere import Writer, answer_elsewhere
 from workbench.generation._endings import Endings, Finish
@@ -22,11 +23,10 @@ from workbench.models.batches import batches_by_length, widths_to_keep_apart
 from workbench.models.elsewhere import carried
 from workbench.models.load import model_info
 from workbench.models.progress import progress_bar, say
-from workbench.models.templates import asked_as
 from workbench.models.tokens import Encoded, encode, template_text
 from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import Prompt
-from workbench.steering.interventions import Intervention, check_interventions, description
+from workbench.steering.interventions import Intervention, description
 
 if TYPE_CHECKING:
     from workbench.models.hooked_model import HookedModel
@@ -176,6 +176,54 @@ def sweep(
         ValueError: If there is nothing to answer, or an intervention does not fit.
         RuntimeError: If interventions reached no position (a closed gate is no error).
     """
+    return sweep_further(
+        model,
+        prompts,
+        conditions,
+        decoding,
+        settled=lambda _condition, _prompt_id: False,
+        output=output,
+        progress=progress,
+        transfer=transfer,
+        continue_response=continue_response,
+        writer=writer,
+    )
+
+
+def sweep_further(
+    model: HookedModel,
+    prompts: PromptsLike,
+    conditions: Mapping[str, Condition],
+    decoding: Decoding,
+    *,
+    settled: Callable[[str, str], bool],
+    output: PathLike | None,
+    progress: bool = False,
+    transfer: bool = False,
+    continue_response: bool = False,
+    writer: Writer | None = None,
+) -> list[Completion]:
+    """Answer as ``sweep`` does what earlier calls with the same file left open.
+
+    An interrupted ``sweep`` writes whole batches again, so that rounding is as it was. What an
+    earlier call has settled is in no batch of this one.
+
+    Args:
+        model: A hooked model, like the arguments that follow as in ``sweep``.
+        prompts: What to answer.
+        conditions: Name to interventions.
+        decoding: Length, sampling, stops, batch size, system prompt and template keywords.
+        settled: Whether an earlier call answered a prompt, by its id, under a condition, by its
+            name. An answer that the file does not have is written nevertheless.
+        output: The jsonl file of all calls.
+        progress: Show a progress bar.
+        transfer: Allow vectors of another model of the same architecture.
+        continue_response: Go on from each prompt's ``response``.
+        writer: What writes the answers, where that is another engine than this process.
+
+    Returns:
+        Completions of all prompts under all conditions, as ``sweep`` gives them.
+    """
     if not isinstance(decoding, Decoding):
         raise TypeError(f"decoding must be a wb.Decoding, got {decoding!r:.60}.")
     prompts = _checked_prompts(prompts, conditions)
@@ -187,12 +235,13 @@ def sweep(
     answers = _read_output(output, {row.key for row in rows})
     if writer is None:
         loop = DecodeLoop(model, groups, decoding, transfer, endings)
-        _answer_missing(loop, rows, answers, output, progress=progress)
+        earlier = {row.key for row in rows if settled(row.condition, row.encoded.prompt.id)}
+        _answer_missing(loop, rows, answers, output, earlier & answers.keys(), progress=progress)
     else:
         make = partial(_answer, endings=endings), _give
         asked = groups, _rows_alike(rows), answers, decoding
         answer_elsewhere(writer, *asked, *make, output, progress=progress)
-    _check_reached(rows, groups, answers)
+    check_reached(rows, groups, answers)
     of = asked_key(model, decoding.asked_by)
     completions = [_completion(row, answers[row.key], of) for row in rows]
     _warn_of_cut_thoughts(completions, decoding)
@@ -257,13 +306,14 @@ def _answer_missing(
     rows: Sequence[Row],
     answers: dict[str, dict[str, Any]],
     output: PathLike | None,
+    settled: Set[str],
     *,
     progress: bool,
 ) -> None:
     """Answer the rows that have no answer yet, batch by batch, and keep each batch at once.
 
     The batches are those of an uninterrupted run, so that a resumed run has the same rounding,
-    and so the same text.
+    and so the same text. Rows whose keys are ``settled`` were in batches of an earlier call.
     """
     alike = _rows_alike(rows)
     copies = []
@@ -272,6 +322,7 @@ def _answer_missing(
         copies += _give(known, members, answers) if known else []
     if output is not None and copies:
         append_jsonl(output, copies)
+    alike = [members for members in alike if settled.isdisjoint(row.key for row in members)]
     members_of = {members[0].key: members for members in alike}
     distinct = [members[0] for members in alike]
     parts = _parts(loop, distinct, answers)
@@ -431,8 +482,8 @@ def _rows(
         lists = _lists_by_owner(name, condition, known_owners)
         group_of, description_of = {}, {}
         for owner, interventions in lists.items():
-            _check_condition(model, name, interventions, decoding, transfer)
-            _check_gates(name, interventions, decoding)
+            check_condition(model, name, interventions, decoding, transfer)
+            check_gates(name, interventions, decoding)
             description_of[owner] = [description(one) for one in interventions] if with_keys else []
             does = _what_is_done(interventions)
             group_of[owner] = group_of_list.setdefault(does, len(groups))
@@ -458,7 +509,8 @@ def _what_is_done(interventions: Sequence[Intervention]) -> Hashable:
     described: list[Hashable] = []
     for one in interventions:
         try:
-            described.append(key_of(description(one)))
+            # Two classes may have one name, and the same numbers in them.
+            described.append((type(one.edit), key_of(description(one))))
         except ValueError:  # an edit that nothing tells from another but itself
             described.append(id(one.edit))
             extent = (one.positions, one.until, one.decay)
@@ -500,66 +552,6 @@ def _lists_by_owner(
             f"{did_you_mean(given, known_owners)}"
         )
     return lists
-
-
-def _check_condition(
-    model: HookedModel,
-    name: str,
-    interventions: Sequence[Intervention],
-    decoding: Decoding,
-    transfer: bool,
-) -> None:
-    check_interventions(model, interventions, transfer=transfer)
-    for one in interventions:
-        if not one.reaches(decoding.max_new_tokens - 1):
-            raise ValueError(
-                f"condition {name!r} would steer nothing at {one.site}: positions "
-                f"{one.positions!r} until {one.until} with max_new_tokens="
-                f"{decoding.max_new_tokens} reach no token that is read again; generate more "
-                "tokens, or steer positions 'all'."
-            )
-    if any(intervention.rows is not None for intervention in interventions):
-        raise ValueError(
-            f"condition {name!r} names rows of a batch, but generation makes its own batches; "
-            "give a mapping from prompt id (or category) to interventions."
-        )
-
-
-def _check_reached(
-    rows: Sequence[Row],
-    groups: Sequence[Sequence[Intervention]],
-    answers: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Raise where interventions of a condition reached no position of any of its answers."""
-    reached: dict[str, bool] = {}
-    for row in rows:
-        if not groups[row.group]:
-            continue
-        answer = answers[row.key]
-        n_read = len(answer["tokens"]) + (answer["finish"] == "eos") - 1
-        if answer.get("thinking") or answer["finish"] == "stop":
-            n_read += 1  # tokens that are no part of the answer were read too
-        reaches = all(one.reaches(n_read) for one in groups[row.group])
-        reached[row.condition] = reached.get(row.condition, False) or reaches
-    silent = [name for name, is_reached in reached.items() if not is_reached]
-    if silent:
-        raise RuntimeError(
-            f"condition {silent[0]!r} steered nothing: it means generated tokens alone, and every "
-            "answer ended with its first one; steer positions 'all', or ask other prompts."
-        )
-
-
-def _check_gates(name: str, interventions: Sequence[Intervention], decoding: Decoding) -> None:
-    """Warn where a gate was fitted on prompts that were asked with other words around them."""
-    asked = asked_as(decoding.system_prompt, decoding.template_keywords)
-    for gate in {one.gate for one in interventions if one.gate is not None}:
-        if gate.asked_as != asked:
-            warnings.warn(
-                f"the gate of {name!r} was fitted under {gate.asked_as or 'no system prompt'}, but "
-                f"the answers are made under {asked or 'no system prompt'}: its threshold promises "
-                "nothing there; fit it again, or ask as it was fitted.",
-                stacklevel=5,
-            )
 
 
 def _read_output(output: PathLike | None, wanted: set[str]) -> dict[str, dict[str, Any]]:

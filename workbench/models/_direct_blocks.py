@@ -84,17 +84,17 @@ class Pass:
     masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     real: Int[Tensor, " token"] | None = None
 
-    def begin(self, angles: Angles, mask: Tensor, n: int) -> None:
+    def begin(self, angles: Angles, mask: Tensor, shape: torch.Size) -> None:
         """Forget the pass before, if these angles are of another one.
 
         Args:
             angles: Cosines and sines.
             mask: Attention mask of this block.
-            n: Tokens of each row in this pass.
+            shape: Rows of this pass, and tokens of each.
         """
         if angles is self.angles:
             return
-        self.angles, self.masks, self.real = angles, {}, _real_places(mask, n)
+        self.angles, self.masks, self.real = angles, {}, _real_places(mask, *shape)
         cos, sin = angles
         half = sin.shape[-1] // 2
         self.cos = cos.unsqueeze(1)
@@ -134,9 +134,16 @@ class Pass:
 
     def hooked(self, point: Hook, x: Tensor, over: Float[Tensor, "batch pos any"]) -> Tensor:
         """Let a hook point that is in use see, and change, tokens in the padded shape."""
-        if point is None:
-            return x
-        return self.gathered(point(self.spread(x, over, keep=False)))
+        return self.shown(point, x, over)[0]
+
+    def shown(
+        self, point: Hook, x: Tensor, over: Float[Tensor, "batch pos any"]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a hook point makes of ``x``, and ``x`` with what it wrote into it."""
+        if point is None or self.real is None:
+            return _hooked(point, x), x
+        padded = self.spread(x, over, keep=False)
+        return self.gathered(point(padded).expand_as(padded)), self.gathered(padded)
 
     def turned(self, x: Float[Tensor, "batch head pos d_head"]) -> Tensor:
         """Turn queries or keys by their positions."""
@@ -177,16 +184,16 @@ class DirectBlock(nn.Module):
                 **keywords,
             )
         shared = self.shared
-        shared.begin(position_embeddings, attention_mask, hidden_states.shape[1])
+        shared.begin(position_embeddings, attention_mask, hidden_states.shape[:2])
         whole = _hooked(self.resid_pre, hidden_states)
         before = shared.gathered(whole)
-        heads = _hooked(
-            self.z, self._heads(self.norm_1(before), whole, attention_mask, past_key_values)
-        )
+        mixed = self._heads(self.norm_1(before), whole, attention_mask, past_key_values)
+        heads = _hooked(self.z, mixed).expand_as(mixed)
         attended = self.o_proj.forward(shared.gathered(heads))
         between = before + shared.hooked(self.attn_out, attended, whole)
-        # As in Hugging Face's block, an edit here is seen by the norm alone.
-        normed = self.norm_2(shared.hooked(self.resid_mid, between, whole))
+        # As in Hugging Face's block, an edit here is seen by the norm alone, unless made in place.
+        edited, between = shared.shown(self.resid_mid, between, whole)
+        normed = self.norm_2(edited)
         neurons = self.act(self.gate_proj.forward(normed)).mul_(self.up_proj.forward(normed))
         written = self.down_proj.forward(shared.hooked(self.mlp_post, neurons, whole))
         after = between + shared.hooked(self.mlp_out, written, whole)
@@ -359,13 +366,13 @@ def _attention(
     return attend(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=groups > 1)
 
 
-def _real_places(mask: Tensor, n: int) -> Int[Tensor, " token"] | None:
+def _real_places(mask: Tensor, batch: int, n: int) -> Int[Tensor, " token"] | None:
     """Find the real tokens of a pass; None where few are not, or the mask does not tell.
 
     A real token sees itself, whatever else a window or the past hides from it, and padding is seen
     by no token. Where a mask lets padding see itself it is computed, as a real token is.
     """
-    if n == 1 or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != n:
+    if n == 1 or mask.dim() != 4 or mask.shape[:3] != (batch, 1, n):
         return None
     sees = mask if mask.dtype == torch.bool else mask == 0
     itself = sees[:, 0, :, mask.shape[3] - n :].diagonal(dim1=1, dim2=2).flatten()

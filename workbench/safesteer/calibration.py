@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.evaluation.metrics import HEADLINE
 from workbench.evaluation.result import Evaluation
-from workbench.generation.answers import UNSTEERED, Completion, Condition, generate, sweep
+from workbench.generation.answers import (
+    UNSTEERED,
+    Completion,
+    Condition,
+    generate,
+    sweep,
+    sweep_further,
+)
 from workbench.generation.decoding import GREEDY, Decoding
 from workbench.generation.likelihood import answer_kl
+from workbench.models.elsewhere import carrier_of
 from workbench.models.progress import say
 from workbench.prompts.forms import as_prompts
 from workbench.prompts.prompt import in_turn
@@ -194,6 +202,8 @@ class _Tuner:
     score: Score
     limits: Limits
     progress: bool
+    answered: dict[str, int] = field(default_factory=dict)
+    """Condition to the number of questions that it has answered."""
 
     def exhaustively(self, settings: Sequence[Setting], rounds: Sequence[Round]) -> Found:
         """Try every setting, in rounds."""
@@ -216,7 +226,15 @@ class _Tuner:
         conditions: dict[str, Condition] = {UNSTEERED: ()}
         conditions |= {s.name: steering(of.vectors, s) for s in settings}
         how: Any = {"output": of.output, "progress": self.progress, "transfer": of.transfer}
-        answers = sweep(of.model, self.questions[:n_prompts], conditions, of.decoding, **how)
+        questions = self.questions[:n_prompts]
+        place = {question.id: i for i, question in enumerate(questions)}
+        before = dict(self.answered)
+        if carrier_of(of.model) is None:
+            how["settled"] = lambda name, prompt_id: place[prompt_id] < before.get(name, 0)
+            answers = sweep_further(of.model, questions, conditions, of.decoding, **how)
+        else:  # an engine batches by itself, what is missing alone
+            answers = sweep(of.model, questions, conditions, of.decoding, **how)
+        self.answered.update(dict.fromkeys(conditions, n_prompts))
         return _judge(self.score(answers), settings, kl, len(of.neutral), self.limits)
 
     def over_a_limit(self, settings: Sequence[Setting]) -> set[Setting]:

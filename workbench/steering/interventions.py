@@ -394,8 +394,7 @@ def description(intervention: Intervention) -> list[Any]:
     if isinstance(edit, AddVector) and not edit.keep_norm:
         del values["keep_norm"]  # so that keys are what they were before there was this option
     what = {k: tensor_digest(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-    is_json = str | int | float | tuple | list | None
-    if not what or not all(isinstance(value, is_json) for value in what.values()):
+    if not what or not all(map(_is_json, what.values())):
         raise ValueError(
             f"answers under the edit at {intervention.site} ({type(edit).__name__}) cannot be kept "
             "in a file: nothing tells it from another one when they are read back; make it a "
@@ -408,6 +407,13 @@ def description(intervention: Intervention) -> list[Any]:
         extent = [intervention.positions, intervention.until]
     gate = [] if intervention.gate is None else [intervention.gate.key, intervention.gate_category]
     return [str(intervention.site), type(edit).__name__, what, extent, intervention.label, *gate]
+
+
+def _is_json(value: object) -> bool:
+    """Tell whether JSON can hold a value, down to what is in a list."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_json, value))
+    return isinstance(value, str | int | float | None)
 
 
 def _check_edit(intervention: Intervention, model: HookedModel) -> None:
