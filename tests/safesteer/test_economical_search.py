@@ -248,3 +248,10 @@ def test_a_beaten_setting_is_not_answered_any_further():
     assert reasons[""] == 1
     assert reasons[BEATEN] >= 2
     assert found.best == settings[3]
+
+
+def test_a_run_from_before_there_was_a_choice_is_searched_as_it_was() -> None:
+    from workbench.safesteer.recalibration import _changed
+
+    assert _changed({"model": "embedded"}).search == "exhaustive"
+    assert _changed({"model": "embedded", "search": "economical"}).search == "economical"

@@ -122,7 +122,7 @@ def _changed(noted: Mapping[str, Any], **given: Any) -> RunConfig:
     }
     if "rhos" in changes:
         changes["multipliers"] = None
-    return replace(config_from(noted), **changes)
+    return replace(config_from({"search": "exhaustive", **noted}), **changes)
 
 
 def _checked(names: Sequence[str] | None, known: list[str], folder: PathLike) -> list[str]:

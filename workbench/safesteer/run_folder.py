@@ -365,6 +365,7 @@ def _notes_to_resume(path: Path, config: RunConfig, resume: bool) -> dict[str, A
     before = (notes.get("config") if isinstance(notes, dict) else None) or {}
     # A setting that is newer than the run, and at its default, is no other one.
     usual = _as_noted({field.name: field.default for field in fields(config)})
+    usual["search"] = "exhaustive"  # as runs were searched before there was a choice
     differing = [n for n, value in settings.items() if before.get(n, usual[n]) != value]
     if differing:
         raise ValueError(
