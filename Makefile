@@ -86,8 +86,8 @@ $(READY_VLLM): pyproject.toml constraints.txt
 
 # With qwen2.5-coder-0.5b, too, where its packages are installed there.
 test-vllm: setup-vllm
-	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(BIN_VLLM)/python -m pytest \
-		tests/engines/test_vllm.py
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		$(BIN_VLLM)/python -m pytest tests/engines/test_vllm.py
 
 # In an environment of its own: the two harnesses bring 52 packages and 266 MB, and one of them
 # needs an older python-dateutil.

@@ -145,7 +145,8 @@ def test_what_cannot_be_done_is_refused_before_a_request_is_made(engines) -> Non
 
 
 def test_two_processes_that_share_each_layer_steer_and_read_as_one(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it wants a NUMA node for each
+    # Else it wants a NUMA node for each. What vLLM has read it keeps: make test-vllm sets it, too.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     wide = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4}
     folder = tiny_model("llama3", tmp_path / "four-heads", **wide)
     local = LocalEngine(load_model(folder, device="cpu", packing="off"))
