@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from workbench.models import precision as precision_module
 from workbench.models.load import load_model, load_notes, model_info
@@ -64,6 +64,7 @@ def test_what_was_asked_for_is_not_measured(tiny_path, measured) -> None:
     assert notes.to_dict()["packed"] is False
 
 
-def test_weights_are_counted_without_being_made(tiny, tiny_path) -> None:
+def test_weights_are_counted_without_being_made(tiny_path) -> None:
     counted = count_weights(AutoConfig.from_pretrained(tiny_path))
-    assert counted == sum(p.numel() for p in tiny.original_model.parameters())
+    made = AutoModelForCausalLM.from_pretrained(tiny_path)
+    assert counted == sum(p.numel() for p in made.parameters())

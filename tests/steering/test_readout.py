@@ -39,6 +39,8 @@ def test_a_vector_along_a_word_promotes_it_and_its_opposite_suppresses_it(
 @pytest.mark.parametrize("family", ["llama3", "gpt2"])
 def test_the_logits_are_those_of_transformer_lens(family_model, family) -> None:
     analysis = pytest.importorskip("transformer_lens.tools.analysis")
+    if not hasattr(analysis, "logit_readout"):
+        pytest.skip("this TransformerLens has no readout of its own")
     model = family_model(family)
     generator = torch.Generator().manual_seed(0)
     vector = vector_of(model, 30 * torch.randn(model.cfg.d_model, generator=generator))
