@@ -73,6 +73,13 @@ def test_prompts_read_back_as_they_were_saved(tmp_path: Path) -> None:
     assert load_prompts(tmp_path / "p.jsonl") == [*SETS, odd]
 
 
+@pytest.mark.parametrize("text", ["\0", "\0\0", "a\0b"])
+def test_a_text_of_null_bytes_is_kept_and_not_taken_for_none(text: str) -> None:
+    prompt = Prompt("an id", text)
+    assert (prompt.id, prompt.text) == ("an id", text)
+    assert Prompt("only words").text == "only words"
+
+
 def test_response_and_pair_id_may_be_left_out(tmp_path: Path) -> None:
     row = {key: value for key, value in ROW.items() if key not in ("response", "pair_id")}
     [read] = load_prompts(write(tmp_path / "p.jsonl", row))

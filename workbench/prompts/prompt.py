@@ -53,8 +53,13 @@ _SELDOM = ("history", "more_categories", "reference")
 """Fields that are written for those prompts alone that have them."""
 
 
-_NOT_GIVEN = "\0"
-"""Stands for a text that was not given; no text is this."""
+class _NotGiven(str):
+    """Stands for a text that was not given; no text is this object."""
+
+    __slots__ = ()
+
+
+_NOT_GIVEN = _NotGiven()
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Prompt:
     reference: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.text == _NOT_GIVEN:
+        if self.text is _NOT_GIVEN:
             self._set(text=self.id, id="")
         self._set(
             history=_messages(self.history), more_categories=_more_names(self.more_categories)
