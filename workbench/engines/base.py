@@ -6,7 +6,7 @@ run it elsewhere and give the same results; what they cannot do they refuse befo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from workbench.engines.names import EngineCannot
 from workbench.generation.answers import sweep
@@ -112,79 +112,26 @@ class LocalEngine:
         self.model = model
 
     def cache_activations(
-        self,
-        prompts: PromptsLike,
-        sites: Sequence[Site] | Site,
-        *,
-        span: str = "content",
-        system_prompt: str | None = None,
-        template_keywords: Keywords = None,
-        batch_size: int = 32,
-        max_tokens: int = 4096,
-        store: PathLike | None = None,
-        progress: bool = False,
+        self, prompts: PromptsLike, sites: Sequence[Site] | Site, **how: Any
     ) -> dict[Site, ActivationSet]:
         """Run ``models.activations.cache_activations`` on the model."""
-        return cache_activations(
-            self.model,
-            prompts,
-            sites,
-            span=span,
-            system_prompt=system_prompt,
-            template_keywords=template_keywords,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            store=store,
-            progress=progress,
-        )
+        return cache_activations(self.model, prompts, sites, **how)
 
     def class_moments(
-        self,
-        prompts: PromptsLike,
-        sites: Sequence[Site] | Site,
-        *,
-        span: str = "content",
-        system_prompt: str | None = None,
-        template_keywords: Keywords = None,
-        batch_size: int = 32,
-        max_tokens: int = 4096,
-        progress: bool = False,
+        self, prompts: PromptsLike, sites: Sequence[Site] | Site, **how: Any
     ) -> dict[Site, ClassMoments]:
         """Run ``models.activations.class_moments`` on the model."""
-        return class_moments(
-            self.model,
-            prompts,
-            sites,
-            span=span,
-            system_prompt=system_prompt,
-            template_keywords=template_keywords,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
+        return class_moments(self.model, prompts, sites, **how)
 
     def sweep(
         self,
         prompts: PromptsLike,
         conditions: Mapping[str, Condition],
         decoding: Decoding = GREEDY,
-        *,
-        output: PathLike | None = None,
-        progress: bool = False,
-        transfer: bool = False,
-        continue_response: bool = False,
+        **how: Any,
     ) -> list[Completion]:
         """Run ``generation.answers.sweep`` on the model."""
-        return sweep(
-            self.model,
-            prompts,
-            conditions,
-            decoding,
-            output=output,
-            progress=progress,
-            transfer=transfer,
-            continue_response=continue_response,
-        )
+        return sweep(self.model, prompts, conditions, decoding, **how)
 
     def close(self) -> None:
         """Do nothing: the model was given, and belongs to whoever loaded it."""

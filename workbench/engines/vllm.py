@@ -31,14 +31,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from workbench.files.store import PathLike
     from workbench.generation._decode_loop import Row
     from workbench.generation.answers import Completion, Condition
     from workbench.generation.decoding import Decoding
     from workbench.models.activations import ActivationSet, ClassMoments
     from workbench.models.hooked_model import HookedModel
     from workbench.models.sites import Site
-    from workbench.models.templates import Keywords
     from workbench.models.tokens import Encoded
     from workbench.prompts.forms import PromptsLike
     from workbench.steering.interventions import Intervention
@@ -127,17 +125,7 @@ class VLLMEngine:
         self.kinds = frozenset(llm.collective_rpc("workbench_install")[0])
 
     def cache_activations(
-        self,
-        prompts: PromptsLike,
-        sites: Sequence[Site] | Site,
-        *,
-        span: str = "content",
-        system_prompt: str | None = None,
-        template_keywords: Keywords = None,
-        batch_size: int = 32,
-        max_tokens: int = 4096,
-        store: PathLike | None = None,
-        progress: bool = False,
+        self, prompts: PromptsLike, sites: Sequence[Site] | Site, **how: Any
     ) -> dict[Site, ActivationSet]:
         """Do what ``models.activations.cache_activations`` does; vLLM makes the batches.
 
@@ -146,31 +134,10 @@ class VLLMEngine:
         """
         sites = as_sites(self.model, sites)
         self.check_sites(sites)
-        return cache_activations(
-            self.model,
-            prompts,
-            sites,
-            span=span,
-            system_prompt=system_prompt,
-            template_keywords=template_keywords,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            store=store,
-            progress=progress,
-            reader=self,
-        )
+        return cache_activations(self.model, prompts, sites, reader=self, **how)
 
     def class_moments(
-        self,
-        prompts: PromptsLike,
-        sites: Sequence[Site] | Site,
-        *,
-        span: str = "content",
-        system_prompt: str | None = None,
-        template_keywords: Keywords = None,
-        batch_size: int = 32,
-        max_tokens: int = 4096,
-        progress: bool = False,
+        self, prompts: PromptsLike, sites: Sequence[Site] | Site, **how: Any
     ) -> dict[Site, ClassMoments]:
         """Do what ``models.activations.class_moments`` does; vLLM makes the batches.
 
@@ -179,29 +146,14 @@ class VLLMEngine:
         """
         sites = as_sites(self.model, sites)
         self.check_sites(sites)
-        return class_moments(
-            self.model,
-            prompts,
-            sites,
-            span=span,
-            system_prompt=system_prompt,
-            template_keywords=template_keywords,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            progress=progress,
-            reader=self,
-        )
+        return class_moments(self.model, prompts, sites, reader=self, **how)
 
     def sweep(
         self,
         prompts: PromptsLike,
         conditions: Mapping[str, Condition],
         decoding: Decoding = GREEDY,
-        *,
-        output: PathLike | None = None,
-        progress: bool = False,
-        transfer: bool = False,
-        continue_response: bool = False,
+        **how: Any,
     ) -> list[Completion]:
         """Do what ``generation.answers.sweep`` does, with all requests in vLLM's batches.
 
@@ -212,17 +164,7 @@ class VLLMEngine:
         self.check_conditions(
             conditions.values() if isinstance(conditions, Mapping) else (), decoding
         )
-        return sweep(
-            self.model,
-            prompts,
-            conditions,
-            decoding,
-            output=output,
-            progress=progress,
-            transfer=transfer,
-            continue_response=continue_response,
-            writer=self,
-        )
+        return sweep(self.model, prompts, conditions, decoding, writer=self, **how)
 
     def close(self) -> None:
         """End vLLM and give its memory back."""
